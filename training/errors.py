@@ -1,7 +1,7 @@
 """How every script here tells a person what is wrong: one sentence on stderr and exit code 2, no traceback.
 
-    if __name__ == "__main__":
-        command(main)
+if __name__ == "__main__":
+    command(main)
 """
 
 import os

@@ -1,0 +1,241 @@
+"""Settings: a typed dataclass per script, config files of plain assignments, `--key=value` on the command line.
+
+    config = load_config(SophiaConfig, ["config/train_gpt2_small_sophiag.py", "--batch_size=8"])
+
+Later words win over earlier ones. A config file is Python and is run as code: give only files that you trust.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.errors import UserError
+
+ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
+
+
+def setting(default, help, **limits):
+    """A dataclass field with its help text and its limits: choices=(...), at_least=, above=, at_most=, below=."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass
+class TrainConfig:
+    """What every training run can be told; the names are nanoGPT's and the official Sophia repository's."""
+
+    out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
+    init_from: str = setting(
+        "scratch", "start new, or go on from the checkpoint in out_dir", choices=("scratch", "resume")
+    )
+    overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
+    seed: int = setting(
+        1337, "seed of the initial weights, the order of the data, dropout and sampled labels", at_least=0
+    )
+
+    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
+    batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
+    gradient_accumulation_steps: int | None = setting(
+        None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
+    )
+    block_size: int = setting(1024, "tokens in a sequence", at_least=1)
+
+    n_layer: int = setting(12, "transformer blocks", at_least=1)
+    n_head: int = setting(12, "attention heads in a block", at_least=1)
+    n_embd: int = setting(768, "width; divisible by n_head", at_least=1)
+    dropout: float = setting(0.0, "dropout probability", at_least=0.0, below=1.0)
+    bias: bool = setting(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has them")
+    scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
+
+    optimizer_name: str = setting("", "which optimizer")
+    learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
+    weight_decay: float = setting(0.1, "decoupled weight decay of the Linear weights", at_least=0.0)
+    beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
+    beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
+
+    max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
+    decay_lr: bool = setting(True, "warm-up and cosine decay; off: learning_rate throughout")
+    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
+    lr_decay_iters: int | None = setting(None, "step at which the rate reaches min_lr; default max_iters", at_least=1)
+    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20", at_least=0.0)
+
+    eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
+    eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
+    eval_iters: int | None = setting(
+        None, "nanoGPT's way to say it: eval_tokens = eval_iters * batch_size * block_size", at_least=1
+    )
+    eval_only: bool = setting(False, "evaluate once and end")
+    log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
+    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; off: only at a new best val/loss")
+    keep_checkpoints: int = setting(0, "how many ckpt_STEP.pt to keep beside ckpt.pt and ckpt_prev.pt", at_least=0)
+
+    wandb_log: bool = setting(False, "log to Weights & Biases too")
+    wandb_project: str = setting("sophia", "Weights & Biases project")
+    wandb_run_name: str = setting("", "Weights & Biases run name; default the last part of out_dir")
+
+    device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
+    dtype: str = setting(
+        "auto",
+        "autocast type; auto: bfloat16 (float16 where a GPU has none), float32 off the GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    compile: bool = setting(False, "torch.compile the model")
+    backend: str = setting(
+        "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
+    )
+
+    def check(self):
+        """Raise UserError where settings contradict each other; fill in those that follow from others."""
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 20
+        if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
+            raise UserError(
+                f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
+                "shorten the warm-up or lengthen the run."
+            )
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
+        if self.eval_iters is not None:
+            self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+
+def load_config(cls, words):
+    """Build a `cls` from command-line words: config files and `--key=value`, in order. `--help` prints and exits 0.
+
+    Raises UserError for an unknown key, a wrong type, an impossible value, or a file that cannot be run.
+    """
+    if "--help" in words or "-h" in words:
+        print(f"{sys.modules[cls.__module__].__doc__ or ''}\nsettings (--key=value, or key = value in a config file):")
+        for name, kind, default, help in describe(cls):
+            print(f"  {name:<32}{kind:<6} {default:<14} {help}")
+        sys.exit(0)
+    values = {}
+    for word in words:
+        if not word.startswith("--"):
+            values |= _run_config_file(cls, word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            raise UserError(f"{word}: write it as --{key}=VALUE.")
+        field = _field(cls, key, "the command line")
+        values[field.name] = _parse(field, text)
+    config = cls(**values)
+    for field in dataclasses.fields(cls):
+        _check_limits(field, getattr(config, field.name))
+    config.check()
+    return config
+
+
+def describe(cls):
+    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the README's table."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        kind, _ = _kind(field)
+        limits = _allowed(field)
+        default = "" if field.default in (None, "") else str(field.default)
+        help = field.metadata["help"] + (f" ({limits})" if limits else "")
+        rows.append((field.name, kind.__name__, default, help))
+    return rows
+
+
+def _run_config_file(cls, path):
+    """The settings that a config file assigns. Imports, functions and names with a leading underscore are its own."""
+    try:
+        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this config file ({error.strerror}); settings are given as --key=value."
+        ) from None
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a config file of Python assignments ({error}).") from None
+    names = {}
+    try:
+        exec(code, names)
+    except Exception as error:
+        raise UserError(f"{path}: running this config file raised {type(error).__name__}: {error}.") from None
+    values = {}
+    for key, value in names.items():
+        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        field = _field(cls, key, path)
+        values[field.name] = _convert(field, value)
+    return values
+
+
+def _field(cls, key, where):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    key = ALIASES.get(key, key)
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+        raise UserError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} (--help lists all).")
+    return fields[key]
+
+
+def _kind(field):
+    """(type, whether None is allowed) of a field annotated `T` or `T | None`."""
+    if isinstance(field.type, types.UnionType):
+        return next(kind for kind in typing.get_args(field.type) if kind is not types.NoneType), True
+    return field.type, False
+
+
+def _parse(field, text):
+    """The value that a command-line word gives."""
+    kind, optional = _kind(field)
+    if optional and text == "None":
+        return None
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"--{field.name}={text}: wants True or False.")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"--{field.name}={text}: wants {'a whole number' if kind is int else 'a number'}.") from None
+
+
+def _convert(field, value):
+    """The value that a config file gives; an int serves where a float is wanted."""
+    kind, optional = _kind(field)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
+    return value
+
+
+_LIMITS = {
+    "at_least": (lambda value, limit: value >= limit, "at least"),
+    "above": (lambda value, limit: value > limit, "above"),
+    "at_most": (lambda value, limit: value <= limit, "at most"),
+    "below": (lambda value, limit: value < limit, "below"),
+    "choices": (lambda value, limit: value in limit, "one of"),
+}
+
+
+def _allowed(field):
+    parts = []
+    for key, (_, words) in _LIMITS.items():
+        if key in field.metadata:
+            limit = field.metadata[key]
+            parts.append(f"{words} {', '.join(limit) if key == 'choices' else limit}")
+    return ", ".join(parts)
+
+
+def _check_limits(field, value):
+    if value is None:
+        return
+    finite = not isinstance(value, float) or abs(value) < float("inf")  # false for NaN too
+    for key, (holds, _) in _LIMITS.items():
+        if not finite or (key in field.metadata and not holds(value, field.metadata[key])):
+            raise UserError(f"{field.name} = {value!r} is not possible: {_allowed(field) or 'a finite number'}.")

@@ -1,0 +1,191 @@
+"""Token files, and which of their windows belong to which step: pure functions of (seed, step), nothing to restore.
+
+    corpus = open_corpus("shakespeare_char")
+    starts = window_starts(len(corpus.train), seed=1337, step=0, total_bs=480, block_size=1024)
+    inputs, targets = take_windows(corpus.train, starts, block_size=1024)
+
+The generator is Philox, whose raw numbers NumPy keeps the same for ever; everything is derived from those.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.errors import UserError
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+GPT2_VOCAB_SIZE = 50257
+PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64: faster matrix products, the padding rows are never a target
+_ORDER, _LABELS = 0, 1  # what a stream of random numbers is for
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """train, val: uint16 memory maps; every id is below vocab_size; tokenizer as in meta.json ("gpt2" without one)."""
+
+    folder: Path
+    train: np.ndarray
+    val: np.ndarray
+    vocab_size: int
+    tokenizer: object
+
+    @property
+    def model_vocab_size(self):
+        """The rows of the model's embedding: the vocabulary, GPT-2's padded to 50304."""
+        return PADDED_GPT2_VOCAB_SIZE if self.vocab_size == GPT2_VOCAB_SIZE else self.vocab_size
+
+
+def open_corpus(dataset):
+    """Map data/`dataset`/train.bin and val.bin; UserError where they are missing, or are not what their name says."""
+    folder = DATA / dataset
+    meta = _read_meta(folder / "meta.json")
+    train, val = (_map_tokens(folder / f"{split}.bin", dataset) for split in ("train", "val"))
+    return Corpus(folder, train, val, meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE), meta.get("tokenizer", "gpt2"))
+
+
+def _read_meta(path):
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}  # nanoGPT's files: GPT-2 tokens
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); prepare the corpus again.") from None
+    size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if type(size) is not int or not 1 <= size <= 2**16:
+        raise UserError(
+            f"{path}: vocab_size = {size!r}, wants a whole number from 1 to 65536; prepare the corpus again."
+        )
+    return meta
+
+
+def _map_tokens(path, dataset):
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise UserError(f"{path} is missing; make it with: python data/{dataset}/prepare.py") from None
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes, which is no file of two-byte tokens; prepare the corpus again.")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def check_corpus(corpus, total_bs, block_size):
+    """Read both files once: {"train_sha256": ..., "val_sha256": ...}. UserError if too short or an id is out of range.
+
+    The result is remembered in `.checked.json` beside the files, by size and modification time.
+    """
+    need = total_bs * block_size + 1
+    if len(corpus.train) < need:
+        raise UserError(
+            f"{corpus.folder / 'train.bin'} has {len(corpus.train)} tokens, fewer than one step's {need} "
+            f"(total_bs = {total_bs} times block_size = {block_size}, and one); lower either or use more data."
+        )
+    if len(corpus.val) < block_size + 1:
+        raise UserError(
+            f"{corpus.folder / 'val.bin'} has {len(corpus.val)} tokens, fewer than block_size + 1 = {block_size + 1}; "
+            "lower block_size or use more data."
+        )
+    note = corpus.folder / ".checked.json"
+    try:
+        known = json.loads(note.read_text())
+    except (OSError, ValueError):
+        known = {}
+    result, fresh = {}, {}
+    for split in ("train", "val"):
+        path = corpus.folder / f"{split}.bin"
+        stat = path.stat()
+        entry = known.get(split) if isinstance(known, dict) else None
+        if not isinstance(entry, dict) or (entry.get("size"), entry.get("mtime_ns")) != (
+            stat.st_size,
+            stat.st_mtime_ns,
+        ):
+            largest, sha256 = _scan(path)
+            entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "largest": largest, "sha256": sha256}
+        if entry["largest"] >= corpus.vocab_size:
+            raise UserError(
+                f"{path} holds token {entry['largest']}, beyond the vocabulary of {corpus.vocab_size}; "
+                "prepare the corpus again, or mend its meta.json."
+            )
+        fresh[split] = entry
+        result[f"{split}_sha256"] = entry["sha256"]
+    if fresh != known:
+        try:
+            temporary = note.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(fresh))
+            os.replace(temporary, note)
+        except OSError:
+            pass  # a read-only corpus is checked again next time
+    return result
+
+
+def _scan(path):
+    """(largest id, SHA-256) of a token file."""
+    largest, digest = 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, "<u2").max()))
+    return largest, digest.hexdigest()
+
+
+def _raw(seed, stream, index, count, sub_index=0):
+    """`count` 64-bit numbers: (seed, stream) is Philox's key, (index, sub_index) the high words of its counter."""
+    generator = np.random.Philox(
+        key=np.array([seed, stream], np.uint64), counter=np.array([0, 0, sub_index, index], np.uint64)
+    )
+    return generator.random_raw(count)
+
+
+@functools.lru_cache(maxsize=2)  # a step can reach into the next epoch
+def _epoch(seed, epoch, n_tokens, block_size):
+    """(offset, order) of an epoch: windows start at offset + i * block_size, and are read in the order of i."""
+    raw = _raw(seed, _ORDER, epoch, 1 + n_tokens // block_size)
+    return int(raw[0] % np.uint64(n_tokens)), np.argsort(raw[1:], kind="stable")
+
+
+def window_starts(n_tokens, seed, step, total_bs, block_size):
+    """Where the `total_bs` sequences of a step start, (total_bs,) int64.
+
+    An epoch reads floor(n_tokens / block_size) windows that do not overlap, each once, in a random order; the file
+    is a ring, cut at a random place in each epoch, so that fewer than block_size tokens are left out of one.
+    """
+    per_epoch = n_tokens // block_size
+    starts = np.empty(total_bs, np.int64)
+    done = 0
+    while done < total_bs:
+        epoch, position = divmod(step * total_bs + done, per_epoch)
+        offset, order = _epoch(seed, epoch, n_tokens, block_size)
+        windows = order[position : position + total_bs - done]
+        starts[done : done + len(windows)] = (offset + windows * block_size) % n_tokens
+        done += len(windows)
+    return starts
+
+
+def evaluation_starts(n_tokens, eval_tokens, block_size):
+    """Where the windows of an evaluation start: the same ones every time, evenly spread over the split, no overlap."""
+    available = (n_tokens - 1) // block_size
+    count = max(1, min(eval_tokens // block_size, available))
+    return np.arange(count, dtype=np.int64) * available // count * block_size
+
+
+def take_windows(tokens, starts, block_size):
+    """inputs and targets, (len(starts), block_size) int64: the targets are the inputs one token on, in the ring."""
+    windows = np.empty((len(starts), block_size + 1), np.int64)
+    for row, start in zip(windows, starts, strict=True):
+        head = tokens[start : start + block_size + 1]
+        row[: len(head)] = head
+        row[len(head) :] = tokens[: block_size + 1 - len(head)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+def label_uniforms(seed, step, sequences, block_size):
+    """The random numbers in [0, 1) that draw the sampled labels of a step, (len(sequences), block_size) float32.
+
+    `sequences` are places in the step's global batch, so the labels do not depend on how it is shared out.
+    """
+    raw = np.stack([_raw(seed, _LABELS, step, block_size, sequence) for sequence in sequences])
+    return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32)

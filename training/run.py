@@ -1,0 +1,472 @@
+"""One training run: ranks, data, model, mixed precision, evaluation, metrics and checkpoints, for any optimizer.
+
+with Run(config) as run:
+    optimizer = torch.optim.AdamW(run.parameter_groups(), lr=config.learning_rate)
+    run.attach(optimizer)
+    for step in run.steps():
+        run.backward(run.train_batch(step))
+        run.clip_gradients()
+        run.apply(optimizer.step)
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig, cross_entropy, peak_flops
+from training import data
+from training.checkpoint import NEWEST, PREVIOUS, kept_checkpoints, load_checkpoint, save_checkpoint
+from training.distributed import World
+from training.errors import UserError
+from training.schedule import learning_rate
+from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Run:
+    """Everything of a training run that does not depend on the optimizer. Use as a context manager.
+
+    tokens_per_step: labels in one optimizer step, all ranks together.
+    step: the step at which the run starts, > 0 after a resume.
+    Raises UserError before anything is written where settings, data or out_dir do not allow the run.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.world = World(config.device, config.backend)
+        try:
+            self._set_up()
+        except BaseException:
+            self.world.__exit__()
+            raise
+
+    def _set_up(self):
+        config, world = self.config, self.world
+        config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
+        config.gradient_accumulation_steps = _accumulation(config, world.size)
+        self.tokens_per_step = config.total_bs * config.block_size
+        world.on_main(lambda: _check_out_dir(config))
+        self.corpus = data.open_corpus(config.dataset)
+        hashes = world.on_main(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
+
+        checkpoint = load_checkpoint(config.out_dir)[0] if config.init_from == "resume" else None
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        self.model = GPT(self._model_config(checkpoint))
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["model"])
+        self.model.to(world.device)
+        self._forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self._ddp = None
+        if world.distributed:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
+        self._autocast = torch.autocast(
+            world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
+        )
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+
+        self._resumed = checkpoint
+        self.step = checkpoint["step"] if checkpoint else 0
+        self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
+        self._clipped = torch.tensor(checkpoint["clipped_steps"] if checkpoint else 0.0, device=world.device)
+        self._grad_norm = None
+        self._loss = None
+        self._compiled = set()
+        self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
+        self._logged = None  # (step, seconds) of the last line that knows them
+        self._peak_flops = peak_flops(_device_name(world.device), config.dtype)
+        self._tracker = None
+        if world.is_main and not config.eval_only:
+            if config.init_from != "resume":
+                for path in _run_files(config.out_dir):
+                    path.unlink(missing_ok=True)
+            self._tracker = Tracker(
+                config, self._facts(hashes), self.step, checkpoint["wandb_id"] if checkpoint else None
+            )
+        self._say(
+            f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
+            f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
+            f"{config.batch_size} sequences x {config.block_size}; {config.dtype} on {_device_name(world.device)}"
+        )
+        if checkpoint:
+            before = {**checkpoint["config"], "init_from": config.init_from, "overwrite": config.overwrite}
+            changed = [key for key, value in before.items() if vars(config).get(key) != value]
+            self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
+
+    def _facts(self, hashes):
+        """What config.json says of the run beside its settings."""
+        return {
+            "git_commit": git_commit(),
+            "torch": torch.__version__,
+            "device_name": _device_name(self.world.device),
+            "world_size": self.world.size,
+            "command": sys.argv,
+            "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
+            "tokenizer": self.corpus.tokenizer,
+            "model": {
+                **dataclasses.asdict(self.model.config),
+                "num_params": self.model.num_params(),
+                "flops_per_token": self.model.flops_per_token(self.config.block_size),
+            },
+        }
+
+    def _model_config(self, checkpoint):
+        names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+        shape = {name: getattr(self.config, name) for name in names}
+        try:
+            wanted = GPTConfig(vocab_size=self.corpus.model_vocab_size, **shape)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for name, value in (checkpoint["model_args"] if checkpoint else {}).items():
+            if name != "dropout" and getattr(wanted, name) != value:
+                remedy = (
+                    f"give --{name}={value}"
+                    if name in names
+                    else f"use the data it was trained on, not {self.corpus.folder}"
+                )
+                raise UserError(
+                    f"the checkpoint in {self.config.out_dir} has {name} = {value}, this run would have "
+                    f"{getattr(wanted, name)}; {remedy}, or name another --out_dir."
+                )
+        return wanted
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self._tracker:
+            self._tracker.close()
+        self.world.__exit__()
+
+    def _say(self, text):
+        if self.world.is_main:
+            print(text, flush=True)
+
+    # ----- the optimizer
+
+    def parameter_groups(self):
+        """The model's parameters as groups for an optimizer: `matrices` (decayed), `embeddings`, `vectors`."""
+        return self.model.parameter_groups(self.config.weight_decay)
+
+    def attach(self, optimizer, statistics=dict):
+        """Make `optimizer` part of the run: its rate follows the schedule, its state is in checkpoints.
+
+        `statistics()` gives more numbers to log, by metric name; it is called only where a line is logged.
+        """
+        self.optimizer, self._statistics = optimizer, statistics
+        if self._resumed:
+            optimizer.load_state_dict(self._resumed["optimizer"])
+            self._scaler.load_state_dict(self._resumed["scaler"])
+            _set_rng_state(self._resumed["rng"], self.world)
+            self._resumed = None
+        else:
+            torch.manual_seed(self.config.seed + self.world.rank)  # from here on only dropout draws
+
+    # ----- the loop
+
+    def steps(self):
+        """Yield the steps to do. Around each: learning rate, evaluation, checkpoint, metrics."""
+        config = self.config
+        step = self.step
+        self._clock.start()
+        while True:
+            metrics = {"step": step, "tokens": step * self.tokens_per_step}
+            if step % config.eval_interval == 0 or step == config.max_iters or config.eval_only:
+                with self._clock.paused():
+                    metrics["val/loss"] = self.evaluate()
+                    improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
+                    if step > self.step and (improved or config.always_save_checkpoint):
+                        self._save(step)
+            if step == config.max_iters or config.eval_only:
+                self._log(metrics | {"seconds": self._clock.seconds})
+                return
+            rate = learning_rate(step, config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            yield step
+            if step % config.log_interval == 0 or "val/loss" in metrics:
+                self._log(metrics | self._training_metrics(step))
+            step += 1
+
+    def _pieces(self, count):
+        """This rank's places in a batch of `count` sequences, in equal pieces of at most batch_size; their weights.
+
+        With these weights the mean over the ranks of the sums over the pieces is the mean over the batch.
+        """
+        share = self.world.share(count)
+        n = next(
+            n for n in range(1, len(share) + 1) if len(share) % n == 0 and len(share) // n <= self.config.batch_size
+        )
+        size = len(share) // n
+        return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size / count
+
+    def _windows(self, step):
+        config = self.config
+        return data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
+
+    def _tensor(self, array):
+        tensor = torch.from_numpy(array)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
+
+    def train_batch(self, step):
+        """This rank's share of the step's batch: a list of (inputs, targets, weight), (B, T) int64 each and a float."""
+        starts = self._windows(step)
+        pieces, weight = self._pieces(self.config.total_bs)
+        return [(*self._inputs_and_targets(starts[piece]), weight) for piece in pieces]
+
+    def _inputs_and_targets(self, starts):
+        inputs, targets = data.take_windows(self.corpus.train, starts, self.config.block_size)
+        return self._tensor(inputs), self._tensor(targets)
+
+    def curvature_batch(self, step, sequences):
+        """This rank's share of the first `sequences` of the step's own batch: (inputs, uniforms, weight), (B, T) each.
+
+        The uniforms draw the labels of `sophia.sampled_label_loss`; they belong to the sequence, whatever rank has it.
+        """
+        starts, config = self._windows(step), self.config
+        pieces, weight = self._pieces(sequences)
+        batch = []
+        for piece in pieces:
+            inputs, _ = self._inputs_and_targets(starts[piece])
+            uniforms = data.label_uniforms(config.seed, step, piece, config.block_size)
+            batch.append((inputs, self._tensor(uniforms), weight))
+        return batch
+
+    def backward(self, batch, loss=cross_entropy):
+        """Leave in `.grad` the gradient of the mean of `loss(logits, targets)` over the batch of all ranks.
+
+        The ranks sync once, in the last piece. Under fp16 the gradient is computed scaled and left unscaled.
+        """
+        if self.config.compile and loss not in self._compiled:
+            self._compile(batch[0], loss)
+        self._loss, self._grad_norm = torch.zeros((), device=self.world.device), None
+        for i, (inputs, targets, weight) in enumerate(batch):
+            with self._sync(last=i + 1 == len(batch)):
+                value = self._piece_loss(inputs, targets, loss) * weight
+                self._scaler.scale(value).backward()
+            self._loss += value.detach()
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
+            self._scaler.update()
+
+    def _sync(self, last):
+        """The ranks exchange gradients in the backward pass of the last piece only."""
+        return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
+
+    def _piece_loss(self, inputs, targets, loss):
+        with self._autocast:
+            return (self._ddp or self._forward)(inputs, targets, loss)[1]
+
+    def _compile(self, piece, loss):
+        """Compile the graphs of `loss` by a pass that leaves nothing behind, outside of the training time."""
+        inputs, targets, _ = piece
+        devices = _rng_devices(self.world.device)
+        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last=False):
+            self._piece_loss(inputs, targets, loss).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._compiled.add(loss)
+
+    def _gradients(self):
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _measure_gradients(self):
+        if self._grad_norm is None:
+            self._grad_norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
+        return self._grad_norm
+
+    def clip_gradients(self):
+        """Scale the gradients down to a global norm of at most `grad_clip`."""
+        norm = self._measure_gradients()
+        if self.config.grad_clip:
+            self._clipped += norm > self.config.grad_clip
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm, foreach=True)
+
+    def apply(self, method, **arguments):
+        """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
+
+        Where the gradients are not finite the call has no effect, on all ranks alike. An optimizer that knows
+        torch's `found_inf` protocol is told so on the device; for others the host has to look.
+        """
+        found_inf = (~torch.isfinite(self._measure_gradients())).float()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, found_inf
+            method(**arguments)
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not found_inf.item():
+            method(**arguments)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # ----- what it reports
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
+        config, world = self.config, self.world
+        starts = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)[
+            world.rank :: world.size
+        ]
+        exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
+        total = torch.zeros(2, dtype=exact, device=world.device)
+        self.model.eval()
+        for first in range(0, len(starts), config.batch_size):
+            piece = starts[first : first + config.batch_size]
+            inputs, targets = data.take_windows(self.corpus.val, piece, config.block_size)
+            missing = config.batch_size - len(piece)  # fill up: another shape would be compiled anew
+            inputs, targets = (
+                torch.nn.functional.pad(torch.from_numpy(array), (0, 0, 0, missing), value=fill)
+                for array, fill in ((inputs, 0), (targets, -1))
+            )
+            with self._autocast:
+                _, loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
+            total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
+        self.model.train()
+        loss, tokens = world.sum(total).tolist()
+        return loss / tokens
+
+    def _training_metrics(self, step):
+        """The numbers of the step just done; one wait for the device, on all ranks."""
+        config, world = self.config, self.world
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = {
+            "train/loss": world.sum(self._loss.clone()) / world.size,
+            "grad_norm": self._grad_norm,
+            "train/clip_rate": self._clipped / (step + 1),
+            "param_norm": torch.nn.utils.get_total_norm(parameters, foreach=True),
+        }
+        momenta = [state["exp_avg"] for state in self.optimizer.state.values() if "exp_avg" in state]
+        if momenta:
+            numbers["momentum_norm"] = torch.nn.utils.get_total_norm(momenta, foreach=True)
+        values = torch.stack([number.float() for number in numbers.values()]).tolist()
+        seconds = self._clock.seconds
+        metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds}
+        if self._logged and seconds > self._logged[1]:
+            speed = (step - self._logged[0]) * self.tokens_per_step / (seconds - self._logged[1])
+            metrics["tokens_per_second"] = speed
+            if self._peak_flops:
+                metrics["mfu"] = speed * self.model.flops_per_token(config.block_size) / self._peak_flops / world.size
+        if world.device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._logged = (step, seconds)
+        return metrics
+
+    def _log(self, metrics):
+        if self.world.is_main:
+            self._tracker.log(metrics)
+            self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
+
+    def _save(self, step):
+        """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
+        rng = self.world.gather(_rng_state(self.world))
+        if not self.world.is_main:
+            return
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "step": step,
+            "model_args": dataclasses.asdict(self.model.config),
+            "config": vars(self.config),
+            "tokenizer": self.corpus.tokenizer,
+            "best_val_loss": self._best,
+            "clipped_steps": self._clipped.item(),
+            "seconds": self._clock.seconds,
+            "rng": rng,
+            "wandb_id": self._tracker.wandb_id,
+        }
+        save_checkpoint(self.config.out_dir, checkpoint, self.config.keep_checkpoints)
+
+
+def _resolve_dtype(dtype, device):
+    if dtype != "auto":
+        if dtype == "float16" and device.type != "cuda":
+            raise UserError(
+                f"dtype = 'float16' needs a cuda device, this is {device}; use --dtype=bfloat16 or float32."
+            )
+        return dtype
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def _accumulation(config, ranks):
+    """gradient_accumulation_steps, derived from total_bs, or checked against it where it was given."""
+    once = config.batch_size * ranks
+    steps, rest = divmod(config.total_bs, once)
+    given = config.gradient_accumulation_steps
+    if given is not None and given * once != config.total_bs:
+        fit = f"use --total_bs={given * once}" + (f" or --gradient_accumulation_steps={steps}." if not rest else ".")
+        raise UserError(
+            f"total_bs = {config.total_bs} is not batch_size {config.batch_size} x gradient_accumulation_steps {given} "
+            f"x {ranks} ranks = {given * once}; {fit}"
+        )
+    if rest:
+        sizes = [size for size in range(1, config.total_bs + 1) if config.total_bs % (size * ranks) == 0]
+        fit = (
+            f"batch_size can be {', '.join(map(str, sizes))}."
+            if sizes
+            else f"use a total_bs that is a multiple of {ranks}, or another number of ranks."
+        )
+        raise UserError(
+            f"total_bs = {config.total_bs} sequences cannot be split into batch_size {config.batch_size} "
+            f"x {ranks} ranks; {fit}"
+        )
+    return steps
+
+
+def _run_files(out_dir):
+    """The files that a run has left in `out_dir`."""
+    named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, METRICS, CONFIG)]
+    return [path for path in named if path.exists()] + kept_checkpoints(out_dir)
+
+
+def _check_out_dir(config):
+    """UserError where out_dir holds another run, has nothing to resume, or cannot be written."""
+    folder = Path(config.out_dir)
+    if config.init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
+        raise UserError(
+            f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
+            "or name another --out_dir."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"out_dir = {config.out_dir!r} cannot be written ({error.strerror}); name another one."
+        ) from None
+
+
+def _device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _rng_devices(device):
+    return [device] if device.type == "cuda" else []
+
+
+def _rng_state(world):
+    return [torch.get_rng_state()] + [torch.cuda.get_rng_state(device) for device in _rng_devices(world.device)]
+
+
+def _set_rng_state(states, world):
+    """Each rank's own random state; with another number of ranks than before, a fresh one."""
+    if len(states) != world.size:
+        torch.manual_seed(torch.initial_seed() + world.rank)
+        return
+    own = states[world.rank]
+    torch.set_rng_state(own[0].cpu())
+    for device, state in zip(_rng_devices(world.device), own[1:], strict=False):
+        torch.cuda.set_rng_state(state.cpu(), device)

@@ -1,0 +1,137 @@
+"""What a run writes down: metrics.jsonl and config.json in out_dir, a line on the screen, and wandb on request.
+
+tracker = Tracker(config, facts={"git_commit": ...}, start_step=0)
+tracker.log({"step": 0, "train/loss": 10.8, ...})
+"""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+METRICS, CONFIG = "metrics.jsonl", "config.json"
+
+
+class Clock:
+    """Seconds of training: runs but where it is paused, and waits for the device before it starts or stops."""
+
+    def __init__(self, synchronize, seconds=0.0):
+        self._synchronize, self._seconds, self._since = synchronize, seconds, None
+
+    def start(self):
+        self._synchronize()
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self):
+        """Up to now, without waiting for the device: exact after something else did."""
+        return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self):
+        self._synchronize()
+        self._seconds, self._since = self.seconds, None
+        yield
+        self.start()
+
+
+class Tracker:
+    """Writes metrics of rank 0; the lines of steps from `start_step` on are cut first, so that no step stands twice."""
+
+    def __init__(self, config, facts, start_step=0, wandb_id=None):
+        self.out_dir = Path(config.out_dir)
+        path = self.out_dir / METRICS
+        lines = [json.dumps(line) for line in read_metrics(path) if line["step"] < start_step] if path.exists() else []
+        write_atomically(path, "".join(line + "\n" for line in lines))
+        write_atomically(self.out_dir / CONFIG, json.dumps({"config": vars(config), **facts}, indent=2) + "\n")
+        self._file = open(path, "a", encoding="utf-8")
+        self._wandb = _start_wandb(config, facts, wandb_id) if config.wandb_log else None
+
+    @property
+    def wandb_id(self):
+        return self._wandb.id if self._wandb else None
+
+    def log(self, metrics):
+        """Append one line; a number that is not finite becomes null, which JSON can hold."""
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(metrics, step=metrics["step"])
+
+    def close(self):
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(config, facts, wandb_id):
+    try:
+        import wandb
+
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or Path(config.out_dir).name,
+            group=config.optimizer_name,
+            config={**vars(config), **facts},
+            id=wandb_id,
+            resume="allow",
+            dir=config.out_dir,
+        )
+    except Exception as error:
+        print(f"warning: training goes on without wandb ({type(error).__name__}: {error}).", file=sys.stderr)
+        return None
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; a last line that was cut off in mid-write is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
+    return lines
+
+
+def write_atomically(path, text):
+    """The file at `path` is the old one or, all of it, the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def git_commit():
+    """The commit of the code that runs, "-dirty" where files differ from it; None outside a git checkout."""
+
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def console_line(metrics, max_iters, tokens_per_step):
+    """One line for a person, e.g. 'step 100/2000  train/loss 2.31  lr 1.0e-03  12.3k tok/s  left 0:03:10'."""
+    words = [f"step {metrics['step']:>{len(str(max_iters))}}/{max_iters}"]
+    if "val/loss" in metrics:
+        words.append(f"val/loss {metrics['val/loss']:.4f}")
+    if "train/loss" in metrics:
+        words.append(f"train/loss {metrics['train/loss']:.4f}")
+        words.append(f"lr {metrics['lr']:.2e}  grad_norm {metrics['grad_norm']:.2f}")
+    if "train/win_rate" in metrics:
+        words.append(f"win_rate {metrics['train/win_rate']:.2f}")
+    if "tokens_per_second" in metrics:
+        left = (max_iters - metrics["step"]) * tokens_per_step / metrics["tokens_per_second"]
+        words.append(f"{metrics['tokens_per_second'] / 1e3:.1f}k tok/s")
+        if "mfu" in metrics:
+            words.append(f"mfu {100 * metrics['mfu']:.1f}%")
+        words.append(f"left {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
+    return "  ".join(words)
