@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps these transposed, (in, out)
+
 
 @dataclass
 class GPTConfig:
@@ -145,10 +147,8 @@ class GPT(nn.Module):
         for name, p in sorted(self.named_parameters()):
             embedding = name in ("transformer.wte.weight", "transformer.wpe.weight")
             groups["embeddings" if embedding else "matrices" if p.dim() > 1 else "vectors"].append(p)
-        return [
-            {"name": name, "params": params, "weight_decay": weight_decay if name == "matrices" else 0.0}
-            for name, params in groups.items()
-        ]
+        decay = {"matrices": weight_decay, "embeddings": 0.0, "vectors": 0.0}
+        return [{"name": name, "params": groups[name], "weight_decay": decay[name]} for name in groups]
 
     def flops_per_token(self, block_size=None):
         """FLOPs of forward and backward for one token of a sequence: 6N + 12 L H Q T (PaLM, arXiv:2204.02311, app. B),
@@ -158,10 +158,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
-        """Continue idx (B, T) int64 by sampling -> (B, T + max_new_tokens). Without dropout, whatever the mode.
-
-        Only the last `block_size` tokens are seen. `temperature` 0 takes the likeliest token; `top_k` samples among
-        the k likeliest; `seed` makes the text reproducible on a device (None: torch's global generator)."""
+        """Continue idx (B, T) int64 -> (B, T + max_new_tokens), each token from the last `block_size`, in eval mode.
+        `temperature` 0 takes the likeliest token, `top_k` samples among the k likeliest, `seed` makes the text
+        reproducible on a device (None: torch's global generator)."""
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature must be >= 0 and top_k >= 1, got temperature={temperature}, top_k={top_k}")
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
@@ -188,30 +187,27 @@ class GPT(nn.Module):
         sizes = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
         if model_type not in sizes:
             raise ValueError(f"no pretrained model is called {model_type!r}, choose one of {', '.join(sizes)}")
-        _, GPT2LMHeadModel = import_transformers()
+        from transformers import GPT2LMHeadModel
+
         try:
-            hf_model = GPT2LMHeadModel.from_pretrained(model_type)
+            return cls.from_hf(GPT2LMHeadModel.from_pretrained(model_type), dropout)
         except OSError as error:
-            raise ValueError(
-                f"the weights of {model_type!r} are neither in the Hugging Face cache nor downloadable; connect to "
-                f"huggingface.co once, or put them into the cache that HF_HOME names"
-            ) from error
-        return cls.from_hf(hf_model, dropout)
+            missing = f"the weights of {model_type} are neither in Hugging Face's cache (HF_HOME) nor downloadable now"
+            raise ValueError(f"{missing}: run this once with access to huggingface.co") from error
 
     @classmethod
     def from_hf(cls, hf_model, dropout=0.0):
         """A float32 copy of a `transformers.GPT2LMHeadModel`. ValueError names a setting that GPT does not have."""
+        from transformers import GPT2LMHeadModel
+
+        if not isinstance(hf_model, GPT2LMHeadModel):
+            raise ValueError(f"from_hf takes a GPT2LMHeadModel, got a {type(hf_model).__name__}")
         hf = hf_model.config
-        for name, allowed in (
-            ("model_type", ("gpt2",)),
-            ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),  # two names of one function
-            ("layer_norm_epsilon", (1e-5,)),
-            ("n_inner", (None, 4 * hf.n_embd)),
-            ("scale_attn_weights", (True,)),
-            ("add_cross_attention", (False,)),
-            ("reorder_and_upcast_attn", (False,)),
-            ("tie_word_embeddings", (True,)),
-        ):
+        for name, allowed in dict(
+            activation_function=("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+            n_inner=(None, 4 * hf.n_embd), layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,),
+            add_cross_attention=(False,), reorder_and_upcast_attn=(False,), tie_word_embeddings=(True,),
+        ).items():  # fmt: skip
             if getattr(hf, name) not in allowed:
                 expected = " or ".join(map(repr, allowed))
                 raise ValueError(f"the Hugging Face model has {name}={getattr(hf, name)!r}, GPT can only be {expected}")
@@ -224,11 +220,12 @@ class GPT(nn.Module):
     def to_hf(self, vocab_size=None):
         """A copy as `transformers.GPT2LMHeadModel`, in eval mode. `vocab_size` cuts the rows that pad the vocabulary
         (50257 for GPT-2's tokenizer); without it they stay. A model without biases gets zeros: the same function."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
         config = self.config
         vocab_size = vocab_size or config.vocab_size
         if vocab_size > config.vocab_size:
             raise ValueError(f"vocab_size={vocab_size} is more than the {config.vocab_size} tokens of the model")
-        GPT2Config, GPT2LMHeadModel = import_transformers()
         end_of_text = 50256 if vocab_size > 50256 else None  # GPT-2's; other vocabularies have none
         with torch.device("meta"):
             hf_model = GPT2LMHeadModel(GPT2Config(
@@ -243,8 +240,7 @@ class GPT(nn.Module):
                 weights[name] = torch.zeros(like.shape, device=self.lm_head.weight.device)
             elif name.endswith(CONV1D):
                 weights[name] = weights[name].t()
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            weights[name] = weights[name][:vocab_size]
+        weights["transformer.wte.weight"] = weights["lm_head.weight"] = weights["lm_head.weight"][:vocab_size]
         return assign(hf_model, weights, self.lm_head.weight.dtype).eval()
 
 
@@ -258,18 +254,6 @@ def sample(logits, temperature, top_k, generator):
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no small temperature overflows
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
-
-
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps these transposed, (in, out)
-
-
-def import_transformers():
-    """transformers' (GPT2Config, GPT2LMHeadModel), imported only when weights go from or to Hugging Face."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise ValueError("weights from and to Hugging Face need the package transformers, please install it") from error
-    return GPT2Config, GPT2LMHeadModel
 
 
 def assign(model, weights, dtype):
