@@ -15,7 +15,7 @@ import numpy as np
 
 from training.errors import UserError
 
-GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken names its cache's files by it
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # names the files of its cache
 PIECE = 1 << 18  # characters; no piece holds a run of 10^6 blanks, at which tiktoken's regex engine overflows its stack
 
 
