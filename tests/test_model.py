@@ -71,6 +71,16 @@ def test_logits_of_our_weights_in_hugging_face(bias, scale_attn):
     assert model.transformer.wte.weight.abs().sum() > 0, "to_hf must copy"
 
 
+def test_dropout_falls_where_hugging_face_drops():
+    model, idx = small_gpt(dropout=0.3).train(), tokens(2, 32)
+    hf_model = model.to_hf().train()
+    torch.manual_seed(0)
+    expected = hf_model(idx).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    assert (model(idx, idx)[0] - expected).abs().max() > 0.1, "another seed, another mask"
+
+
 def test_layer_scale_changes_the_logits():
     idx = tokens(2, 32)
     plain, scaled = small_gpt(), small_gpt(scale_attn_by_inverse_layer_idx=True)
@@ -182,10 +192,11 @@ def test_cross_entropy_skips_minus_one_and_is_exact_for_bfloat16():
     by_hand = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets >= 0].mean()
     torch.testing.assert_close(cross_entropy(logits, targets), by_hand, rtol=1e-12, atol=0)
     rounded = logits.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = cross_entropy(rounded, targets)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), cross_entropy(rounded.double(), targets), rtol=1e-6, atol=0)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = cross_entropy(rounded, targets)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), cross_entropy(rounded.double(), targets), rtol=1e-6, atol=0)
 
 
 def test_any_loss_of_logits_and_targets():
