@@ -114,7 +114,7 @@ def describe(name, args, files):
 
 
 def read_documents(files, field):
-    """Yield the text of every document in `files`, in their order; empty ones are left out.
+    """Yield the text of every document in `files`, in their order.
 
     Raises UserError that names the file, and the line or row, of what cannot be read.
     """
@@ -124,8 +124,7 @@ def read_documents(files, field):
             try:
                 with open(path, "rb") as file, opener(file) as stream:
                     for number, text in enumerate(READERS[_kind(path)](path, stream, field), 1):  # noqa: B007
-                        if text and not text.isspace():
-                            yield text
+                        yield text
                         position = file.tell()
                         bar.update(position - done)
                         done = position
@@ -341,9 +340,11 @@ def _tokenized(documents, tokenizer, num_proc):
 
 
 def _tasks(documents, tokenizer):
-    """Group the pieces of documents into lists of (split, piece); a document's end is (split, None)."""
+    """Group the pieces of documents, blank ones aside, into lists of (split, piece); (split, None) ends a document."""
     task, size = [], 0
     for split, text in documents:
+        if not text or text.isspace():
+            continue
         for piece in tokenizer.pieces(text):
             task.append((split, piece))
             size += len(piece) + 1

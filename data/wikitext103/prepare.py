@@ -1,0 +1,73 @@
+"""WikiText-103 (raw) in GPT-2 tokens: about 28,500 articles for training, 60 for validation.
+
+    python data/wikitext103/prepare.py                      # Salesforce/wikitext from the Hugging Face hub
+    python data/wikitext103/prepare.py --source PATH...     # from files, read as data/text/prepare.py does
+
+WikiText comes as lines: those from an article's title (" = Title = ") to the next become one document. Files with
+"train" and "valid" in their names are those splits, with "test" are left out; where "train" or "valid" is missing, a
+hash of each document decides, with --val_fraction.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tqdm import tqdm
+
+from data import corpus
+from training.errors import command
+
+NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
+TITLE = re.compile(r"^ = [^=\n].* = $", re.MULTILINE)
+LINE = re.compile(r"[^\n]*\n")
+
+
+def articles(texts):
+    """Yield the articles that `texts` (lines, whole files) are parts of; a text before any title is one by itself."""
+    article, previous = [], ""
+    for text in texts:
+        if not article and not TITLE.search(text):
+            yield text
+            continue
+        text = text if text.endswith("\n") else (text or " ") + "\n"  # the hub has "" for the blank line " \n"
+        for line in LINE.findall(text):
+            if article and TITLE.match(line) and not previous.strip():
+                yield "".join(article)
+                article = []
+            article.append(line)
+            previous = line
+    yield "".join(article)
+
+
+def from_hub():
+    dataset = corpus.load_from_hub(NAME, CONFIG)
+    for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
+        rows = (row["text"] for row in tqdm(part, desc=split, disable=None))
+        yield from ((split, article) for article in articles(rows))
+
+
+def from_files(files, args):
+    named = {"train": "train", "val": "valid"}
+    named = {split: [path for path in files if name in path.name.lower()] for split, name in named.items()}
+    if not all(named.values()):
+        return corpus.split_by_hash(articles(corpus.read_documents(files, args.field)), args.val_fraction)
+    parts = ((split, corpus.read_documents(paths, args.field)) for split, paths in named.items())
+    return ((split, article) for split, texts in parts for article in articles(texts))
+
+
+def main():
+    parser = corpus.arguments(__doc__, __file__)
+    corpus.add_source_arguments(parser, val_fraction=0.005, required=False)
+    args = parser.parse_args()
+    if args.source:
+        files = [path for path in corpus.find_files(args.source) if "test" not in path.name.lower()]
+        source, documents = corpus.describe("WikiText-103", args, files), from_files(files, args)
+    else:
+        source, documents = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub()
+    if not corpus.is_prepared(args, source):
+        corpus.write(args, documents, "gpt2", source)
+
+
+if __name__ == "__main__":
+    command(main)
