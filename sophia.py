@@ -10,7 +10,10 @@ Algorithm 2, `SophiaH` with Algorithm 1). The parametrization is the official co
 The only import is torch. `fused=True` also imports Triton, at the first step.
 """
 
+import contextlib
 import functools
+import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +33,13 @@ _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 class _Bucket:
     """Tensors of one parameter group that share a device, dtypes and shards: what one foreach call or launch takes."""
 
-    def __init__(self, index, group, device, shards):
-        self.index, self.group, self.device, self.shards = index, group, device, shards
+    def __init__(self, key, index, group, device, shards, alignment):
+        self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
         self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors, all alike
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
+        self.alignment = alignment  # bytes that the fused kernels read at once, 0: not theirs
+        self.rows = []  # for them: 8 integers a tensor, see _PointerTable
+        self.table = None
 
 
 class _Sophia(Optimizer):
@@ -51,11 +57,10 @@ class _Sophia(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}, expected None or a number above 0")
-        if fused:
-            raise RuntimeError("`fused=True` is not there yet")
         # How a step is computed is a property of this process, not of the training state: these are not saved in
         # state_dict(), so that a checkpoint of a fused run on a GPU loads into an optimizer on the CPU.
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
+        self._tables = {}  # bucket key -> _PointerTable
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
 
@@ -70,6 +75,12 @@ class _Sophia(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
+        for param in group["params"] if self.fused else ():
+            if param.device.type not in _fused_devices() or not param.is_floating_point():
+                raise RuntimeError(
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                    f"{_fused_devices()} but {param.dtype} and {param.device.type}"
+                )
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -83,6 +94,7 @@ class _Sophia(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self._tables = {}
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
@@ -127,22 +139,32 @@ class _Sophia(Optimizer):
                     tensors, shards = _local_shards(*tensors)
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
-                key = (index, param.device, *(t.dtype for t in tensors), shards)
+                counts = (state["step"], state["hessian_step"] if group["bias_correction"] else state["step"])
+                row, alignment = _pointers(tensors, counts) if self.fused else (None, 0)
+                key = (index, param.device, *(t.dtype for t in tensors), shards, alignment)
                 bucket = buckets.get(key)
                 if bucket is None:
-                    bucket = buckets[key] = _Bucket(index, group, param.device, shards)
+                    bucket = buckets[key] = _Bucket(key, index, group, param.device, shards, alignment)
                 bucket.params.append(tensors[0])
                 bucket.grads.append(tensors[1])
                 bucket.exp_avgs.append(tensors[2])
                 bucket.hessians.append(tensors[3])
-                bucket.steps.append(state["step"])
+                bucket.steps.append(counts[0])
                 if group["bias_correction"]:
-                    bucket.hessian_steps.append(state["hessian_step"])
+                    bucket.hessian_steps.append(counts[1])
+                if alignment:
+                    bucket.rows += row
+        for bucket in buckets.values():
+            if bucket.alignment:
+                bucket.table = self._tables.setdefault(bucket.key, _PointerTable()).upload(bucket)
         return list(buckets.values())
 
-    def _use_foreach(self, bucket):
+    def _implementation(self, bucket, fused, foreach, single_tensor):
         """torch's rule: as asked, else foreach on accelerators and one tensor after the other on the CPU."""
-        return bucket.device.type in ("cuda", "xpu") if self.foreach is None else self.foreach
+        if bucket.table is not None:
+            return fused
+        by_default = bucket.device.type in ("cuda", "xpu")
+        return foreach if self.fused or self.foreach or (self.foreach is None and by_default) else single_tensor
 
     def _amp(self, device):
         """(grad_scale, skip) on the device: a float scalar or None, a boolean scalar or None."""
@@ -155,8 +177,7 @@ class _Sophia(Optimizer):
         """Set `grad_norm` and return the factor of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
         squares = {}  # shards -> sum of squares over the local parts
         for bucket in buckets:
-            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in bucket.grads])
-            square = norms.double().square().sum()
+            square = self._implementation(bucket, _fused_square, _foreach_square, _foreach_square)(bucket)
             squares[bucket.shards] = squares.get(bucket.shards, 0.0) + _to(square, buckets[0].device)
         total = _sum([_reduce(square, shards) for shards, square in squares.items()] or [torch.zeros(())])
         grad_scale, _ = self._amp(total.device)
@@ -178,28 +199,26 @@ class _Sophia(Optimizer):
                 lr = lr.item() if lr.device.type == "cpu" else lr.to(device)
             if skip is not None:
                 lr = torch.where(skip, 0.0, lr)
-            rhos = group["rho"] * rho_scale
-            if group["bias_correction"]:
-                rhos = [rhos / (1 - group["betas"][1] ** n.clamp(min=1)) for n in bucket.hessian_steps]
-            step = _foreach_step if self._use_foreach(bucket) else _single_tensor_step
-            step(
-                bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians,
-                lr=lr, beta1=group["betas"][0], weight_decay=group["weight_decay"], rhos=rhos, eps=group.get("eps"),
-                maximize=group["maximize"], factor=factor, skip=skip,
-            )  # fmt: skip
-            torch._foreach_add_(bucket.steps, 1.0 if skip is None else (~skip).float())
+            self._implementation(bucket, _fused_step, _foreach_step, _single_tensor_step)(
+                bucket,
+                lr=lr,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                rho=group["rho"] * rho_scale,
+                eps=group.get("eps"),
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                factor=factor,
+                skip=skip,
+            )
 
     def _update_hessian(self, buckets, scale, squared):
         for bucket in buckets:
             beta2 = bucket.group["betas"][1]
             grad_scale, skip = self._amp(bucket.device)
-            factor = scale
-            if grad_scale is not None:
-                factor = factor / (grad_scale * grad_scale if squared else grad_scale)
-            update = _foreach_hessian if self._use_foreach(bucket) else _single_tensor_hessian
-            update(bucket.hessians, bucket.grads, beta2=beta2, factor=factor, squared=squared, skip=skip)
-            if bucket.hessian_steps:
-                torch._foreach_add_(bucket.hessian_steps, 1.0 if skip is None else (~skip).float())
+            factor = None if grad_scale is None else 1.0 / grad_scale
+            update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
+            update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
 
     @torch.no_grad()
     def _statistics(self, rho_scale):
@@ -210,15 +229,10 @@ class _Sophia(Optimizer):
                     momenta[param] = self.state[param]["exp_avg"]
                     counts[index] += param.numel() * (2 if param.is_complex() else 1)
         for bucket in self._gather(momenta):
-            group, beta2 = bucket.group, bucket.group["betas"][1]
-            sums = torch.zeros(4, dtype=torch.double, device=bucket.device)
-            for i, (m, h) in enumerate(zip(bucket.exp_avgs, bucket.hessians, strict=True)):
-                bound = h * (group["rho"] * rho_scale)
-                if bucket.hessian_steps:
-                    bound = bound / (1 - beta2 ** bucket.hessian_steps[i].clamp(min=1))
-                wins = (m.abs() < bound.clamp(min=group.get("eps", 0.0))).sum()
-                h1, h2, m2 = (torch.linalg.vector_norm(t, n, dtype=torch.float32) for t, n in ((h, 1), (h, 2), (m, 2)))
-                sums += torch.stack([wins.double(), h1.double(), h2.double().square(), m2.double().square()])
+            group = bucket.group
+            sums = self._implementation(bucket, _fused_sums, _single_tensor_sums, _single_tensor_sums)(
+                bucket, beta2=group["betas"][1], rho=group["rho"] * rho_scale, eps=group.get("eps")
+            )
             if bucket.shards not in totals:
                 totals[bucket.shards] = sums.new_zeros(len(counts), 4)
             totals[bucket.shards][bucket.index] += _to(sums, totals[bucket.shards].device)
@@ -290,13 +304,25 @@ class SophiaH(_Sophia):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One step, written twice: tensor by tensor (the reference) and for lists. Arithmetic is at least float32.
+# Each operation tensor by tensor (the reference) and for lists of tensors. Arithmetic is in float32 or better.
+# factor: scalar tensor on the gradients, or None. skip: boolean scalar tensor, or None; where True nothing changes,
+# whatever the gradients hold, because the averages are pulled towards themselves and lr is 0.
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _single_tensor_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_decay, rhos, eps, maximize,
-                        factor, skip):  # fmt: skip
-    for i, (param, grad, exp_avg, hessian) in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
+def _corrected(rho, beta2, hessian_steps):
+    """rho over the bias correction of the curvature, 1 - beta2^n: per tensor where n is kept, else rho itself."""
+    return [rho / (1 - beta2 ** n.clamp(min=1)) for n in hessian_steps] or rho
+
+
+def _count(steps, skip):
+    torch._foreach_add_(steps, 1.0 if skip is None else (~skip).float())
+
+
+def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+    rhos = _corrected(rho, beta2, bucket.hessian_steps)
+    tensors = zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True)
+    for i, (param, grad, exp_avg, hessian) in enumerate(tensors):
         dtype = torch.promote_types(param.dtype, torch.float32)
         p, g, m, h = param.to(dtype), grad.to(dtype), exp_avg.to(dtype), hessian.to(dtype)
         if factor is not None:
@@ -304,7 +330,7 @@ def _single_tensor_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_
         if maximize:
             g = -g
         if skip is not None:
-            g = torch.where(skip, m, g)  # leaves m as it is, whatever was in g; lr is 0 then
+            g = torch.where(skip, m, g)
         m.lerp_(g, 1 - beta1)
         denominator = h * (rhos[i] if isinstance(rhos, list) else rhos)
         denominator = denominator.add_(_EPS) if eps is None else denominator.clamp_(min=eps)
@@ -318,12 +344,13 @@ def _single_tensor_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_
             param.copy_(p)
         if m is not exp_avg:
             exp_avg.copy_(m)
+    _count(bucket.steps, skip)
 
 
-def _foreach_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_decay, rhos, eps, maximize,
-                  factor, skip):  # fmt: skip
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    p, g, m, h = ([t.to(dtype) for t in ts] for ts in (params, grads, exp_avgs, hessians))
+def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+    dtype = torch.promote_types(bucket.params[0].dtype, torch.float32)
+    lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians)
+    p, g, m, h = ([t.to(dtype) for t in tensors] for tensors in lists)
     if factor is not None:
         g = torch._foreach_mul(g, factor.to(dtype))
     if maximize:
@@ -331,12 +358,12 @@ def _foreach_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_decay,
     if skip is not None:
         g = [torch.where(skip, a, b) for a, b in zip(m, g, strict=True)]
     torch._foreach_lerp_(m, g, 1 - beta1)
-    update = torch._foreach_mul(h, rhos)
+    denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps))
     if eps is None:
-        torch._foreach_add_(update, _EPS)
+        torch._foreach_add_(denominator, _EPS)
     else:
-        torch._foreach_clamp_min_(update, eps)
-    update = torch._foreach_div(m, update)
+        torch._foreach_clamp_min_(denominator, eps)
+    update = torch._foreach_div(m, denominator)
     torch._foreach_clamp_min_(update, -1)
     torch._foreach_clamp_max_(update, 1)
     if isinstance(lr, Tensor):
@@ -347,37 +374,64 @@ def _foreach_step(params, grads, exp_avgs, hessians, *, lr, beta1, weight_decay,
     else:
         torch._foreach_mul_(p, 1 - lr * weight_decay)
         torch._foreach_sub_(p, update, alpha=lr)
-    if params[0].dtype != dtype:
-        torch._foreach_copy_(params, p)
-    if exp_avgs[0].dtype != dtype:
-        torch._foreach_copy_(exp_avgs, m)
+    if p[0] is not bucket.params[0]:
+        torch._foreach_copy_(bucket.params, p)
+    if m[0] is not bucket.exp_avgs[0]:
+        torch._foreach_copy_(bucket.exp_avgs, m)
+    _count(bucket.steps, skip)
 
 
-def _single_tensor_hessian(hessians, grads, *, beta2, factor, squared, skip):
-    for hessian, grad in zip(hessians, grads, strict=True):
+def _single_tensor_hessian(bucket, *, beta2, scale, factor, squared, skip):
+    for hessian, estimate in zip(bucket.hessians, bucket.grads, strict=True):
         dtype = torch.promote_types(hessian.dtype, torch.float32)
-        h, estimate = hessian.to(dtype), grad.to(dtype)
+        h, estimate = hessian.to(dtype), estimate.to(dtype)
+        if factor is not None:
+            estimate = estimate * factor
         if squared:
             estimate = estimate * estimate
-        estimate = estimate * factor
+        if scale != 1:
+            estimate = estimate * scale
         if skip is not None:
             estimate = torch.where(skip, h, estimate)
         h.lerp_(estimate, 1 - beta2)
         if h is not hessian:
             hessian.copy_(h)
+    if bucket.hessian_steps:
+        _count(bucket.hessian_steps, skip)
 
 
-def _foreach_hessian(hessians, grads, *, beta2, factor, squared, skip):
-    dtype = torch.promote_types(hessians[0].dtype, torch.float32)
-    h, estimates = [t.to(dtype) for t in hessians], [t.to(dtype) for t in grads]
+def _foreach_hessian(bucket, *, beta2, scale, factor, squared, skip):
+    dtype = torch.promote_types(bucket.hessians[0].dtype, torch.float32)
+    h, estimates = [t.to(dtype) for t in bucket.hessians], [t.to(dtype) for t in bucket.grads]
+    if factor is not None:
+        estimates = torch._foreach_mul(estimates, factor.to(dtype))
     if squared:
         estimates = torch._foreach_mul(estimates, estimates)
-    estimates = torch._foreach_mul(estimates, factor)
+    if scale != 1:
+        estimates = torch._foreach_mul(estimates, scale)
     if skip is not None:
         estimates = [torch.where(skip, a, b) for a, b in zip(h, estimates, strict=True)]
     torch._foreach_lerp_(h, estimates, 1 - beta2)
-    if hessians[0].dtype != dtype:
-        torch._foreach_copy_(hessians, h)
+    if h[0] is not bucket.hessians[0]:
+        torch._foreach_copy_(bucket.hessians, h)
+    if bucket.hessian_steps:
+        _count(bucket.hessian_steps, skip)
+
+
+def _foreach_square(bucket):
+    """The gradients' sum of squares, a float64 scalar tensor."""
+    return torch.stack(torch._foreach_norm(bucket.grads, 2, dtype=torch.float32)).double().square().sum()
+
+
+def _single_tensor_sums(bucket, *, beta2, rho, eps):
+    """float64 (4,): coordinates that are not clipped, sum of |h|, of h^2, of m^2."""
+    rhos, sums = _corrected(rho, beta2, bucket.hessian_steps), 0.0
+    for i, (m, h) in enumerate(zip(bucket.exp_avgs, bucket.hessians, strict=True)):
+        bound = h * (rhos[i] if isinstance(rhos, list) else rhos)
+        wins = (m.abs() < (bound if eps is None else bound.clamp_(min=eps))).sum()
+        h1, h2, m2 = (torch.linalg.vector_norm(t, n, dtype=torch.float32) for t, n in ((h, 1), (h, 2), (m, 2)))
+        sums = sums + torch.stack([wins.double(), h1.double(), h2.double().square(), m2.double().square()])
+    return sums
 
 
 def _to(tensor, device):
@@ -401,6 +455,277 @@ def _reduce(value, shards):
     for group in shards:
         torch.distributed.all_reduce(value, group=group)
     return value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The same, fused: one Triton launch for all tensors of a bucket, that reads and writes each number once
+# --------------------------------------------------------------------------------------------------------------------
+
+# (elements a program works on at a time, how many times, warps), measured with `bench.py optimizer --tune`
+_LAUNCH = {"step": (1024, 4, 4), "hessian": (1024, 4, 4), "square": (1024, 8, 4), "sums": (1024, 4, 4)}
+_CAPTURES = 16  # CUDA graphs that can be captured after one eager call
+
+
+def _fused_devices():
+    return ["cuda", "cpu"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cuda"]  # the interpreter: for tests
+
+
+def _pointers(tensors, counts):
+    """A tensor's row in the _PointerTable, and its alignment: 16 or 1, or 0 where the kernels cannot take it."""
+    param = tensors[0]
+    if not all(t.is_contiguous() for t in tensors):
+        strides = torch.empty_like(param, device="meta").stride()  # param's own, when it is dense
+        if any(t.stride() != strides for t in tensors):
+            return None, 0
+    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
+        return None, 0
+    p, g, m, h = [t.data_ptr() for t in tensors]
+    numel = param.numel()
+    aligned = not (p | g | m | h) % 16 and not numel % 8
+    return (p, g, m, h, counts[0].data_ptr(), counts[1].data_ptr(), numel, 0), 16 if aligned else 1
+
+
+class _PointerTable:
+    """Where a bucket's tensors are, on its device.
+
+    rows: int64 (tensors, 8): addresses of parameter, gradient, exp_avg, hessian, step, hessian_step; elements; unused.
+    chunks: for each kernel, int32 (programs, 2): the tensor a program works on, and which part of it.
+    Gradients move from step to step. New addresses travel in pinned memory without a sync; torch's allocator does
+    not hand that memory out again before the copy is done.
+    """
+
+    def __init__(self):
+        self.host_rows = self.stream = self.numels = self.rows = self.spares = None
+        self.chunks, self.captured = {}, []
+
+    def upload(self, bucket):
+        cuda = bucket.device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            return self._capture(bucket)
+        stream = torch.cuda.current_stream(bucket.device).cuda_stream if cuda else None
+        if bucket.rows == self.host_rows and stream == self.stream:
+            return self
+        staging = torch.tensor(bucket.rows, dtype=torch.int64, pin_memory=cuda)
+        if self.rows is None or self.rows.numel() != staging.numel() or stream != self.stream:
+            self.rows = torch.empty(staging.shape, dtype=torch.int64, device=bucket.device)
+        self.rows.copy_(staging, non_blocking=True)
+        self.host_rows, self.stream = bucket.rows, stream
+        if self.numels != bucket.rows[6::8]:
+            self.numels = bucket.rows[6::8]
+            self.chunks = {_LAUNCH[name]: self._chunks(*_LAUNCH[name][:2], bucket.device) for name in _LAUNCH}
+        if cuda and bucket.group["capturable"] and (not self.spares or self.spares[0].shape != staging.shape):
+            self.spares = list(torch.empty(_CAPTURES, staging.numel(), dtype=torch.int64, pin_memory=True))
+        return self
+
+    def _capture(self, bucket):
+        """A table of its own for a CUDA graph: the graph copies its addresses anew at every replay."""
+        if not bucket.group["capturable"]:
+            raise RuntimeError("Attempting CUDA graph capture of step() for an instance with capturable=False.")
+        if self.numels != bucket.rows[6::8] or not self.spares:
+            raise RuntimeError("call step() and update_hessian() once outside of the CUDA graph before capturing them")
+        staging = self.spares.pop()
+        staging.copy_(torch.tensor(bucket.rows, dtype=torch.int64))
+        table = _PointerTable()
+        table.rows, table.chunks = torch.empty(staging.shape, dtype=torch.int64, device=bucket.device), self.chunks
+        table.rows.copy_(staging, non_blocking=True)
+        self.captured.append((staging, table))  # the graph needs both for as long as it lives
+        return table
+
+    def _chunks(self, block, iterations, device):
+        parts = torch.tensor([max(1, -(-n // (block * iterations))) for n in self.numels])
+        tensor = torch.arange(len(parts)).repeat_interleave(parts)
+        part = torch.arange(len(tensor)) - (parts.cumsum(0) - parts)[tensor]
+        return torch.stack([tensor, part], dim=1).to(device, torch.int32)
+
+    def launch(self, name, bucket, *args, outputs=0, **constants):
+        """Run the kernel; with outputs, the float64 sums over all programs of what each has put out."""
+        kernel = _kernels()[name]
+        block, iterations, warps = _LAUNCH[name]
+        chunks = self.chunks[_LAUNCH[name]]
+        partials = (torch.empty(outputs, len(chunks), device=bucket.device),) if outputs else ()
+        types = [_triton_type(t[0].dtype) for t in (bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians)]
+        with torch.cuda.device(bucket.device) if bucket.device.type == "cuda" else contextlib.nullcontext():
+            kernel[(len(chunks),)](
+                self.rows, chunks, *partials, *args, **constants,
+                P=types[0], G=types[1], M=types[2], H=types[3],
+                ALIGNMENT=bucket.alignment, VECTOR=8 if bucket.alignment > 1 else 1,
+                BLOCK=block, ITERATIONS=iterations, num_warps=warps,
+            )  # fmt: skip
+        return partials[0].sum(1, dtype=torch.float64) if outputs else None
+
+
+def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+    correct = bool(bucket.hessian_steps)
+    bucket.table.launch(
+        "step", bucket, factor, skip, lr if isinstance(lr, Tensor) else float(lr), float(1 - beta1),
+        float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log2(beta2),
+        TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize), CORRECT=correct,
+    )  # fmt: skip
+
+
+def _fused_hessian(bucket, *, beta2, scale, factor, squared, skip):
+    correct = bool(bucket.hessian_steps)
+    args = (factor, skip, float(1 - beta2), float(scale))
+    bucket.table.launch("hessian", bucket, *args, SQUARED=squared, CORRECT=correct)
+
+
+def _fused_square(bucket):
+    return bucket.table.launch("square", bucket, outputs=1)[0]
+
+
+def _fused_sums(bucket, *, beta2, rho, eps):
+    args = (float(rho), float(eps or 0.0), _log2(beta2))
+    return bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bool(bucket.hessian_steps))
+
+
+def _log2(beta2):
+    return math.log2(beta2) if beta2 else -math.inf
+
+
+def _triton_type(dtype):
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+@functools.cache
+def _kernels():
+    """The kernels by name. Triton is imported here, and as globals because kernels look names up there."""
+    global tl, triton
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def step(rows, chunks, factor, skip, lr, weight, weight_decay, rho, eps, log2_beta2,
+             TENSOR_LR: tl.constexpr, FLOOR: tl.constexpr, MAXIMIZE: tl.constexpr, CORRECT: tl.constexpr,
+             P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
+             VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
+        row = rows + tl.load(chunks + 2 * tl.program_id(0)) * 8
+        part = tl.load(chunks + 2 * tl.program_id(0) + 1)
+        numel = tl.load(row + 6)
+        go = True
+        if skip is not None:
+            go = tl.load(skip) == 0
+        if go:
+            if part == 0:
+                count = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+                tl.store(count, tl.load(count) + 1.0)
+            params = tl.load(row).to(tl.pointer_type(P))
+            grads = tl.load(row + 1).to(tl.pointer_type(G))
+            exp_avgs = tl.load(row + 2).to(tl.pointer_type(M))
+            hessians = tl.load(row + 3).to(tl.pointer_type(H))
+            rate = lr
+            if TENSOR_LR:
+                rate = tl.load(lr).to(tl.float32)
+            scale = rho
+            if CORRECT:
+                estimates = tl.maximum(tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32))), 1.0)
+                scale = rho / (1.0 - tl.exp2(estimates * log2_beta2))
+            multiplier = 1.0
+            if factor is not None:
+                multiplier = tl.load(factor)
+            if MAXIMIZE:
+                multiplier = -multiplier
+            for i in range(ITERATIONS):
+                at = part.to(tl.int64) * (BLOCK * ITERATIONS) + i * BLOCK + tl.arange(0, BLOCK)
+                inside = tl.max_constancy(at < numel, VECTOR)
+                p_at = tl.multiple_of(params + at, ALIGNMENT)
+                m_at = tl.multiple_of(exp_avgs + at, ALIGNMENT)
+                g = tl.load(tl.multiple_of(grads + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+                m = tl.load(m_at, mask=inside, other=0.0).to(tl.float32)
+                h = tl.load(tl.multiple_of(hessians + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+                p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
+                m += weight * (g * multiplier - m)
+                denominator = h * scale
+                if FLOOR:
+                    denominator = tl.where(denominator < eps, eps, denominator)
+                else:
+                    denominator += eps
+                update = m / denominator
+                update = tl.where(update > 1.0, 1.0, tl.where(update < -1.0, -1.0, update))  # NaN stays NaN
+                p = p * (1.0 - rate * weight_decay) - rate * update
+                tl.store(m_at, m.to(M), mask=inside)
+                tl.store(p_at, p.to(P), mask=inside)
+
+    @triton.jit
+    def hessian(rows, chunks, factor, skip, weight, scale, SQUARED: tl.constexpr, CORRECT: tl.constexpr,
+                P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
+                VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
+        row = rows + tl.load(chunks + 2 * tl.program_id(0)) * 8
+        part = tl.load(chunks + 2 * tl.program_id(0) + 1)
+        numel = tl.load(row + 6)
+        go = True
+        if skip is not None:
+            go = tl.load(skip) == 0
+        if go:
+            if CORRECT and part == 0:
+                count = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+                tl.store(count, tl.load(count) + 1.0)
+            grads = tl.load(row + 1).to(tl.pointer_type(G))
+            hessians = tl.load(row + 3).to(tl.pointer_type(H))
+            multiplier = 1.0
+            if factor is not None:
+                multiplier = tl.load(factor)
+            for i in range(ITERATIONS):
+                at = part.to(tl.int64) * (BLOCK * ITERATIONS) + i * BLOCK + tl.arange(0, BLOCK)
+                inside = tl.max_constancy(at < numel, VECTOR)
+                h_at = tl.multiple_of(hessians + at, ALIGNMENT)
+                g = tl.load(tl.multiple_of(grads + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+                h = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
+                g *= multiplier
+                if SQUARED:
+                    g *= g
+                h += weight * (g * scale - h)
+                tl.store(h_at, h.to(H), mask=inside)
+
+    @triton.jit
+    def square(rows, chunks, partials,
+               P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
+               VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
+        row = rows + tl.load(chunks + 2 * tl.program_id(0)) * 8
+        part = tl.load(chunks + 2 * tl.program_id(0) + 1)
+        numel = tl.load(row + 6)
+        grads = tl.load(row + 1).to(tl.pointer_type(G))
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for i in range(ITERATIONS):
+            at = part.to(tl.int64) * (BLOCK * ITERATIONS) + i * BLOCK + tl.arange(0, BLOCK)
+            inside = tl.max_constancy(at < numel, VECTOR)
+            g = tl.load(tl.multiple_of(grads + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+            squares += g * g
+        tl.store(partials + tl.program_id(0), tl.sum(squares, 0))
+
+    @triton.jit
+    def sums(rows, chunks, partials, rho, eps, log2_beta2, CORRECT: tl.constexpr,
+             P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
+             VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
+        row = rows + tl.load(chunks + 2 * tl.program_id(0)) * 8
+        part = tl.load(chunks + 2 * tl.program_id(0) + 1)
+        numel = tl.load(row + 6)
+        exp_avgs = tl.load(row + 2).to(tl.pointer_type(M))
+        hessians = tl.load(row + 3).to(tl.pointer_type(H))
+        scale = rho
+        if CORRECT:
+            estimates = tl.maximum(tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32))), 1.0)
+            scale = rho / (1.0 - tl.exp2(estimates * log2_beta2))
+        wins = tl.zeros((BLOCK,), tl.float32)
+        h1 = tl.zeros((BLOCK,), tl.float32)
+        h2 = tl.zeros((BLOCK,), tl.float32)
+        m2 = tl.zeros((BLOCK,), tl.float32)
+        for i in range(ITERATIONS):
+            at = part.to(tl.int64) * (BLOCK * ITERATIONS) + i * BLOCK + tl.arange(0, BLOCK)
+            inside = tl.max_constancy(at < numel, VECTOR)
+            m = tl.load(tl.multiple_of(exp_avgs + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+            h = tl.load(tl.multiple_of(hessians + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+            wins += tl.where(inside & (tl.abs(m) < tl.maximum(h * scale, eps)), 1.0, 0.0)
+            h1 += tl.abs(h)
+            h2 += h * h
+            m2 += m * m
+        at = partials + tl.program_id(0)
+        programs = tl.num_programs(0)
+        tl.store(at, tl.sum(wins, 0))
+        tl.store(at + programs, tl.sum(h1, 0))
+        tl.store(at + 2 * programs, tl.sum(h2, 0))
+        tl.store(at + 3 * programs, tl.sum(m2, 0))
+
+    return {"step": step, "hessian": hessian, "square": square, "sums": sums}
 
 
 # --------------------------------------------------------------------------------------------------------------------
