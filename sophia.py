@@ -33,13 +33,16 @@ _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 class _Bucket:
     """Tensors of one parameter group that share a device, dtypes and shards: what one foreach call or launch takes."""
 
-    def __init__(self, key, index, group, device, shards, alignment):
+    def __init__(self, key, index, group, device, dtypes, shards, alignment):
         self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
+        self.dtypes = dtypes  # of params, grads, exp_avgs, hessians
         self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors, all alike
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
-        self.alignment = alignment  # bytes that the fused kernels read at once, 0: not theirs
-        self.rows = []  # for them: 8 integers a tensor, see _PointerTable
+        self.alignment = alignment  # bytes that the fused kernels read at once, 0: not theirs, and no table
         self.table = None
+        # For the fused kernels, which need addresses only and must not keep last step's gradients alive:
+        self.rows = []  # 8 integers a tensor, see _PointerTable
+        self.origins = []  # (parameter, its state, exp_avg, hessian, step), to see whether the rows still hold
 
 
 class _Sophia(Optimizer):
@@ -61,6 +64,7 @@ class _Sophia(Optimizer):
         # state_dict(), so that a checkpoint of a fused run on a GPU loads into an optimizer on the CPU.
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._tables = {}  # bucket key -> _PointerTable
+        self._plan = None  # see _refresh
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
 
@@ -94,7 +98,7 @@ class _Sophia(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._tables = {}
+        self._tables, self._plan = {}, None
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
@@ -125,14 +129,29 @@ class _Sophia(Optimizer):
         Raises:
             RuntimeError: for sparse gradients.
         """
-        buckets = {}
+        buckets = self._refresh() if gradients is None else None
+        if buckets is None:
+            buckets, idle = self._sort(gradients)
+            if gradients is None and buckets and all(b.alignment and not b.shards for b in buckets):
+                self._plan = self._plan_key(), buckets, idle
+        for bucket in buckets:
+            if bucket.alignment:
+                bucket.table = self._tables.setdefault(bucket.key, _PointerTable()).upload(bucket)
+        return buckets
+
+    def _sort(self, gradients):
+        """The buckets, and the parameters without a gradient."""
+        buckets, idle = {}, []
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 grad = param.grad if gradients is None else gradients.get(param)
                 if grad is None:
+                    idle.append(param)
                     continue
                 if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                if grad.shape != param.shape:
+                    raise ValueError(f"got shape {tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}")
                 state = self._param_state(param, group)
                 tensors, shards = (param, grad, state["exp_avg"], state["hessian"]), ()
                 if hasattr(param, "device_mesh"):  # a DTensor: every rank steps its own shard
@@ -141,10 +160,15 @@ class _Sophia(Optimizer):
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
                 counts = (state["step"], state["hessian_step"] if group["bias_correction"] else state["step"])
                 row, alignment = _pointers(tensors, counts) if self.fused else (None, 0)
-                key = (index, param.device, *(t.dtype for t in tensors), shards, alignment)
+                dtypes = tuple(t.dtype for t in tensors)
+                key = (index, param.device, dtypes, shards, alignment)
                 bucket = buckets.get(key)
                 if bucket is None:
-                    bucket = buckets[key] = _Bucket(key, index, group, param.device, shards, alignment)
+                    bucket = buckets[key] = _Bucket(key, index, group, param.device, dtypes, shards, alignment)
+                if alignment:
+                    bucket.rows += row
+                    bucket.origins.append((param, state, *tensors[2:], counts[0]))
+                    continue
                 bucket.params.append(tensors[0])
                 bucket.grads.append(tensors[1])
                 bucket.exp_avgs.append(tensors[2])
@@ -152,12 +176,44 @@ class _Sophia(Optimizer):
                 bucket.steps.append(counts[0])
                 if group["bias_correction"]:
                     bucket.hessian_steps.append(counts[1])
-                if alignment:
-                    bucket.rows += row
-        for bucket in buckets.values():
-            if bucket.alignment:
-                bucket.table = self._tables.setdefault(bucket.key, _PointerTable()).upload(bucket)
-        return list(buckets.values())
+        return list(buckets.values()), idle
+
+    def _plan_key(self):
+        return id(self.state), [(id(g), len(g["params"]), g["bias_correction"]) for g in self.param_groups]
+
+    def _refresh(self):
+        """The buckets of the last call, with new addresses: what keeps the host ahead of the GPU with many tensors.
+
+        None where anything but addresses has changed since, or there is something that the fused kernels cannot take.
+        """
+        if self._plan is None or self._plan[0] != self._plan_key():
+            return None
+        _, buckets, idle = self._plan
+        for param in idle:
+            if param.grad is not None:
+                return None
+        for bucket in buckets:
+            dtype, mask = bucket.dtypes[1], bucket.alignment - 1
+            rows, at = bucket.rows.copy(), 0
+            for param, state, exp_avg, hessian, step in bucket.origins:
+                grad = param.grad
+                if (
+                    grad is None
+                    or grad.dtype is not dtype
+                    or grad.is_sparse
+                    or not grad.is_contiguous()
+                    or state.get("exp_avg") is not exp_avg
+                    or state.get("hessian") is not hessian
+                    or state.get("step") is not step
+                    or param.data_ptr() != rows[at]
+                ):
+                    return None
+                rows[at + 1] = address = grad.data_ptr()
+                if address & mask:
+                    return None
+                at += 8
+            bucket.rows = rows
+        return buckets
 
     def _implementation(self, bucket, fused, foreach, single_tensor):
         """torch's rule: as asked, else foreach on accelerators and one tensor after the other on the CPU."""
@@ -543,7 +599,7 @@ class _PointerTable:
         block, iterations, warps = _LAUNCH[name]
         chunks = self.chunks[_LAUNCH[name]]
         partials = (torch.empty(outputs, len(chunks), device=bucket.device),) if outputs else ()
-        types = [_triton_type(t[0].dtype) for t in (bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians)]
+        types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in bucket.dtypes]
         with torch.cuda.device(bucket.device) if bucket.device.type == "cuda" else contextlib.nullcontext():
             kernel[(len(chunks),)](
                 self.rows, chunks, *partials, *args, **constants,
@@ -555,16 +611,16 @@ class _PointerTable:
 
 
 def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
-    correct = bool(bucket.hessian_steps)
+    correct = bucket.group["bias_correction"]
     bucket.table.launch(
         "step", bucket, factor, skip, lr if isinstance(lr, Tensor) else float(lr), float(1 - beta1),
         float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log2(beta2),
-        TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize), CORRECT=correct,
+        TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize), CORRECT=bool(correct),
     )  # fmt: skip
 
 
 def _fused_hessian(bucket, *, beta2, scale, factor, squared, skip):
-    correct = bool(bucket.hessian_steps)
+    correct = bucket.group["bias_correction"]
     args = (factor, skip, float(1 - beta2), float(scale))
     bucket.table.launch("hessian", bucket, *args, SQUARED=squared, CORRECT=correct)
 
@@ -575,15 +631,11 @@ def _fused_square(bucket):
 
 def _fused_sums(bucket, *, beta2, rho, eps):
     args = (float(rho), float(eps or 0.0), _log2(beta2))
-    return bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bool(bucket.hessian_steps))
+    return bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bucket.group["bias_correction"])
 
 
 def _log2(beta2):
     return math.log2(beta2) if beta2 else -math.inf
-
-
-def _triton_type(dtype):
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 @functools.cache
