@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
-from data import corpus
+from data import corpus, sources
 from training.errors import command
 
 NAME = "Skylion007/openwebtext"
@@ -21,7 +21,7 @@ NAME = "Skylion007/openwebtext"
 
 def from_hub():
     """Pairs of "train" or "val" and a text, in nanoGPT's order."""
-    dataset = corpus.load_from_hub(NAME)["train"].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    dataset = sources.load_from_hub(NAME)["train"].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for split, part in (("train", dataset["train"]), ("val", dataset["test"])):
         for batch in tqdm(part.iter(batch_size=1000), total=-(-len(part) // 1000), desc=split, disable=None):
             yield from ((split, text) for text in batch["text"])
@@ -29,12 +29,12 @@ def from_hub():
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    corpus.add_source_arguments(parser, val_fraction=0.0005, required=False)
+    sources.add_arguments(parser, val_fraction=0.0005, required=False)
     args = parser.parse_args()
     if args.source:
-        files = corpus.find_files(args.source)
-        source = corpus.describe("OpenWebText", args, files)
-        documents = corpus.split_by_hash(corpus.read_documents(files, args.field), args.val_fraction)
+        files = sources.find_files(args.source)
+        source = sources.describe("OpenWebText", args, files)
+        documents = sources.split_by_hash(sources.read_documents(files, args.field), args.val_fraction)
     else:
         source, documents = f"{NAME} from the Hugging Face hub, nanoGPT's split", from_hub()
     if not corpus.is_prepared(args, source):

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
-from data import corpus
+from data import corpus, sources
 from training.errors import command
 
 MAX_BYTES = 1_000_000
@@ -72,7 +72,7 @@ def main():
     args = parser.parse_args()
     source = f"standard library and site-packages of Python {platform.python_version()}, max_tokens {args.max_tokens}"
     if not corpus.is_prepared(args, source):
-        corpus.write(args, corpus.split_by_hash(texts(), VAL_FRACTION), "gpt2", source, args.max_tokens)
+        corpus.write(args, sources.split_by_hash(texts(), VAL_FRACTION), "gpt2", source, args.max_tokens)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
+from data import corpus, sources
 from training.errors import command
 
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    corpus.add_source_arguments(parser, val_fraction=0.005, required=True)
+    sources.add_arguments(parser, val_fraction=0.005, required=True)
     args = parser.parse_args()
-    files = corpus.find_files(args.source)
-    source = corpus.describe("text", args, files)
+    files = sources.find_files(args.source)
+    source = sources.describe("text", args, files)
     if not corpus.is_prepared(args, source):
-        documents = corpus.read_documents(files, args.field)
-        corpus.write(args, corpus.split_by_hash(documents, args.val_fraction), "gpt2", source)
+        documents = sources.read_documents(files, args.field)
+        corpus.write(args, sources.split_by_hash(documents, args.val_fraction), "gpt2", source)
 
 
 if __name__ == "__main__":

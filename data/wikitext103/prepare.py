@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
-from data import corpus
+from data import corpus, sources
 from training.errors import command
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -41,28 +41,29 @@ def articles(texts):
 
 
 def from_hub():
-    dataset = corpus.load_from_hub(NAME, CONFIG)
+    dataset = sources.load_from_hub(NAME, CONFIG)
     for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
         rows = (row["text"] for row in tqdm(part, desc=split, disable=None))
         yield from ((split, article) for article in articles(rows))
 
 
 def from_files(files, args):
-    named = {"train": "train", "val": "valid"}
-    named = {split: [path for path in files if name in path.name.lower()] for split, name in named.items()}
-    if not all(named.values()):
-        return corpus.split_by_hash(articles(corpus.read_documents(files, args.field)), args.val_fraction)
-    parts = ((split, corpus.read_documents(paths, args.field)) for split, paths in named.items())
-    return ((split, article) for split, texts in parts for article in articles(texts))
+    train = [path for path in files if "train" in path.name.lower()]
+    val = [path for path in files if "valid" in path.name.lower() and path not in train]
+    if not train or not val:
+        yield from sources.split_by_hash(articles(sources.read_documents(files, args.field)), args.val_fraction)
+        return
+    for split, paths in (("train", train), ("val", val)):
+        yield from ((split, article) for article in articles(sources.read_documents(paths, args.field)))
 
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    corpus.add_source_arguments(parser, val_fraction=0.005, required=False)
+    sources.add_arguments(parser, val_fraction=0.005, required=False)
     args = parser.parse_args()
     if args.source:
-        files = [path for path in corpus.find_files(args.source) if "test" not in path.name.lower()]
-        source, documents = corpus.describe("WikiText-103", args, files), from_files(files, args)
+        files = [path for path in sources.find_files(args.source) if "test" not in path.name.lower()]
+        source, documents = sources.describe("WikiText-103", args, files), from_files(files, args)
     else:
         source, documents = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub()
     if not corpus.is_prepared(args, source):
