@@ -59,8 +59,10 @@ class World:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *_):
         if self.distributed:
+            if kind is None:
+                dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
             dist.destroy_process_group()
             self.distributed = False
 

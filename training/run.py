@@ -11,6 +11,7 @@ with Run(config) as run:
 
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
@@ -42,8 +43,8 @@ class Run:
         self.world = World(config.device, config.backend)
         try:
             self._set_up()
-        except BaseException:
-            self.world.__exit__()
+        except BaseException as error:
+            self.world.__exit__(type(error), error, error.__traceback__)
             raise
 
     def _set_up(self):
@@ -56,8 +57,14 @@ class Run:
         hashes = world.on_main(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
 
         checkpoint = load_checkpoint(config.out_dir)[0] if config.init_from == "resume" else None
+        if checkpoint and checkpoint["config"]["optimizer_name"] != config.optimizer_name:
+            raise UserError(
+                f"the checkpoint in {config.out_dir} is of optimizer_name = {checkpoint['config']['optimizer_name']}, "
+                f"this is {config.optimizer_name}; resume with the former, or name another --out_dir."
+            )
         torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
         self.model = GPT(self._model_config(checkpoint))
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
@@ -143,7 +150,9 @@ class Run:
     def __exit__(self, *exception):
         if self._tracker:
             self._tracker.close()
-        self.world.__exit__()
+        self._ddp = None
+        gc.collect()  # DDP's cycles must be gone before the process group is: gloo aborts now and then otherwise
+        self.world.__exit__(*exception)
 
     def _say(self, text):
         if self.world.is_main:
@@ -362,7 +371,8 @@ class Run:
 
     def _log(self, metrics):
         if self.world.is_main:
-            self._tracker.log(metrics)
+            if self._tracker:
+                self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
     def _save(self, step):
@@ -431,9 +441,11 @@ def _run_files(out_dir):
 
 
 def _check_out_dir(config):
-    """UserError where out_dir holds another run, has nothing to resume, or cannot be written."""
+    """UserError where out_dir holds another run or cannot be written."""
     folder = Path(config.out_dir)
-    if config.init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
+    if config.eval_only:
+        return  # writes nothing
+    if config.init_from != "resume" and not config.overwrite and _run_files(folder):
         raise UserError(
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
             "or name another --out_dir."

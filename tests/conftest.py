@@ -1,0 +1,57 @@
+"""What the tests share: a tiny corpus and model, and ways to start a training script as a person would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+
+
+def write_corpus(folder, n_train=6000, n_val=700, vocab_size=64, seed=0):
+    """Random tokens as train.bin, val.bin and meta.json."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", n_train), ("val", n_val)):
+        generator.integers(0, vocab_size, n).astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size, "tokenizer": "gpt2"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """Command-line words of a run that takes a second; its out_dir is tmp_path / "out"."""
+    return tiny_words(corpus, tmp_path / "out")
+
+
+def tiny_words(corpus, out_dir):
+    settings = {
+        "dataset": corpus, "out_dir": out_dir, "device": "cpu",
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "total_bs": 24, "batch_size": 12,
+        "max_iters": 30, "warmup_iters": 3, "learning_rate": 1e-3, "eval_interval": 10, "log_interval": 1,
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def read_lines(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(ranks, script, words, timeout=120):
+    """Start a script of this project with torchrun on `ranks` processes; the finished process, its output as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / script), *words], capture_output=True, text=True, timeout=timeout, env=environment
+    )

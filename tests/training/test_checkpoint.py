@@ -1,0 +1,91 @@
+"""Checkpoints: whole or not there, damage noticed, no code run."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from training.checkpoint import kept_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
+from training.errors import UserError
+
+
+def checkpoint(step):
+    return {"step": step, "model": {"w": torch.full((50, 40), float(step))}, "rng": [[torch.get_rng_state()]]}
+
+
+def test_newest_previous_and_kept(tmp_path):
+    for step in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+    loaded, path = load_checkpoint(tmp_path)
+    assert (loaded["step"], path.name) == (40, "ckpt.pt")
+    assert torch.equal(loaded["model"]["w"], torch.full((50, 40), 40.0))
+    assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 30
+    assert [path.name for path in kept_checkpoints(tmp_path)] == ["ckpt_30.pt", "ckpt_40.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_30.pt", "ckpt_40.pt", "ckpt_prev.pt"], "nothing left over"
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 40, "plain torch.load reads it"
+
+
+def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
+    save_checkpoint(tmp_path, checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(2))
+    newest = tmp_path / "ckpt.pt"
+    whole = newest.read_bytes()
+    place = random.Random(0)
+    damaged = [b"", whole[:-1], whole[: len(whole) // 2], (tmp_path / "ckpt_prev.pt").read_bytes()[::-1], whole + b"x"]
+    for _ in range(40):
+        spoiled = bytearray(whole)
+        spoiled[place.randrange(len(whole))] ^= 1 << place.randrange(8)
+        damaged.append(bytes(spoiled))
+    for content in damaged:
+        newest.unlink()  # not the file that ckpt_prev.pt may share
+        newest.write_bytes(content)
+        assert load_checkpoint(tmp_path)[0]["step"] == 1
+    assert capsys.readouterr().err.count("warning: ") == len(damaged)
+    (tmp_path / "ckpt_prev.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        load_checkpoint(tmp_path)
+
+
+def test_none_there(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, checkpoint(1))
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path, checkpoint(2))
+    assert load_checkpoint(tmp_path)[0]["step"] == 1
+
+
+def test_without_hard_links_copies_serve(tmp_path, monkeypatch):
+    def no_links(*names):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(tmp_path, checkpoint(1), keep=1)
+    save_checkpoint(tmp_path, checkpoint(2), keep=1)
+    assert load_checkpoint(tmp_path)[0]["step"] == 2
+    assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_malicious_pickle_is_refused(tmp_path):
+    trap = tmp_path / "ran"
+    save_checkpoint(tmp_path, {"step": 1, "model": RunsCode(str(trap))})
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(tmp_path)
+    assert not trap.exists()

@@ -1,0 +1,141 @@
+"""Settings: what they resolve to, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from train_adam import AdamConfig
+from train_sophiag import SophiaConfig
+from training.config import TrainConfig, describe, load_config
+from training.errors import UserError
+from training.run import _accumulation
+
+CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
+
+
+def config_class(path):
+    return SophiaConfig if "sophiag" in Path(path).name else AdamConfig
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_loads_under_its_script(path):
+    config = load_config(config_class(path), [str(path)])
+    assert config.total_bs % config.batch_size == 0, "a config must run on one device as it is"
+
+
+@pytest.mark.parametrize(
+    "ranks, words",
+    [  # the commands of the official README, with the file names they use
+        (10, ["config/train_gpt2_small_sophiag.py", "--batch_size=8", "--gradient_accumulation_steps=6"]),
+        (8, ["config/train_gpt2_small_sophiag.py", "--batch_size=12", "--gradient_accumulation_steps=5"]),
+        (10, ["config/train_gpt2_small_adam.py", "--batch_size=8", "--gradient_accumulation_steps=6"]),
+        (8, ["config/train_gpt2_medium_sophiag.py", "--batch_size=6", "--gradient_accumulation_steps=10"]),
+        (8, ["config/train_gpt2_medium_adam.py", "--batch_size=6", "--gradient_accumulation_steps=10"]),
+    ],
+)
+def test_official_commands_resolve_to_480_sequences(ranks, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(config_class(words[0]), words)
+    assert config.batch_size * _accumulation(config, ranks) * ranks == 480
+    assert config.total_bs * config.block_size == 491_520
+
+
+@pytest.mark.parametrize(
+    "size, shape, adam, sophia",
+    [
+        ("30m", (6, 6, 384), None, None),
+        ("small", (12, 12, 768), 6e-4, (6e-4, 0.05)),
+        ("medium", (24, 16, 1024), 3e-4, (7e-4, 0.08)),
+        ("large", (36, 20, 1280), 2e-4, (3e-4, 0.05)),
+        ("xl", (48, 25, 1600), None, None),
+    ],
+)
+def test_published_settings(size, shape, adam, sophia):
+    a = load_config(AdamConfig, [str(ROOT / f"config/train_gpt2_{size}_adam.py")])
+    s = load_config(SophiaConfig, [str(ROOT / f"config/train_gpt2_{size}_sophiag.py")])
+    for config in (a, s):
+        assert (config.n_layer, config.n_head, config.n_embd) == shape
+        assert (config.max_iters, config.warmup_iters, config.grad_clip) == (100_000, 2000, 1.0)
+        assert config.min_lr == pytest.approx(0.05 * config.learning_rate)
+    assert (a.beta1, a.beta2, a.weight_decay) == (0.9, 0.95, 0.1)
+    assert (s.beta1, s.beta2, s.hess_interval) == (0.965, 0.99, 10)
+    if adam:
+        assert a.learning_rate == adam
+        assert (s.learning_rate, s.rho) == sophia
+        assert s.weight_decay == 0.2
+
+
+def test_later_words_win_and_types_are_kept(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("import math\nfrom pathlib import Path\n_base = 4\nbatch_size = 2 * _base\nlearning_rate = 1\n")
+    config = load_config(SophiaConfig, ["--batch_size=3", str(file), "--total_bs=16", "--interval=7", "--compile=true"])
+    assert (config.batch_size, config.total_bs, config.hess_interval, config.compile) == (8, 16, 7, True)
+    assert config.learning_rate == 1.0 and type(config.learning_rate) is float
+    assert config.hess_bs == 4, "a quarter of total_bs"
+
+
+def test_eval_iters_keeps_nanogpts_meaning():
+    assert load_config(AdamConfig, ["--eval_iters=200", "--batch_size=8"]).eval_tokens == 200 * 8 * 1024
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--learnig_rate=1"], "learning_rate"),
+        (["--batch_size=many"], "whole number"),
+        (["--batch_size=1.5"], "whole number"),
+        (["--batch_size=0"], "at least 1"),
+        (["--learning_rate=fast"], "a number"),
+        (["--learning_rate=nan"], "learning_rate"),
+        (["--dropout=1.0"], "below 1.0"),
+        (["--compile=yes"], "True or False"),
+        (["--compile"], "--compile=VALUE"),
+        (["--optimizer_name=adam"], "sophiag"),
+        (["--rho=0"], "above 0.0"),
+        (["--n_embd=100", "--n_head=3"], "not divisible by n_head"),
+        (["--warmup_iters=10", "--max_iters=5"], "warmup_iters"),
+        (["--hess_bs=481"], "total_bs = 480"),
+        (["no_such_file.py"], "no_such_file.py"),
+    ],
+)
+def test_bad_settings_are_one_sentence(words, said):
+    with pytest.raises(UserError) as error:
+        load_config(SophiaConfig, words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("batch_sise = 4", "batch_size"),
+        ("batch_size = 4.0", "wants int, got float"),
+        ("compile = 1", "wants bool"),
+        ("batch_size = [4]", "wants int"),
+        ("batch_size = = 4", "not a config file"),
+        ("batch_size = 1 // 0", "ZeroDivisionError"),
+    ],
+)
+def test_bad_config_files_are_one_sentence(tmp_path, text, said):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_config(SophiaConfig, [str(file)])
+
+
+def test_numbers_that_do_not_multiply_are_named():
+    config = TrainConfig(total_bs=480, batch_size=8, gradient_accumulation_steps=5)
+    with pytest.raises(UserError, match=r"batch_size 8 x gradient_accumulation_steps 5 x 10 ranks = 400.*=6"):
+        _accumulation(config, 10)
+    with pytest.raises(UserError, match="batch_size can be 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60"):
+        _accumulation(TrainConfig(total_bs=480, batch_size=7), 8)
+    with pytest.raises(UserError, match="multiple of 7"):
+        _accumulation(TrainConfig(total_bs=480, batch_size=1), 7)
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        load_config(SophiaConfig, ["--help"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name, *_ in describe(SophiaConfig)) and "torchrun" in printed

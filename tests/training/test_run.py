@@ -1,0 +1,287 @@
+"""The training loop as a person runs it: the same losses however it is split, exact resume, one-sentence errors."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import train_adam
+import train_sophiag
+from tests.conftest import read_lines, tiny_words, torchrun, write_corpus
+from training.checkpoint import read_checkpoint
+from training.errors import command
+from training.run import Run
+
+TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+SPLIT = ["--hess_interval=5", "--rho=1.0", "--dropout=0.0"]  # rho: so large that a good part is not clipped
+
+
+def losses(out_dir):
+    return [line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory):
+    """The run to which the others are held: 1 process, batch_size 24."""
+    out_dir = tmp_path_factory.mktemp("one")
+    train_sophiag.main([*tiny_words(corpus, out_dir), "--batch_size=24", *SPLIT])
+    return out_dir
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 12])
+def test_the_micro_batch_does_not_matter(corpus, one_process, tmp_path, batch_size):
+    train_sophiag.main([*tiny_words(corpus, tmp_path), f"--batch_size={batch_size}", *SPLIT])
+    assert len(losses(tmp_path)) == 30
+    assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_number_of_ranks_does_not_matter(corpus, one_process, tmp_path, ranks):
+    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, tmp_path), "--batch_size=4", *SPLIT])
+    assert done.returncode == 0, done.stderr
+    alone, together = read_lines(one_process), read_lines(tmp_path)
+    assert [line["step"] for line in together] == list(range(31))
+    for key, tolerance in (("train/loss", 1e-4), ("val/loss", 1e-4), ("grad_norm", 1e-3), ("hessian_norm", 1e-2)):
+        ours, theirs = ([line[key] for line in lines if key in line] for lines in (together, alone))
+        assert ours == pytest.approx(theirs, rel=tolerance), key
+    assert 0.05 < alone[-2]["train/win_rate"] < 0.95, "the curvature has to matter for this to test it"
+    first, last = (read_checkpoint(folder / "ckpt.pt")["model"] for folder in (one_process, tmp_path))
+    assert max((first[name] - last[name]).abs().max().item() for name in first) < 1e-4
+
+
+def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
+    """Three steps of AdamW by hand on the step's global batch, with torch alone."""
+    from model import GPT
+    from training import data
+
+    words = [*tiny_words(corpus, tmp_path), "--max_iters=3", "--batch_size=6"]
+    train_adam.main(words)
+    config = train_adam.load_config(train_adam.AdamConfig, words)
+    corpus = data.open_corpus(config.dataset)
+    torch.manual_seed(config.seed)
+    model = GPT(train_adam.Run._model_config(type("run", (), {"config": config, "corpus": corpus}), None))
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95))
+    expected = []
+    for step in range(3):
+        starts = data.window_starts(len(corpus.train), config.seed, step, 24, 16)
+        inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus.train, starts, 16))
+        loss = model(inputs, targets)[1]
+        expected.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:  # warm-up over 3 steps to 1e-3
+            group["lr"] = 1e-3 * (step + 1) / 4
+        optimizer.step()
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
+def test_resume_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, script):
+    words = ["--max_iters=40", "--dropout=0.1", "--grad_clip=0.5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script.main([*tiny_words(corpus, whole), *words])
+
+    clip = Run.clip_gradients
+    calls = []
+
+    def fails_at_17(run):
+        calls.append(run)
+        if len(calls) == 18:
+            raise Interrupted
+        clip(run)
+
+    monkeypatch.setattr(Run, "clip_gradients", fails_at_17)
+    with pytest.raises(Interrupted):
+        script.main([*tiny_words(corpus, broken), *words])
+    assert [line["step"] for line in read_lines(broken)] == list(range(17)), "past the checkpoint at step 10"
+    monkeypatch.setattr(Run, "clip_gradients", clip)
+    torch.manual_seed(99)  # another process would have another random state
+    script.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
+
+    def stream(out_dir):
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in read_lines(out_dir)]
+
+    assert stream(broken) == stream(whole)
+    first, second = (read_checkpoint(folder / "ckpt.pt") for folder in (whole, broken))
+    assert first["step"] == second["step"] == 40
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    for index, state in first["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], second["optimizer"]["state"][index][key]) for key in state)
+
+
+def test_what_a_run_writes(tiny, tmp_path):
+    train_sophiag.main([*tiny, "--log_interval=5", "--keep_checkpoints=2"])
+    out_dir = tmp_path / "out"
+    lines = read_lines(out_dir)
+    assert [line["step"] for line in lines] == [0, 5, 10, 15, 20, 25, 30]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 10, 20, 30]
+    keys = (
+        "step tokens seconds train/loss lr grad_norm train/clip_rate train/win_rate hessian_norm hessian_norm2 "
+        "param_norm momentum_norm tokens_per_second"
+    )
+    assert set(keys.split()) <= set(lines[1])
+    assert lines[1]["tokens"] == 5 * 24 * 16
+    facts = json.loads((out_dir / "config.json").read_text())
+    assert facts["config"]["gradient_accumulation_steps"] == 2 and facts["config"]["hess_bs"] == 6
+    assert facts["torch"] == torch.__version__ and len(facts["data"]["train_sha256"]) == 64
+    assert sorted(path.name for path in out_dir.iterdir()) == [
+        "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
+    ]  # fmt: skip
+
+
+def test_only_better_checkpoints_on_request(tiny, tmp_path, monkeypatch):
+    values = iter([4.0, 3.0, 5.0, 2.5])
+    monkeypatch.setattr(Run, "evaluate", lambda run: next(values))
+    train_adam.main([*tiny, "--always_save_checkpoint=False"])
+    assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 30
+    assert read_checkpoint(tmp_path / "out" / "ckpt_prev.pt")["step"] == 10
+
+
+def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys):
+    train_adam.main(tiny)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    last = read_lines(tmp_path / "out")[-1]
+    capsys.readouterr()
+    train_adam.main([*tiny, "--init_from=resume", "--eval_only=True"])
+    assert f"val/loss {last['val/loss']:.4f}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_evaluation_is_the_mean_over_its_windows(tiny, tmp_path):
+    """8 windows in batches of 3, the last one filled up, against one batch of 8."""
+    from training import data
+
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--eval_tokens=128", "--batch_size=3"])) as run:
+        starts = data.evaluation_starts(len(run.corpus.val), 128, 16)
+        assert len(starts) == 8
+        inputs, targets = (torch.from_numpy(a) for a in data.take_windows(run.corpus.val, starts, 16))
+        assert run.evaluate() == pytest.approx(run.model(inputs, targets)[1].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
+def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp_path):
+    backward = Run.backward
+
+    def poisoned(run, batch, **arguments):
+        backward(run, batch, **arguments)
+        if run.optimizer.state and not poisoned.done and not arguments:
+            poisoned.done = True
+            poisoned.before = [p.detach().clone() for p in run.model.parameters()]
+            next(run.model.parameters()).grad.view(-1)[3] = math.nan
+        elif poisoned.done and not poisoned.after:
+            poisoned.after = [p.detach().clone() for p in run.model.parameters()]
+
+    poisoned.done, poisoned.after = False, None
+    monkeypatch.setattr(Run, "backward", poisoned)
+    script.main([*tiny, "--max_iters=5"])
+    assert all(torch.equal(a, b) for a, b in zip(poisoned.before, poisoned.after, strict=True))
+    assert math.isfinite(read_lines(tmp_path / "out")[-1]["val/loss"])
+
+
+def test_bfloat16_trains_alike(corpus, one_process, tmp_path):
+    train_sophiag.main([*tiny_words(corpus, tmp_path), *SPLIT, "--dtype=bfloat16"])
+    assert losses(tmp_path) == pytest.approx(losses(one_process), abs=0.03)
+
+
+def test_step_0_has_a_rate(tiny, tmp_path):
+    train_adam.main([*tiny, "--max_iters=3"])
+    assert read_lines(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3 / 4)
+
+
+# ----- bad input
+
+
+def refused(capsys, main, words):
+    """The sentence with which `main(words)` ends, exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: main(words))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_out_dir_with_another_run(tiny, tmp_path, capsys):
+    train_adam.main(tiny)
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    assert "--init_from=resume" in refused(capsys, train_adam.main, tiny)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    train_adam.main([*tiny, "--overwrite=True", "--max_iters=5"])
+    assert [line["step"] for line in read_lines(tmp_path / "out")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_resume_without_a_checkpoint(tiny, capsys):
+    assert "holds no checkpoint" in refused(capsys, train_adam.main, [*tiny, "--init_from=resume"])
+
+
+def test_resume_with_another_shape(tiny, tmp_path, capsys):
+    train_adam.main(tiny)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    error = refused(capsys, train_adam.main, [*tiny, "--init_from=resume", "--n_embd=48"])
+    assert "n_embd = 32" in error and "48" in error
+    other = write_corpus(tmp_path / "other", vocab_size=50)
+    error = refused(capsys, train_adam.main, [*tiny, "--init_from=resume", f"--dataset={other}"])
+    assert "vocab_size = 64" in error and "50" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_resume_with_the_other_optimizer(tiny, tmp_path, capsys):
+    train_adam.main(tiny)
+    error = refused(capsys, train_sophiag.main, [*tiny, "--init_from=resume"])
+    assert "adamw" in error and "sophiag" in error
+
+
+def test_missing_data_names_the_command(tiny, capsys):
+    error = refused(capsys, train_adam.main, [*tiny, "--dataset=wikitext103"])
+    assert "python data/wikitext103/prepare.py" in error
+
+
+def test_a_split_that_does_not_work_out(tiny, tmp_path, capsys):
+    error = refused(capsys, train_adam.main, [*tiny, "--batch_size=7"])
+    assert "batch_size can be 1, 2, 3, 4, 6, 8, 12, 24" in error
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder where not even root may write")
+def test_unwritable_out_dir(tiny, capsys):
+    assert "cannot be written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
+
+
+def test_out_dir_that_is_a_file(tiny, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert "cannot be written" in refused(capsys, train_adam.main, tiny)
+
+
+def test_no_such_device(tiny, capsys):
+    assert "allowed: auto, cuda" in refused(capsys, train_adam.main, [*tiny, "--device=abacus"])
+    assert "float16" in refused(capsys, train_adam.main, [*tiny, "--dtype=float16"])
+    if not torch.cuda.is_available():
+        assert "this machine has 0" in refused(capsys, train_adam.main, [*tiny, "--device=cuda"])
+
+
+def test_two_ranks_say_it_once(tiny):
+    done = torchrun(2, "train_adam.py", [*tiny, "--batch_size=7"])
+    assert done.returncode != 0
+    assert done.stderr.count("error: total_bs") == 1
+
+
+# ----- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
+def test_gpu_trains_like_the_cpu(corpus, tmp_path, script, dtype, compiled):
+    words = ["--hess_interval=5"] if script is train_sophiag else []
+    script.main([*tiny_words(corpus, tmp_path / "cpu"), *words])
+    on_gpu = ["--device=cuda", f"--dtype={dtype}", f"--compile={compiled}"]
+    script.main([*tiny_words(corpus, tmp_path / "gpu"), *words, *on_gpu])
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=0.03)
