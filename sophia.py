@@ -237,7 +237,7 @@ class _Sophia(Optimizer):
             squares[bucket.shards] = squares.get(bucket.shards, 0.0) + _to(square, buckets[0].device)
         total = _sum([_reduce(square, shards) for shards, square in squares.items()] or [torch.zeros(())])
         grad_scale, _ = self._amp(total.device)
-        self.grad_norm = (total.sqrt() if grad_scale is None else total.sqrt() / grad_scale).float()
+        self.grad_norm = total.sqrt() if grad_scale is None else total.sqrt() / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
@@ -301,7 +301,68 @@ class _Sophia(Optimizer):
 
 
 class SophiaG(_Sophia):
-    """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 3 with Algorithm 2 of arXiv:2305.14342)."""
+    """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 3 with Algorithm 2 of arXiv:2305.14342).
+
+    With m the gradient's moving average and h that of the squared sampled-label gradient, a step is
+
+        m <- beta1 m + (1 - beta1) grad
+        p <- p - lr weight_decay p
+        p <- p - lr sign(m) min(|m| / (rho bs h + 1e-15), 1)
+
+    so a coordinate moves by at most lr, and by less where the curvature bs h is large. Every k-th step (10 in the
+    paper), before the step, h is renewed from a backward pass of `sampled_label_loss`:
+
+        optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05)
+        for step, (x, y) in enumerate(batches):
+            if step % 10 == 0:
+                sampled_label_loss(model(x)).backward()
+                optimizer.update_hessian()
+                optimizer.zero_grad()
+            F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+            optimizer.step(bs=y.numel())
+            optimizer.zero_grad()
+
+    In a Hugging Face Trainer, which calls step() with no arguments, rho carries the batch size. It needs no gradient
+    scaling (bf16 or fp32), and optimizer, k, tokens (of an estimate, over all processes) and bs (of a step):
+
+        class SophiaTrainer(transformers.Trainer):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                first_micro_batch = all(p.grad is None for p in model.parameters())
+                if self.state.global_step % k == 0 and first_micro_batch:
+                    inputs = self._prepare_inputs(inputs)
+                    sampled_label_loss(model(**inputs).logits).backward()
+                    optimizer.update_hessian(scale=tokens / bs)
+                    optimizer.zero_grad()
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05 * bs / 5120)
+        SophiaTrainer(model, args, train_dataset=dataset, optimizers=(optimizer, None)).train()
+
+    Args:
+        params: tensors, or dicts of them with their own settings. A group's "name" names it in statistics().
+        lr: float, or a one-element tensor (on the device with capturable=True, to change it between graph replays).
+        betas: decay of m and, an estimate at a time, of h.
+        rho: the paper's gamma. More of it clips less; statistics()["win_rate"] is best kept between 0.1 and 0.5.
+        weight_decay: decoupled, times lr.
+        maximize: ascend instead.
+        capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
+        bias_correction: divide h by 1 - beta2^n after n estimates, since it starts from 0.
+        foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
+            fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
+            cannot take (float64, strides that differ or overlap) go through foreach.
+        max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ before
+            it would. Gradients stay as they are, and the norm is in `grad_norm`, a scalar tensor on the device. The
+            sampled-label gradient is never clipped.
+
+    State of a parameter: "step" (float32 scalar), "exp_avg" (m), "hessian" (h), both in the parameter's shape and
+    dtype; with bias_correction "hessian_step" (n). The official implementation's state_dict loads.
+    Sharded parameters (DTensor, as fully_shard makes them) take the same step as whole ones.
+    GradScaler: step() and update_hessian() honour the attributes `grad_scale` and `found_inf` without a host sync.
+
+    Raises:
+        ValueError: for a setting out of its range, naming it.
+        RuntimeError: for fused and foreach together, fused on parameters that are not CUDA floats, sparse gradients.
+    """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *, maximize=False,
                  capturable=False, bias_correction=False, foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
@@ -310,27 +371,57 @@ class SophiaG(_Sophia):
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None, bs=5120):
-        """Update the parameters from their gradients. bs: tokens (labels) in a step's batch."""
-        if not bs > 0:
-            raise ValueError(f"Invalid bs: {bs}, expected the number of tokens in a step's batch")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step(bs)
+        """Update the parameters from their gradients.
+
+        Args:
+            closure: called first, with gradients enabled, to evaluate the model again; its value is returned.
+            bs: labels (for a language model, tokens) that the estimates in h count for: the step's global batch.
+        """
+        loss = _call(closure)
+        self._step(self._checked(bs))
         return loss
 
     @torch.no_grad()
     def update_hessian(self, scale=1.0):
-        """Average scale * grad**2 into the curvature. scale: tokens of this estimate / bs of the steps."""
-        self._update_hessian(self._gather(), scale, squared=True)
+        """h <- beta2 h + (1 - beta2) scale grad^2, from the gradients of `sampled_label_loss` (Algorithm 2).
+
+        Args:
+            scale: labels of this estimate / bs of the steps, so that rho means the same at every estimation batch.
+        """
+        self._update_hessian(self._gather(), float(scale), squared=True)
 
     def statistics(self, bs=5120):
-        return self._statistics(bs)
+        """How the optimizer is doing, as floats, in one pass and with one sync.
+
+        Returns:
+            win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME of every group;
+            hessian_norm: 1-norm of h; hessian_norm2 and momentum_norm: 2-norms of h and m.
+        """
+        return self._statistics(self._checked(bs))
+
+    @staticmethod
+    def _checked(bs):
+        if not bs > 0:
+            raise ValueError(f"Invalid bs: {bs}, expected the number of labels (tokens) in a step's batch")
+        return float(bs)
 
 
 class SophiaH(_Sophia):
-    """Sophia with Hutchinson's estimator (Algorithm 3 with Algorithm 1 of arXiv:2305.14342)."""
+    """Sophia with Hutchinson's estimator (Algorithm 3 with Algorithm 1 of arXiv:2305.14342).
+
+        p <- p - lr clamp(m / max(rho h, eps), -1, 1)
+
+    with h the moving average of `hutchinson`'s estimates, which may be negative: such coordinates move by
+    lr sign(m). m, weight decay and all arguments are as in SophiaG; eps bounds the denominator.
+
+        optimizer = SophiaH(model.parameters(), lr=3e-4)
+        for step, (x, y) in enumerate(batches):
+            if step % 10 == 0:
+                optimizer.update_hessian(hutchinson(lambda: loss_fn(model(x), y), model.parameters()))
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.01, eps=1e-12, weight_decay=1e-1, *, maximize=False,
                  capturable=False, bias_correction=False, foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
@@ -339,23 +430,29 @@ class SophiaH(_Sophia):
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None):
-        """Update the parameters from their gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Update the parameters from their gradients. closure: as in SophiaG.step."""
+        loss = _call(closure)
         self._step(1.0)
         return loss
 
     @torch.no_grad()
     def update_hessian(self, estimates):
-        """Average the list that `hutchinson` returned, in the order of the parameters, into the curvature."""
+        """h <- beta2 h + (1 - beta2) estimate.
+
+        Args:
+            estimates: a tensor or None for each parameter, in the optimizer's order: what `hutchinson` returns.
+
+        Raises:
+            ValueError: when their number or a shape does not fit the parameters.
+        """
+        estimates = list(estimates)
         params = [p for group in self.param_groups for p in group["params"]]
         if len(estimates) != len(params):
             raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(params)} parameters")
         self._update_hessian(self._gather(dict(zip(params, estimates, strict=True))), 1.0, squared=False)
 
     def statistics(self):
+        """As SophiaG.statistics; a coordinate is not clipped where |m| < max(rho h, eps)."""
         return self._statistics(1.0)
 
 
@@ -366,9 +463,17 @@ class SophiaH(_Sophia):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _corrected(rho, beta2, hessian_steps):
+def _wide(tensor):
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _corrected(rho, beta2, hessian_steps, dtype):
     """rho over the bias correction of the curvature, 1 - beta2^n: per tensor where n is kept, else rho itself."""
-    return [rho / (1 - beta2 ** n.clamp(min=1)) for n in hessian_steps] or rho
+    return [-rho / torch.expm1(n.to(dtype).clamp(min=1) * _log(beta2)) for n in hessian_steps] or rho
+
+
+def _log(beta2):
+    return math.log(beta2) if beta2 else -math.inf
 
 
 def _count(steps, skip):
@@ -376,13 +481,13 @@ def _count(steps, skip):
 
 
 def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
-    rhos = _corrected(rho, beta2, bucket.hessian_steps)
+    dtype = _wide(bucket.params[0])
+    rhos = _corrected(rho, beta2, bucket.hessian_steps, dtype)
     tensors = zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True)
     for i, (param, grad, exp_avg, hessian) in enumerate(tensors):
-        dtype = torch.promote_types(param.dtype, torch.float32)
         p, g, m, h = param.to(dtype), grad.to(dtype), exp_avg.to(dtype), hessian.to(dtype)
         if factor is not None:
-            g = g * factor
+            g = g * factor.to(dtype)
         if maximize:
             g = -g
         if skip is not None:
@@ -404,7 +509,7 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
 
 
 def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
-    dtype = torch.promote_types(bucket.params[0].dtype, torch.float32)
+    dtype = _wide(bucket.params[0])
     lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians)
     p, g, m, h = ([t.to(dtype) for t in tensors] for tensors in lists)
     if factor is not None:
@@ -414,7 +519,7 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
     if skip is not None:
         g = [torch.where(skip, a, b) for a, b in zip(m, g, strict=True)]
     torch._foreach_lerp_(m, g, 1 - beta1)
-    denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps))
+    denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
         torch._foreach_add_(denominator, _EPS)
     else:
@@ -439,10 +544,10 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
 
 def _single_tensor_hessian(bucket, *, beta2, scale, factor, squared, skip):
     for hessian, estimate in zip(bucket.hessians, bucket.grads, strict=True):
-        dtype = torch.promote_types(hessian.dtype, torch.float32)
+        dtype = _wide(hessian)
         h, estimate = hessian.to(dtype), estimate.to(dtype)
         if factor is not None:
-            estimate = estimate * factor
+            estimate = estimate * factor.to(dtype)
         if squared:
             estimate = estimate * estimate
         if scale != 1:
@@ -457,7 +562,7 @@ def _single_tensor_hessian(bucket, *, beta2, scale, factor, squared, skip):
 
 
 def _foreach_hessian(bucket, *, beta2, scale, factor, squared, skip):
-    dtype = torch.promote_types(bucket.hessians[0].dtype, torch.float32)
+    dtype = _wide(bucket.hessians[0])
     h, estimates = [t.to(dtype) for t in bucket.hessians], [t.to(dtype) for t in bucket.grads]
     if factor is not None:
         estimates = torch._foreach_mul(estimates, factor.to(dtype))
@@ -475,19 +580,25 @@ def _foreach_hessian(bucket, *, beta2, scale, factor, squared, skip):
 
 
 def _foreach_square(bucket):
-    """The gradients' sum of squares, a float64 scalar tensor."""
-    return torch.stack(torch._foreach_norm(bucket.grads, 2, dtype=torch.float32)).double().square().sum()
+    """The gradients' sum of squares, a scalar tensor."""
+    return torch.stack(torch._foreach_norm(bucket.grads, 2, dtype=_wide(bucket.grads[0]))).square().sum()
 
 
 def _single_tensor_sums(bucket, *, beta2, rho, eps):
-    """float64 (4,): coordinates that are not clipped, sum of |h|, of h^2, of m^2."""
-    rhos, sums = _corrected(rho, beta2, bucket.hessian_steps), 0.0
+    """(4,): coordinates that are not clipped, sum of |h|, of h^2, of m^2."""
+    dtype = _wide(bucket.hessians[0])
+    rhos, sums = _corrected(rho, beta2, bucket.hessian_steps, dtype), 0.0
     for i, (m, h) in enumerate(zip(bucket.exp_avgs, bucket.hessians, strict=True)):
-        bound = h * (rhos[i] if isinstance(rhos, list) else rhos)
-        wins = (m.abs() < (bound if eps is None else bound.clamp_(min=eps))).sum()
-        h1, h2, m2 = (torch.linalg.vector_norm(t, n, dtype=torch.float32) for t, n in ((h, 1), (h, 2), (m, 2)))
-        sums = sums + torch.stack([wins.double(), h1.double(), h2.double().square(), m2.double().square()])
+        bound = h.to(dtype) * (rhos[i] if isinstance(rhos, list) else rhos)
+        wins = (m.abs() < (bound if eps is None else bound.clamp_(min=eps))).sum(dtype=dtype)
+        h1, h2, m2 = (torch.linalg.vector_norm(t, n, dtype=dtype) for t, n in ((h, 1), (h, 2), (m, 2)))
+        sums = sums + torch.stack([wins, h1, h2.square(), m2.square()])
     return sums
+
+
+def _call(closure):
+    with torch.enable_grad():
+        return None if closure is None else closure()
 
 
 def _to(tensor, device):
@@ -614,7 +725,7 @@ def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, f
     correct = bucket.group["bias_correction"]
     bucket.table.launch(
         "step", bucket, factor, skip, lr if isinstance(lr, Tensor) else float(lr), float(1 - beta1),
-        float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log2(beta2),
+        float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log(beta2) / math.log(2),
         TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize), CORRECT=bool(correct),
     )  # fmt: skip
 
@@ -626,16 +737,12 @@ def _fused_hessian(bucket, *, beta2, scale, factor, squared, skip):
 
 
 def _fused_square(bucket):
-    return bucket.table.launch("square", bucket, outputs=1)[0]
+    return bucket.table.launch("square", bucket, outputs=1)[0].float()
 
 
 def _fused_sums(bucket, *, beta2, rho, eps):
-    args = (float(rho), float(eps or 0.0), _log2(beta2))
+    args = (float(rho), float(eps or 0.0), _log(beta2) / math.log(2))
     return bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bucket.group["bias_correction"])
-
-
-def _log2(beta2):
-    return math.log2(beta2) if beta2 else -math.inf
 
 
 @functools.cache
@@ -892,22 +999,52 @@ def sampled_label_loss(logits, generator=None, ignore_index=-1, *, uniform=None,
 
 
 def sampled_target_loss(outputs, generator=None, *, variance=1.0):
-    """The same for a Gaussian head N(outputs, variance): ||outputs - y||^2 / (2 variance), y drawn from it."""
+    """The same for a Gaussian head: the mean over rows of ||outputs - y||^2 / (2 variance), y ~ N(outputs, variance).
+
+    Gauss-Newton-Bartlett holds for any likelihood whose labels can be drawn. For this one the Gauss-Newton matrix is
+    exactly J^T J / variance, averaged over rows, with J the outputs' Jacobian, and the mean of B grad^2 over draws is
+    exactly its diagonal, B being the number of rows (what `bs` counts then). For training on squared errors summed
+    over the D outputs and halved, variance is 1; for torch's mse_loss, the mean over rows and outputs, it is D / 2.
+
+    Args:
+        outputs: (..., D), floating point; a row is one prediction.
+        generator: torch.Generator on the outputs' device; None is the default generator.
+        variance: of the likelihood, above 0.
+
+    Returns:
+        scalar tensor; its gradient is what SophiaG.update_hessian() squares.
+    """
     noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
     target = outputs.detach() + noise * variance**0.5
-    rows = outputs[..., 0].numel()
-    return (outputs - target).square().sum() / (2 * variance * rows)
+    return (outputs - target).square().sum() / (2 * variance * outputs[..., 0].numel())
 
 
 def hutchinson(loss, params, generator=None):
-    """Hutchinson's estimate u * (Hessian @ u), u ~ N(0, I), for every parameter: Algorithm 1 of arXiv:2305.14342."""
+    """Hutchinson's estimate of the Hessian's diagonal, u * (Hessian @ u) with u ~ N(0, I): Algorithm 1.
+
+    One Hessian-vector product, about the cost of two more backward passes. It differentiates twice, which
+    torch.compile's backward and fused attention cannot do: give the loss as a function, of the uncompiled model, and
+    attention runs in its plain form within. Gradients in `.grad` are left alone. Parameters must be whole.
+
+    Args:
+        loss: a function without arguments that returns the scalar loss, or the loss itself, built from operations
+            that can be differentiated twice.
+        params: parameters (any iterable of tensors that require gradients).
+        generator: torch.Generator on the parameters' device; None is the default generator.
+
+    Returns:
+        list of tensors in the order and shapes of params; 0 where the gradient does not depend on any of them.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     params = list(params)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        loss = loss() if callable(loss) else loss
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        value = loss() if callable(loss) else loss
+        grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
         noise = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in params]
-        used = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        products = torch.autograd.grad([grads[i] for i in used], params, [noise[i] for i in used], allow_unused=True)
+        used = [(g, u) for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
+        if not used:
+            return [torch.zeros_like(p) for p in params]
+        outputs, vectors = zip(*used, strict=True)
+        products = torch.autograd.grad(outputs, params, vectors, allow_unused=True)
     return [torch.zeros_like(u) if v is None else u * v for u, v in zip(noise, products, strict=True)]
