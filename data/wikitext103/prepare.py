@@ -8,6 +8,7 @@ WikiText comes as lines: those from an article's title (" = Title = ") to the ne
 hash of each document decides, with --val_fraction.
 """
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from training.errors import command
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 TITLE = re.compile(r"^ = [^=\n].* = $", re.MULTILINE)
-LINE = re.compile(r"[^\n]*\n")
 
 
 def articles(texts):
@@ -31,7 +31,7 @@ def articles(texts):
             yield text
             continue
         text = text if text.endswith("\n") else (text or " ") + "\n"  # the hub has "" for the blank line " \n"
-        for line in LINE.findall(text):
+        for line in io.StringIO(text):
             if article and TITLE.match(line) and not previous.strip():
                 yield "".join(article)
                 article = []
