@@ -1,0 +1,143 @@
+"""Sophia under DistributedDataParallel and fully_shard on 2 gloo ranks, activation checkpointing and torch.compile."""
+
+import copy
+import datetime
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sophia import SophiaG, SophiaH, sample_labels, sampled_label_loss
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 7)
+        self.hidden = nn.Linear(7, 5)
+        self.head = nn.Linear(5, 11, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))  # fewer rows than ranks: one rank's shard is empty
+        self.checkpointed = False
+
+    def forward(self, x):
+        def body(t):
+            return torch.tanh(self.hidden(t)) * self.scale
+
+        t = self.embedding(x)
+        return self.head(checkpoint(body, t, use_reentrant=False) if self.checkpointed else body(t))
+
+
+def make(cls=SophiaG, wrap=lambda model: model, **settings):
+    torch.manual_seed(0)
+    model = wrap(Net())
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "name": "decayed"}, {"params": others, "weight_decay": 0.0}]
+    return model, cls(groups, lr=0.05, rho=0.5, max_grad_norm=0.1, **settings)
+
+
+def train(model, optimizer, rank=0, ranks=1, steps=5):
+    """Every rank on its rows of the same batches; labels by uniform numbers that do not depend on the ranks."""
+    norms = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randint(11, (8, 3), generator=generator)[rank::ranks]
+        uniform = torch.rand(8, 3, generator=generator)[rank::ranks]
+        if step % 2 == 0 and isinstance(optimizer, SophiaG):
+            sampled_label_loss(model(x), uniform=uniform).backward()
+            optimizer.update_hessian(scale=24 / 48)
+            optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, 1), ((x + 1) % 11).flatten()).backward()
+        optimizer.step(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
+        optimizer.zero_grad()
+        norms.append(float(optimizer.grad_norm))
+    statistics = optimizer.statistics(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
+    return norms, statistics
+
+
+def rank_main(rank, ranks, port, results):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timeout)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def shard(model, mesh):
+        fully_shard(model.hidden, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    flat, square = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (1, ranks), mesh_dim_names=("r", "s"))
+    wraps = {
+        "ddp": nn.parallel.DistributedDataParallel,
+        "fsdp": lambda model: shard(model, flat),
+        "hsdp": lambda model: shard(model, square),
+    }
+    for name, wrap in wraps.items():
+        for foreach in (False, True):
+            model, optimizer = make(wrap=wrap, foreach=foreach)
+            norms, statistics = train(model, optimizer, rank, ranks)
+            params = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+            state = [optimizer.state[p]["hessian"] for p in model.parameters()]
+            hessians = [h.full_tensor() if isinstance(h, DTensor) else h for h in state]
+            assert name == "ddp" or all(isinstance(h, DTensor) for h in state)
+            copy.deepcopy(optimizer.state_dict())
+            if rank == 0:
+                tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
+                results[name, foreach] = (tensors, norms, statistics)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(rank_main, args=(2, port, results), nprocs=2)
+        return dict(results)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_two_ranks_equal_one(two_ranks, name, foreach):
+    """Parameters, curvature, the clipped gradient norm of every step, and the statistics."""
+    model, optimizer = make()
+    norms, statistics = train(model, optimizer)
+    assert min(norms) > 0.1  # every step is clipped
+    expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
+    tensors, their_norms, their_statistics = two_ranks[name, foreach]
+    for ours, theirs in zip(expected, tensors, strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
+    assert their_norms == pytest.approx(norms, rel=1e-5)
+    assert their_statistics == pytest.approx(statistics, rel=1e-4)
+    assert 0 < statistics["win_rate"] < 1
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, checkpointed = make(), make()
+    checkpointed[0].checkpointed = True
+    train(*plain)
+    train(*checkpointed)
+    for p, q in zip(plain[0].parameters(), checkpointed[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+def test_a_compiled_model_trains_as_the_plain_one(cls):
+    plain, compiled = make(cls), make(cls)
+    train(*plain)
+    train(torch.compile(compiled[0], backend="aot_eager"), compiled[1])
+    for p, q in zip(plain[0].parameters(), compiled[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_labels_of_a_step_do_not_depend_on_the_micro_batch():
+    logits, uniform = torch.randn(6, 4, 30), torch.rand(6, 4)
+    halves = [sample_labels(a, uniform=b) for a, b in zip(logits.split(3), uniform.split(3), strict=True)]
+    assert torch.equal(torch.cat(halves), sample_labels(logits, uniform=uniform))
