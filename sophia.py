@@ -135,6 +135,9 @@ class _Sophia(Optimizer):
             if gradients is None and buckets and all(b.alignment and not b.shards for b in buckets):
                 self._plan = self._plan_key(), buckets, idle
         for bucket in buckets:
+            capturing = bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if capturing and not bucket.group["capturable"]:
+                raise RuntimeError("Attempting CUDA graph capture of an optimizer with capturable=False.")
             if bucket.alignment:
                 bucket.table = self._tables.setdefault(bucket.key, _PointerTable()).upload(bucket)
         return buckets
@@ -686,8 +689,6 @@ class _PointerTable:
 
     def _capture(self, bucket):
         """A table of its own for a CUDA graph: the graph copies its addresses anew at every replay."""
-        if not bucket.group["capturable"]:
-            raise RuntimeError("Attempting CUDA graph capture of step() for an instance with capturable=False.")
         if self.numels != bucket.rows[6::8] or not self.spares:
             raise RuntimeError("call step() and update_hessian() once outside of the CUDA graph before capturing them")
         staging = self.spares.pop()

@@ -48,21 +48,25 @@ class Reference:
             self.p[i] = self.p[i] * (1 - self.lr * self.wd) - self.lr * update
 
 
-def make_params(dtype, seed=0, shapes=((5, 3), (4,), (2, 3, 2), ())):
+SHAPES = ((5, 3), (4,), (2, 3, 2), ())
+
+
+def make_params(dtype, seed=0, shapes=SHAPES, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [nn.Parameter(t.to(device, dtype)) for t in drawn]
 
 
-def run_both(cls, dtype, steps=6, bs=32, **settings_):
+def run_both(cls, dtype, steps=6, bs=32, shapes=SHAPES, device="cpu", **settings_):
     implementation = {k: settings_.pop(k) for k in ("foreach", "fused") if k in settings_}
-    params = make_params(dtype)
+    params = make_params(dtype, shapes=shapes, device=device)
     optimizer = cls(params, lr=0.01, **settings_, **implementation)
     eps = optimizer.defaults.get("eps")
     reference = Reference(params, lr=0.01, rho=optimizer.defaults["rho"], eps=eps, **settings_)
     generator = torch.Generator().manual_seed(1)
 
     def random_like(p, scale):
-        return (scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return (scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(device, dtype)
 
     for t in range(steps):
         if t % 2 == 0:
@@ -244,7 +248,8 @@ def test_groups_have_their_own_settings_and_can_be_added():
         ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable"),
     ],
 )
-def test_bad_settings_are_named(settings_, error, message):
+def test_bad_settings_are_named(settings_, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(error, match=message):
         SophiaG([nn.Parameter(torch.ones(1))], **settings_)
 
