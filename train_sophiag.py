@@ -8,7 +8,9 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from sophia import SophiaG, sampled_label_loss
+import torch
+
+from sophia import SophiaG, SophiaH, hutchinson, sampled_label_loss
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.run import Run
@@ -18,19 +20,30 @@ from training.run import Run
 class SophiaConfig(TrainConfig):
     """The settings of a run with Sophia."""
 
-    optimizer_name: str = setting("sophiag", "curvature estimator: Gauss-Newton-Bartlett", choices=("sophiag",))
+    optimizer_name: str = setting(
+        "sophiag",
+        "curvature by Gauss-Newton-Bartlett (sophiag) or Hutchinson (sophiah)",
+        choices=("sophiag", "sophiah"),
+    )
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float = setting(0.05, "clipping threshold (the paper's gamma): larger clips less", above=0.0)
+    rho: float | None = setting(
+        None, "clipping threshold (the paper's gamma), larger clips less; default 0.05, sophiah 0.01", above=0.0
+    )
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
-    hess_bs: int | None = setting(None, "sequences in a curvature estimate; default a quarter of total_bs", at_least=1)
+    hess_bs: int | None = setting(
+        None, "sequences in a curvature estimate; default a quarter of total_bs, sophiah 32", at_least=1
+    )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
 
     def check(self):
         super().check()
+        hutchinsons = self.optimizer_name == "sophiah"
+        if self.rho is None:
+            self.rho = 0.01 if hutchinsons else 0.05
         if self.hess_bs is None:
-            self.hess_bs = max(1, self.total_bs // 4)
+            self.hess_bs = min(32, self.total_bs) if hutchinsons else max(1, self.total_bs // 4)
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
 
@@ -43,27 +56,45 @@ def label_loss(logits, uniforms):
 def main(words=None):
     config = load_config(SophiaConfig, sys.argv[1:] if words is None else words)
     with Run(config) as run:
-        optimizer = SophiaG(
-            run.parameter_groups(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            rho=config.rho,
-            weight_decay=config.weight_decay,
-            bias_correction=config.bias_correction,
-        )
-        run.attach(optimizer, statistics=partial(sophia_statistics, optimizer, run.tokens_per_step))
+        optimizer, bs = make_optimizer(config, run)
+        run.attach(optimizer, statistics=partial(sophia_statistics, optimizer, bs))
         for step in run.steps():
-            if step % config.hess_interval == 0:
+            if step % config.hess_interval == 0 and config.optimizer_name == "sophiag":
                 run.backward(run.curvature_batch(step, config.hess_bs), loss=label_loss)
                 run.apply(optimizer.update_hessian, scale=config.hess_bs / config.total_bs)
+            elif step % config.hess_interval == 0:
+                estimates = run.average(run.train_batch(step, config.hess_bs), partial(hutchinsons_estimate, run, step))
+                run.apply(optimizer.update_hessian, estimates=estimates)
             run.backward(run.train_batch(step))
             run.clip_gradients()
-            run.apply(optimizer.step, bs=run.tokens_per_step)
+            run.apply(optimizer.step, **bs)
 
 
-def sophia_statistics(optimizer, tokens_per_step):
+def make_optimizer(config, run):
+    """The optimizer, and what its step() and statistics() take: for SophiaG the labels in a step, else nothing."""
+    kind, bs = (SophiaG, {"bs": run.tokens_per_step}) if config.optimizer_name == "sophiag" else (SophiaH, {})
+    optimizer = kind(
+        run.parameter_groups(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        rho=config.rho,
+        weight_decay=config.weight_decay,
+        bias_correction=config.bias_correction,
+        fused=run.world.device.type == "cuda",
+    )
+    return optimizer, bs
+
+
+def hutchinsons_estimate(run, step, loss):
+    """Hutchinson's estimate with random vectors that belong to the step: the same in every piece and on every rank."""
+    generator = torch.Generator(run.world.device).manual_seed((run.config.seed << 32) + step)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    return hutchinson(loss, parameters, generator)
+
+
+def sophia_statistics(optimizer, bs):
     """The optimizer's statistics under their metric names: win_rate is of training, the norms stand alone."""
-    numbers = optimizer.statistics(bs=tokens_per_step)
+    numbers = optimizer.statistics(**bs)
     return {f"train/{name}" if name.startswith("win_rate") else name: value for name, value in numbers.items()}
 
 

@@ -226,10 +226,10 @@ class Run:
             tensor = tensor.pin_memory()
         return tensor.to(self.world.device, non_blocking=True)
 
-    def train_batch(self, step):
-        """This rank's share of the step's batch: a list of (inputs, targets, weight), (B, T) int64 each and a float."""
+    def train_batch(self, step, sequences=None):
+        """This rank's share of the step's batch, or its first `sequences`: (inputs, targets, weight), (B, T) each."""
         starts = self._windows(step)
-        pieces, weight = self._pieces(self.config.total_bs)
+        pieces, weight = self._pieces(sequences or self.config.total_bs)
         return [(*self._inputs_and_targets(starts[piece]), weight) for piece in pieces]
 
     def _inputs_and_targets(self, starts):
@@ -267,6 +267,25 @@ class Run:
             self._scaler.unscale_(self.optimizer)
             self._scaler.update()
 
+    def average(self, batch, estimate):
+        """Mean over the batch of all ranks of the lists of tensors that `estimate(loss)` gives; `loss()` is a piece's.
+
+        The loss is that of the uncompiled model, which can be differentiated twice.
+        """
+        total = None
+        for inputs, targets, weight in batch:
+
+            def loss(inputs=inputs, targets=targets):
+                with self._autocast:
+                    return self.model(inputs, targets)[1]
+
+            piece = torch._foreach_mul(estimate(loss), weight / self.world.size)
+            total = piece if total is None else torch._foreach_add(total, piece)
+        for tensor in total:
+            self.world.sum(tensor)
+        self._grad_norm = torch.nn.utils.get_total_norm(total, foreach=True)  # what `apply` then looks at
+        return total
+
     def _sync(self, last):
         """The ranks exchange gradients in the backward pass of the last piece only."""
         return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
@@ -303,8 +322,8 @@ class Run:
     def apply(self, method, **arguments):
         """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
 
-        Where the gradients are not finite the call has no effect, on all ranks alike. An optimizer that knows
-        torch's `found_inf` protocol is told so on the device; for others the host has to look.
+        Where the gradients, or what `average` gave, are not finite the call has no effect, on all ranks alike. An
+        optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
         """
         found_inf = (~torch.isfinite(self._measure_gradients())).float()
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):

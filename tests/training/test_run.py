@@ -37,6 +37,16 @@ def test_the_micro_batch_does_not_matter(corpus, one_process, tmp_path, batch_si
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
 
 
+def test_hutchinson_does_not_depend_on_the_split(corpus, tmp_path):
+    words = ["--optimizer_name=sophiah", "--hess_interval=3", "--hess_bs=8", "--max_iters=12"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *words])
+    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *words])
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    norms = [[line["hessian_norm"] for line in read_lines(tmp_path / name)[:-1]] for name in ("split", "whole")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_number_of_ranks_does_not_matter(corpus, one_process, tmp_path, ranks):
     done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, tmp_path), "--batch_size=4", *SPLIT])

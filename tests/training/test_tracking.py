@@ -1,0 +1,86 @@
+"""metrics.jsonl, config.json, the clock, wandb that must not matter."""
+
+import json
+import sys
+import time
+import types
+
+import train_adam
+from tests.conftest import read_lines
+from train_adam import AdamConfig
+from training.tracking import Clock, Tracker, console_line, git_commit, read_metrics
+
+
+def test_no_step_stands_twice(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 0.1}\n{"step": 5}\n{"step": 10}\n{"step": 12, "a"')
+    tracker = Tracker(AdamConfig(out_dir=str(tmp_path)), {}, start_step=10)
+    tracker.log({"step": 10, "val/loss": float("inf")})
+    tracker.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 0, "a": 0.1}', '{"step": 5}', '{"step": 10, "val/loss": null}']
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["total_bs"] == 480
+
+
+def test_lines_that_are_not_metrics_are_passed_over(tmp_path):
+    (tmp_path / "m").write_text('[1]\n{"step": "x"}\n{"no": 1}\nnoise\n\n{"step": 3}\n')
+    assert read_metrics(tmp_path / "m") == [{"step": 3}]
+
+
+def test_the_clock_counts_training_only():
+    waits = []
+    clock = Clock(lambda: waits.append(1), seconds=100.0)
+    assert clock.seconds == 100.0
+    clock.start()
+    time.sleep(0.05)
+    with clock.paused():
+        before = clock.seconds
+        time.sleep(0.2)
+        assert clock.seconds == before
+    assert 100.04 < before < 100.15
+    time.sleep(0.05)
+    assert 100.09 < clock.seconds < 100.25
+    assert len(waits) == 3, "waits for the device at each start and stop"
+
+
+def test_console_line():
+    metrics = {"step": 100, "train/loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 2000.0, "mfu": 0.4}
+    line = console_line(metrics | {"val/loss": 2.25}, max_iters=2000, tokens_per_step=1000)
+    assert " ".join(line.split()) == (
+        "step 100/2000 val/loss 2.2500 train/loss 2.5000 lr 1.00e-03 grad_norm 0.50 2.0k tok/s mfu 40.0% left 0:15:50"
+    )
+
+
+def test_git_commit_is_this_checkouts():
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_without_wandb_training_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=5"])
+    assert read_lines(tmp_path / "out")[-1]["step"] == 5
+    assert "training goes on without wandb" in capsys.readouterr().err
+
+
+def test_wandb_gets_the_same_names(tiny, tmp_path, monkeypatch):
+    calls, logged, finished = [], [], []
+
+    class FakeRun:
+        id = "abc"
+
+        def log(self, metrics, step):
+            logged.append((step, metrics))
+
+        def finish(self):
+            finished.append(True)
+
+    fake = types.SimpleNamespace(init=lambda **arguments: calls.append(arguments) or FakeRun())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=10"])
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=12", "--init_from=resume"])
+    first, second = calls
+    assert first["group"] == "adamw" and first["config"]["learning_rate"] == 1e-3 and first["id"] is None
+    assert second["id"] == "abc", "a resumed run goes on under its id"
+    assert finished == [True, True]
+    lines = {line["step"]: line for line in read_lines(tmp_path / "out")}
+    assert logged[-1] == (12, lines[12])
