@@ -156,22 +156,29 @@ class GPT(nn.Module):
         T = block_size or self.config.block_size
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None):
         """Continue idx (B, T) int64 -> (B, T + max_new_tokens), each token from the last `block_size`, in eval mode.
         `temperature` 0 takes the likeliest token, `top_k` samples among the k likeliest, `seed` makes the text
-        reproducible on a device (None: torch's global generator)."""
+        reproducible on a device (None: torch's global generator), ids from `vocab_size` on (padding) never come."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, seed, vocab_size)), dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None):
+        """Yield the tokens of `generate`, (B, 1) each, as they come."""
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature must be >= 0 and top_k >= 1, got temperature={temperature}, top_k={top_k}")
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            token = sample(logits[:, -1], temperature, top_k, generator)
-            idx = torch.cat((idx, token), dim=1)
-        self.train(training)
-        return idx
+        try:
+            for _ in range(max_new_tokens):
+                idx = idx[:, -self.config.block_size :]
+                logits, _ = self(idx)
+                token = sample(logits[:, -1, :vocab_size], temperature, top_k, generator)
+                idx = torch.cat((idx, token), dim=1)
+                yield token
+        finally:
+            self.train(training)
 
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on, to go on with shorter sequences."""

@@ -1,0 +1,109 @@
+"""Text from a trained model: continues a prompt, or starts a document, and prints each token as it comes.
+
+python sample.py --out_dir=out/demo_sophiag --start="KING RICHARD:" --num_samples=3 --temperature=0.7
+python sample.py --out_dir=out/demo_sophiag --start=FILE:prompt.txt --max_new_tokens=200
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from training.checkpoint import load_checkpoint
+from training.config import load_config, setting
+from training.distributed import World
+from training.errors import UserError, command
+from training.tokenizer import get_tokenizer
+
+FILE = "FILE:"  # a start that names the file with the prompt
+
+
+@dataclass
+class SampleConfig:
+    """What to sample, and from which run."""
+
+    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    start: str = setting("", "prompt, or FILE:PATH; default a newline (characters), the end-of-text token (GPT-2)")
+    num_samples: int = setting(1, "texts to print; number i = 0, 1, ... is drawn with seed + i", at_least=1)
+    max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
+    temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model predicts", at_least=0.0)
+    top_k: int | None = setting(200, "sample among the k likeliest tokens only; None: among all", at_least=1)
+    seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
+    device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
+
+    def check(self):
+        """No two of these settings can contradict each other."""
+
+
+def main(words=None):
+    config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
+    device = World(config.device).device
+    model, tokenizer = load_run(config.out_dir)
+    prompt = prompt_ids(config.start, tokenizer)
+    if len(prompt) > model.config.block_size:
+        seen = f"the model sees only the last block_size = {model.config.block_size}"
+        print(f"warning: the prompt has {len(prompt)} tokens, {seen}.", file=sys.stderr)
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
+    model.to(device)
+    idx = torch.tensor([prompt], device=device)  # (1, T)
+    for i in range(config.num_samples):
+        if i:
+            print("---------------")
+        if config.start:
+            print(tokenizer.decode(prompt), end="")
+        tokens = model.stream(
+            idx, config.max_new_tokens, config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size
+        )
+        for text in decode_stream((token.item() for token in tokens), tokenizer):
+            print(text, end="", flush=True)
+        print()
+
+
+def load_run(out_dir):
+    """(model on the CPU, tokenizer) of the run in `out_dir`. UserError where there is no run, or the two do not fit."""
+    checkpoint, path = load_checkpoint(out_dir)
+    model = GPT(GPTConfig(**checkpoint["model_args"]))
+    model.load_state_dict(checkpoint["model"])
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{path}: its model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.vocab_size}; "
+            "train with data whose meta.json names the tokenizer that made it."
+        )
+    return model, tokenizer
+
+
+def prompt_ids(start, tokenizer):
+    """The token ids that `start` stands for, at least one."""
+    if not start:
+        return tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    text = start
+    if start.startswith(FILE):
+        path = start.removeprefix(FILE)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"start = {start!r}: cannot read {path} ({reason}); name a text file.") from None
+        if not text:
+            raise UserError(f"start = {start!r}: {path} is empty; leave --start out to begin a document.")
+    return tokenizer.encode(text)
+
+
+def decode_stream(ids, tokenizer):
+    """Yield the text of `ids` piece by piece, each as soon as it is whole: a character can be cut over several tokens,
+    and half of one decodes to U+FFFD."""
+    waiting = []
+    for i in ids:
+        waiting.append(i)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):
+            yield text
+            waiting = []
+    yield tokenizer.decode(waiting)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,151 @@
+"""sample.py: its text is what `generate` gives, padding is never drawn, bad input is one sentence."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import sample
+from model import GPT, GPTConfig
+from training.checkpoint import save_checkpoint
+from training.errors import UserError, command
+from training.tokenizer import get_tokenizer
+
+CHARACTERS = "\n abcdefghij"  # 12
+
+
+def write_run(folder, vocab_size=12, tokenizer=None, favourite=None):
+    """A checkpoint of a model with random weights; `favourite` gets far the largest logit."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16, bias=True))
+    if favourite is not None:
+        with torch.no_grad():
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.copy_(100 * model.lm_head.weight[favourite])
+            model.lm_head.weight[favourite] *= 20
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(folder, {
+        "model": model.state_dict(),
+        "model_args": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer or {"characters": CHARACTERS},
+        "step": 1,
+    })  # fmt: skip
+    return model
+
+
+def words(folder, **settings):
+    settings = {"out_dir": folder, "device": "cpu", "max_new_tokens": 40, **settings}
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("start, shown", [("", ""), ("abba", "abba"), ("abcdefghij" * 3, "abcdefghij" * 3)])
+def test_streamed_text_is_generates_text(tmp_path, capsys, start, shown):
+    model, tokenizer = write_run(tmp_path), get_tokenizer({"characters": CHARACTERS})
+    sample.main(words(tmp_path, start=start, num_samples=2, seed=5, top_k=7))
+    printed = capsys.readouterr()
+    prompt = tokenizer.encode(start or "\n")
+    expected = []
+    for seed in (5, 6):
+        ids = model.generate(torch.tensor([prompt]), 40, temperature=0.8, top_k=7, seed=seed)[0, len(prompt) :]
+        expected.append(shown + tokenizer.decode(ids.tolist()) + "\n")
+    assert printed.out == "---------------\n".join(expected)
+    assert printed.err == ("" if len(prompt) <= 16 else "warning: the prompt has 30 tokens, the model sees only the "
+                           "last block_size = 16.\n")  # fmt: skip
+
+
+def test_tokens_are_printed_as_they_come(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path)
+    forward, printed = GPT.forward, []
+
+    def spy(*arguments):
+        printed.append(len(capsys.readouterr().out))
+        return forward(*arguments)
+
+    monkeypatch.setattr(GPT, "forward", spy)
+    sample.main(words(tmp_path, max_new_tokens=6, start="ab"))
+    assert printed == [2, 1, 1, 1, 1, 1], "each token is out before the next is computed"
+
+
+def test_the_prompt_can_come_from_a_file(tmp_path, capsys):
+    write_run(tmp_path)
+    (tmp_path / "prompt.txt").write_text("bad\n")
+    sample.main(words(tmp_path, start=f"FILE:{tmp_path}/prompt.txt"))
+    assert capsys.readouterr().out.startswith("bad\n")
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 5.0}, {"top_k": 1}, {"top_k": None}])
+def test_padding_is_never_drawn(tmp_path, capsys, settings):
+    favourite = 50300  # a row without a token: its logit is far the largest
+    model = write_run(tmp_path, 50304, "gpt2", favourite)
+    prompt = torch.tensor([[50256]])
+    assert (model.generate(prompt, 5, temperature=0.0)[0, 1:] == favourite).all(), "else this test shows nothing"
+    settings = {"temperature": 0.8, "top_k": 200} | settings
+    assert model.generate(prompt, 50, seed=1, vocab_size=50257, **settings).max() < 50257
+    sample.main(words(tmp_path, max_new_tokens=5, **settings))
+    assert len(capsys.readouterr().out) > 1, "padding would decode to nothing"
+
+
+def test_a_stream_that_is_left_early_gives_the_mode_back(tmp_path):
+    model = write_run(tmp_path).train()
+    next(stream := model.stream(torch.tensor([[0]]), 5))
+    assert not model.training and torch.is_grad_enabled()
+    stream.close()
+    assert model.training
+
+
+def test_characters_cut_over_several_tokens_come_whole():
+    tokenizer = get_tokenizer("gpt2")
+    text = "naïve 🤗 日本語 — \ufffd and more"
+    ids = tokenizer.encode(text)
+    pieces = list(sample.decode_stream(ids, tokenizer))
+    assert "".join(pieces) == text
+    assert len(pieces) > 8, "and not all at the end"
+    cut = tokenizer.encode("🤗")[:1]
+    assert "".join(sample.decode_stream(cut, tokenizer)) == "\ufffd", "half a character at the end is shown as such"
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"start": "abc€"}, "'€' is not among the 12"),
+        ({"start": "FILE:{folder}/none.txt"}, "none.txt (No such file or directory)"),
+        ({"start": "FILE:{folder}"}, "(Is a directory)"),
+        ({"start": "FILE:{folder}/ckpt.pt"}, "it is not UTF-8 text"),
+        ({"start": "FILE:{folder}/empty.txt"}, "is empty"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "nan"}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"seed": 2**32}, "seed"),
+        ({"out_dir": "{folder}/nothing"}, "nothing holds no checkpoint"),
+        ({"device": "tpu"}, "device"),
+        ({"sart": "a"}, "'start'"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, settings, said):
+    write_run(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    settings = {key: str(value).format(folder=tmp_path) for key, value in settings.items()}
+    refused(capsys, words(tmp_path, **settings), said)
+
+
+def test_a_model_that_does_not_fit_the_tokenizer(tmp_path, capsys):
+    write_run(tmp_path, vocab_size=8)
+    refused(capsys, words(tmp_path), "its model has 8 tokens and its tokenizer 12")
+
+
+def refused(capsys, arguments, said):
+    with pytest.raises(SystemExit) as done:
+        command(lambda: sample.main(arguments))
+    printed = capsys.readouterr()
+    assert done.value.code == 2 and printed.out == "" and said in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_load_run_gives_the_trained_weights(tmp_path):
+    model = write_run(tmp_path)
+    loaded, tokenizer = sample.load_run(tmp_path)
+    idx = torch.arange(12)[None]
+    assert torch.equal(loaded(idx)[0], model(idx)[0]) and tokenizer.decode([2, 3]) == "ab"
+    with pytest.raises(UserError):
+        sample.load_run(tmp_path / "elsewhere")
