@@ -496,7 +496,8 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
         if skip is not None:
             g = torch.where(skip, m, g)
         m.lerp_(g, 1 - beta1)
-        denominator = h * (rhos[i] if isinstance(rhos, list) else rhos)
+        scratch = None if g is grad else g
+        denominator = torch.mul(h, rhos[i] if isinstance(rhos, list) else rhos, out=scratch)
         denominator = denominator.add_(_EPS) if eps is None else denominator.clamp_(min=eps)
         update = torch.div(m, denominator, out=denominator).clamp_(-1, 1)
         p.mul_(1 - lr * weight_decay)
@@ -551,13 +552,12 @@ def _single_tensor_hessian(bucket, *, beta2, scale, factor, squared, skip):
         h, estimate = hessian.to(dtype), estimate.to(dtype)
         if factor is not None:
             estimate = estimate * factor.to(dtype)
-        if squared:
-            estimate = estimate * estimate
-        if scale != 1:
-            estimate = estimate * scale
         if skip is not None:
-            estimate = torch.where(skip, h, estimate)
-        h.lerp_(estimate, 1 - beta2)
+            h.lerp_(torch.where(skip, h, estimate * estimate * scale if squared else estimate), 1 - beta2)
+        elif squared:
+            h.mul_(beta2).addcmul_(estimate, estimate, value=(1 - beta2) * scale)
+        else:
+            h.lerp_(estimate, 1 - beta2)
         if h is not hessian:
             hessian.copy_(h)
     if bucket.hessian_steps:
@@ -569,13 +569,13 @@ def _foreach_hessian(bucket, *, beta2, scale, factor, squared, skip):
     h, estimates = [t.to(dtype) for t in bucket.hessians], [t.to(dtype) for t in bucket.grads]
     if factor is not None:
         estimates = torch._foreach_mul(estimates, factor.to(dtype))
-    if squared:
-        estimates = torch._foreach_mul(estimates, estimates)
-    if scale != 1:
-        estimates = torch._foreach_mul(estimates, scale)
     if skip is not None:
-        estimates = [torch.where(skip, a, b) for a, b in zip(h, estimates, strict=True)]
-    torch._foreach_lerp_(h, estimates, 1 - beta2)
+        estimates = [torch.where(skip, a, b * b * scale if squared else b) for a, b in zip(h, estimates, strict=True)]
+    if squared and skip is None:
+        torch._foreach_mul_(h, beta2)
+        torch._foreach_addcmul_(h, estimates, estimates, value=(1 - beta2) * scale)
+    else:
+        torch._foreach_lerp_(h, estimates, 1 - beta2)
     if h[0] is not bucket.hessians[0]:
         torch._foreach_copy_(bucket.hessians, h)
     if bucket.hessian_steps:

@@ -1,0 +1,318 @@
+"""Speed and memory of this repository's parts, beside their peers, measured in one run.
+
+    python bench.py optimizer [--official PATH] [--models 124M,355M,774M] [--out assets/bench/optimizer.json]
+
+A subcommand prints its table as it goes and writes it as JSON: {"device", "torch", "commit", "command", "rows":
+[{"contender", "model", "metric", "value", "unit"}]}. A contender that fails leaves a line in "errors" and no row.
+"""
+
+import argparse
+import functools
+import gc
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import sophia
+
+GPT2_SIZES = {"30M": (6, 384), "124M": (12, 768), "355M": (24, 1024), "774M": (36, 1280)}  # layers, width
+
+
+class Report:
+    """The rows of one benchmark: printed when they come, and written after each, so that a crash loses nothing."""
+
+    def __init__(self, args):
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        self.path = Path(args.out)
+        command = " ".join(["python", "bench.py", *sys.argv[1:]])
+        self.content = {"device": device, "torch": torch.__version__, "commit": args.commit, "command": command}
+        self.content |= {"rows": [], "errors": []}
+        print(f"{device}, torch {torch.__version__}, commit {args.commit}", flush=True)
+
+    def add(self, contender, model, metric, value, unit):
+        row = {"contender": contender, "model": model, "metric": metric, "value": value, "unit": unit}
+        self.content["rows"].append(row)
+        print(f"{model:>6}  {metric:<20} {contender:<14} {value:12.4f} {unit}", flush=True)
+        self.write()
+
+    def error(self, contender, model, metric, error):
+        text = f"{contender} {model} {metric}: {type(error).__name__}: {error}"
+        self.content["errors"].append(text)
+        print(f"  failed: {text}", flush=True)
+        self.write()
+
+    def write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def value(self, contender, model, metric):
+        found = [r["value"] for r in self.content["rows"] if (contender, model, metric) == tuple(r.values())[:3]]
+        return found[0] if found else None
+
+
+def timed(function, calls, device):
+    """Milliseconds of one of `calls` calls in a row, on the device's clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) * 1e3 / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def alternate(functions, rounds, calls, device, failed=None):
+    """name -> median milliseconds. The contenders take turns, so that a change of clocks falls on all of them."""
+    times = {name: [] for name in functions}
+    for round_ in range(rounds + 1):  # the first one warms up, and compiles
+        for name, function in functions.items():
+            if times[name] is None:
+                continue
+            try:
+                took = timed(function, calls if round_ else 3, device)
+                if round_:
+                    times[name].append(took)
+            except Exception as error:  # one contender's failure must not cost the others their rows
+                times[name] = None
+                if failed is not None:
+                    failed(name, error)
+    return {name: statistics.median(values) for name, values in times.items() if values}
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def gpt2_shapes(name):
+    """GPT-2's parameters: tied head, vocabulary padded to 50304, 1024 positions, no biases."""
+    layers, width = GPT2_SIZES[name]
+    block = [(width,), (3 * width, width), (width, width), (width,), (4 * width, width), (width, 4 * width)]
+    return [(50304, width), (1024, width), *block * layers, (width,)]
+
+
+def load_official(path):
+    """The class SophiaG of the official repository's checkout."""
+    spec = importlib.util.spec_from_file_location("official_sophia", Path(path) / "sophia.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SophiaG
+
+
+def optimizer_contenders(args):
+    """name -> (params -> optimizer), decayed and undecayed groups as in training."""
+
+    def with_groups(cls, **settings):
+        def build(params):
+            groups = [{"params": [p for p in params[2:] if p.dim() > 1]}]
+            groups += [{"params": params[:2] + [p for p in params[2:] if p.dim() == 1], "weight_decay": 0.0}]
+            return cls(groups, lr=1e-6, weight_decay=0.1, **settings)
+
+        return build
+
+    if args.device == "cuda":
+        contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
+        contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
+    else:
+        contenders = {"sophia": with_groups(sophia.SophiaG)}
+        contenders["adamw_foreach"] = with_groups(torch.optim.AdamW, foreach=True)
+        contenders["sophia_foreach"] = with_groups(sophia.SophiaG, foreach=True)
+    if args.official:
+        contenders["official"] = with_groups(load_official(args.official))
+    return contenders
+
+
+def bench_optimizer(args):
+    report = Report(args)
+    contenders = optimizer_contenders(args)
+    for model in args.models.split(","):
+        if args.device == "cuda":
+            for name, build in contenders.items():
+                measure_peak(report, name, model, build)
+        measure_times(report, model, contenders, args)
+        print_comparison(report, model, args.device)
+    if args.tune:
+        tune(args.models.split(",")[-1], args)
+
+
+def make_parameters(model, device):
+    generator = torch.Generator(device).manual_seed(0)
+    return [nn.Parameter(torch.randn(s, device=device, generator=generator) * 0.02) for s in gpt2_shapes(model)]
+
+
+def make_gradients(params, seed):
+    generator = torch.Generator(params[0].device).manual_seed(seed)
+    return [torch.randn(p.shape, device=p.device, generator=generator) * 1e-3 for p in params]
+
+
+def measure_peak(report, name, model, build):
+    """Bytes beyond what was there, through estimate, clipping and steps; the floor is p + g + two states."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    try:
+        params = make_parameters(model, "cuda")
+        optimizer = build(params)
+        for p, g in zip(params, make_gradients(params, 1), strict=True):
+            p.grad = g
+        torch.cuda.reset_peak_memory_stats()
+        if hasattr(optimizer, "max_grad_norm"):
+            optimizer.max_grad_norm = 1.0
+        for _ in range(2):
+            if hasattr(optimizer, "update_hessian"):
+                optimizer.update_hessian()
+            optimizer.step()
+        report.add(name, model, "peak_bytes", torch.cuda.max_memory_allocated() - start, "bytes")
+        if name == "sophia":
+            report.add("floor", model, "peak_bytes", 4 * sum(p.nbytes for p in params), "bytes")
+    except Exception as error:
+        report.error(name, model, "peak_bytes", error)
+
+
+def measure_times(report, model, contenders, args):
+    gc.collect()
+    params = make_parameters(model, args.device)
+    count = sum(p.numel() for p in params)
+    # As in training, where gradients are freed and come back: they alternate between two places in memory.
+    places = [make_gradients(params, seed) for seed in (1, 2)]
+    turn = itertools.cycle(places)
+    optimizers = {name: build(params) for name, build in contenders.items()}
+
+    def with_gradients(call):
+        def run():
+            for p, g in zip(params, next(turn), strict=True):
+                p.grad = g
+            call()
+
+        return run
+
+    def clip_then_step(optimizer):
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    def clipped_step(optimizer):
+        optimizer.max_grad_norm = 1.0
+        optimizer.step()
+        optimizer.max_grad_norm = None
+
+    source, target = torch.randn(count, device=args.device), torch.empty(count, device=args.device)
+    copy_name, results = "floor", {}
+    estimating = {n: o for n, o in optimizers.items() if hasattr(o, "update_hessian")}
+    metrics = {
+        "update_hessian_ms": {n: functools.partial(o.update_hessian) for n, o in estimating.items()},
+        "step_ms": {n: functools.partial(o.step) for n, o in optimizers.items()},
+        "clip_step_ms": {
+            n: functools.partial(clipped_step if hasattr(o, "max_grad_norm") else clip_then_step, o)
+            for n, o in optimizers.items()
+        },
+    }
+    for metric, calls in metrics.items():
+        functions = {n: with_gradients(call) for n, call in calls.items()}
+        functions[copy_name] = lambda: target.copy_(source)
+        failed = functools.partial(lambda name, error, metric: report.error(name, model, metric, error), metric=metric)
+        results[metric] = alternate(functions, args.rounds, args.calls, args.device, failed)
+    copy_ms = statistics.median(r[copy_name] for r in results.values())
+    report.add("floor", model, "copy_gb_per_s", 8e-6 * count / copy_ms, "GB/s")
+    for metric, bytes_per_parameter in (("step_ms", 24), ("clip_step_ms", 28), ("update_hessian_ms", 12)):
+        for name, value in results[metric].items():
+            value = copy_ms * bytes_per_parameter / 8 if name == copy_name else value
+            report.add(name, model, metric, value, "ms")
+
+
+def print_comparison(report, model, device):
+    for metric in ("step_ms", "update_hessian_ms"):
+        ours, floor = report.value("sophia", model, metric), report.value("floor", model, metric)
+        if ours and floor:
+            print(f"{model:>6}  {metric}: sophia at {floor / ours:.1%} of the floor's speed", flush=True)
+    peer = "adamw_fused" if device == "cuda" else "adamw_foreach"
+    for metric in ("step_ms", "clip_step_ms"):
+        ours, theirs = report.value("sophia", model, metric), report.value(peer, model, metric)
+        if ours and theirs:
+            print(f"{model:>6}  {metric}: sophia takes {ours / theirs:.2f} of {peer}", flush=True)
+
+
+def tune(model, args):
+    """Every kernel under other launch settings: what to write into sophia._LAUNCH."""
+    params = make_parameters(model, "cuda")
+    for p, g in zip(params, make_gradients(params, 1), strict=True):
+        p.grad = g
+    optimizer = sophia.SophiaG(params, lr=1e-6, fused=True)
+    optimizer.max_grad_norm = 1.0
+    optimizer.update_hessian()
+    optimizer.step()
+
+    def unclipped_step():
+        optimizer.max_grad_norm = None
+        optimizer.step()
+        optimizer.max_grad_norm = 1.0
+
+    calls = {
+        "step": unclipped_step,
+        "hessian": optimizer.update_hessian,
+        "square": lambda: optimizer._clip(optimizer._gather()),
+        "sums": optimizer.statistics,
+    }
+    configurations = [(512, 8, 2), (512, 4, 4), *itertools.product((1024,), (1, 2, 4, 8, 16), (4,))]
+    configurations += [*itertools.product((2048,), (1, 2, 4, 8), (4, 8)), *itertools.product((4096,), (1, 2, 4), (8,))]
+    chosen = dict(sophia._LAUNCH)
+    for kernel, call in calls.items():
+        times = {}
+        for configuration in configurations:
+            sophia._LAUNCH[kernel] = configuration
+            optimizer._tables.clear()
+            try:
+                times[configuration] = alternate({"": call}, 5, args.calls, "cuda")[""]
+            except Exception as error:
+                print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
+        sophia._LAUNCH[kernel] = chosen[kernel]
+        optimizer._tables.clear()
+        for configuration, took in sorted(times.items(), key=lambda item: item[1]):
+            mark = "  <- now" if configuration == chosen[kernel] else ""
+            print(f"{model:>6}  tune {kernel:<8} {configuration!s:<14} {took:9.4f} ms{mark}", flush=True)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def current_commit():
+    try:
+        folder = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        return git.stdout.strip() or None
+    except OSError:
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    command = commands.add_parser("optimizer", help="one optimizer step, curvature update and clipping, against peers")
+    command.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
+    command.add_argument("--models", default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
+    command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    command.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
+    command.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
+    command.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
+    command.add_argument("--out", default="assets/bench/optimizer.json")
+    command.add_argument("--commit", default=current_commit(), help="recorded in the JSON; default: git's HEAD")
+    command.set_defaults(run=bench_optimizer)
+    args = parser.parse_args()
+    unknown = set(args.models.split(",")) - set(GPT2_SIZES)
+    if unknown:
+        parser.error(f"--models has {', '.join(sorted(unknown))}, expected some of {', '.join(GPT2_SIZES)}")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
