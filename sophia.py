@@ -238,7 +238,8 @@ class _Sophia(Optimizer):
         for bucket in buckets:
             square = self._implementation(bucket, _fused_square, _foreach_square, _foreach_square)(bucket)
             squares[bucket.shards] = squares.get(bucket.shards, 0.0) + _to(square, buckets[0].device)
-        total = _sum([_reduce(square, shards) for shards, square in squares.items()] or [torch.zeros(())])
+        reduced = [_reduce(square, shards) for shards, square in squares.items()]
+        total = _sum(reduced or [torch.zeros((), dtype=torch.float32)])
         grad_scale, _ = self._amp(total.device)
         self.grad_norm = total.sqrt() if grad_scale is None else total.sqrt() / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -256,8 +257,6 @@ class _Sophia(Optimizer):
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 lr = lr.item() if lr.device.type == "cpu" else lr.to(device)
-            if skip is not None:
-                lr = torch.where(skip, 0.0, lr)
             self._implementation(bucket, _fused_step, _foreach_step, _single_tensor_step)(
                 bucket,
                 lr=lr,
@@ -295,10 +294,11 @@ class _Sophia(Optimizer):
             if bucket.shards not in totals:
                 totals[bucket.shards] = sums.new_zeros(len(counts), 4)
             totals[bucket.shards][bucket.index] += _to(sums, totals[bucket.shards].device)
-        rows = _sum([_reduce(total, shards) for shards, total in totals.items()]).tolist() if totals else [[0.0] * 4]
+        reduced = [_reduce(total, shards) for shards, total in totals.items()]
+        rows = _sum(reduced).tolist() if reduced else [[0.0] * 4] * len(counts)
         wins, h1, h2, m2 = (sum(column) for column in zip(*rows, strict=True))
         result = {"win_rate": wins / max(1, sum(counts))}
-        for index, (count, row) in enumerate(zip(counts, rows, strict=False)):
+        for index, (count, row) in enumerate(zip(counts, rows, strict=True)):
             result[f"win_rate/{self.param_groups[index].get('name', index)}"] = row[0] / max(1, count)
         return {**result, "hessian_norm": h1, "hessian_norm2": h2**0.5, "momentum_norm": m2**0.5}
 
@@ -325,8 +325,8 @@ class SophiaG(_Sophia):
             optimizer.step(bs=y.numel())
             optimizer.zero_grad()
 
-    In a Hugging Face Trainer, which calls step() with no arguments, rho carries the batch size. It needs no gradient
-    scaling (bf16 or fp32), and optimizer, k, tokens (of an estimate, over all processes) and bs (of a step):
+    In a Hugging Face Trainer (in bf16 or float32), which calls step() with no arguments, rho carries the batch size
+    of a step, bs. An estimate is taken every k steps on the first micro-batch, of `tokens` over all processes:
 
         class SophiaTrainer(transformers.Trainer):
             def training_step(self, model, inputs, num_items_in_batch=None):
@@ -486,6 +486,8 @@ def _count(steps, skip):
 def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
     dtype = _wide(bucket.params[0])
     rhos = _corrected(rho, beta2, bucket.hessian_steps, dtype)
+    if skip is not None:
+        lr = lr * (~skip).to(dtype)
     tensors = zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True)
     for i, (param, grad, exp_avg, hessian) in enumerate(tensors):
         p, g, m, h = param.to(dtype), grad.to(dtype), exp_avg.to(dtype), hessian.to(dtype)
@@ -522,6 +524,7 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
         g = torch._foreach_neg(g)
     if skip is not None:
         g = [torch.where(skip, a, b) for a, b in zip(m, g, strict=True)]
+        lr = lr * (~skip).to(dtype)
     torch._foreach_lerp_(m, g, 1 - beta1)
     denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
@@ -710,7 +713,7 @@ class _PointerTable:
         kernel = _kernels()[name]
         block, iterations, warps = _LAUNCH[name]
         chunks = self.chunks[_LAUNCH[name]]
-        partials = (torch.empty(outputs, len(chunks), device=bucket.device),) if outputs else ()
+        partials = (torch.empty(outputs, len(chunks), dtype=torch.float32, device=bucket.device),) if outputs else ()
         types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in bucket.dtypes]
         with torch.cuda.device(bucket.device) if bucket.device.type == "cuda" else contextlib.nullcontext():
             kernel[(len(chunks),)](
@@ -932,7 +935,7 @@ def sample_labels(logits, generator=None, *, uniform=None):
         ValueError: when uniform does not have the shape logits.shape[:-1].
     """
     if uniform is None:
-        uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
+        uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float32)
     elif uniform.shape != logits.shape[:-1]:
         raise ValueError(f"uniform has shape {tuple(uniform.shape)}, expected {tuple(logits.shape[:-1])}")
     classes = logits.shape[-1]

@@ -2,6 +2,8 @@
 
 import copy
 import datetime
+import importlib.util
+import os
 import socket
 
 import pytest
@@ -59,8 +61,13 @@ def train(model, optimizer, rank=0, ranks=1, steps=5):
     return norms, statistics
 
 
+def implementations():
+    return ["foreach", "fused"] if importlib.util.find_spec("triton") else ["foreach"]
+
+
 def rank_main(rank, ranks, port, results):
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timeout)
     from torch.distributed.device_mesh import init_device_mesh
@@ -78,17 +85,20 @@ def rank_main(rank, ranks, port, results):
         "hsdp": lambda model: shard(model, square),
     }
     for name, wrap in wraps.items():
-        for foreach in (False, True):
-            model, optimizer = make(wrap=wrap, foreach=foreach)
+        for implementation in implementations():
+            model, optimizer = make(wrap=wrap, **{implementation: True})
             norms, statistics = train(model, optimizer, rank, ranks)
             params = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
             state = [optimizer.state[p]["hessian"] for p in model.parameters()]
             hessians = [h.full_tensor() if isinstance(h, DTensor) else h for h in state]
+            if implementation == "fused":
+                momenta = {p: optimizer.state[p]["exp_avg"] for p in model.parameters()}
+                assert all(bucket.alignment for bucket in optimizer._sort(momenta)[0])
             assert name == "ddp" or all(isinstance(h, DTensor) for h in state)
             copy.deepcopy(optimizer.state_dict())
             if rank == 0:
                 tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
-                results[name, foreach] = (tensors, norms, statistics)
+                results[name, implementation] = (tensors, norms, statistics)
     dist.destroy_process_group()
 
 
@@ -103,15 +113,15 @@ def two_ranks():
         return dict(results)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
-def test_two_ranks_equal_one(two_ranks, name, foreach):
+def test_two_ranks_equal_one(two_ranks, name, implementation):
     """Parameters, curvature, the clipped gradient norm of every step, and the statistics."""
     model, optimizer = make()
     norms, statistics = train(model, optimizer)
     assert min(norms) > 0.1  # every step is clipped
     expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
-    tensors, their_norms, their_statistics = two_ranks[name, foreach]
+    tensors, their_norms, their_statistics = two_ranks[name, implementation]
     for ours, theirs in zip(expected, tensors, strict=True):
         torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
     assert their_norms == pytest.approx(norms, rel=1e-5)
