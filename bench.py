@@ -244,7 +244,7 @@ def print_comparison(report, model, device):
 
 def tune(model, args):
     """Every kernel under other launch settings: what to write into sophia._LAUNCH."""
-    params = make_parameters(model, "cuda")
+    params = make_parameters(model, args.device)
     for p, g in zip(params, make_gradients(params, 1), strict=True):
         p.grad = g
     optimizer = sophia.SophiaG(params, lr=1e-6, fused=True)
@@ -272,7 +272,7 @@ def tune(model, args):
             sophia._LAUNCH[kernel] = configuration
             optimizer._tables.clear()
             try:
-                times[configuration] = alternate({"": call}, 5, args.calls, "cuda")[""]
+                times[configuration] = alternate({"": call}, 5, args.calls, args.device)[""]
             except Exception as error:
                 print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
         sophia._LAUNCH[kernel] = chosen[kernel]
