@@ -944,7 +944,9 @@ def sample_labels(logits, generator=None, *, uniform=None):
     for rows in _row_chunks(flat):
         chunk, u = flat[rows], uniform[rows]
         peak = chunk.amax(-1, keepdim=True).float()
-        weights = F.pad((chunk.float() - peak).exp(), (0, -classes % _BLOCK))
+        weights = (chunk - peak).exp_()  # in float32
+        if classes % _BLOCK:
+            weights = F.pad(weights, (0, -classes % _BLOCK))
         block_sums = weights.unflatten(-1, (-1, _BLOCK)).sum(-1)  # (rows, blocks)
         block_ends = block_sums.cumsum(-1)
         target = u * block_ends[:, -1]
@@ -975,7 +977,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = torch.where(kept, grad_output / count, 0.0)[:, None]
         grad = torch.empty_like(logits)
         for rows in _row_chunks(logits):
-            chunk = (logits[rows].float() - normalizer[rows, None]).exp_()
+            chunk = (logits[rows] - normalizer[rows, None]).exp_()  # in float32
             chunk.scatter_add_(-1, labels[rows, None], chunk.new_full((chunk.shape[0], 1), -1.0))
             grad[rows] = chunk.mul_(weight[rows])
         return grad, None, None
