@@ -480,7 +480,7 @@ def _log(beta2):
 
 
 def _count(steps, skip):
-    torch._foreach_add_(steps, 1.0 if skip is None else (~skip).float())
+    torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).float()] * len(steps))  # a tensor alone would sync
 
 
 def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
@@ -635,7 +635,7 @@ def _reduce(value, shards):
 # --------------------------------------------------------------------------------------------------------------------
 
 # (elements a program works on at a time, how many times, warps), measured with `bench.py optimizer --tune`
-_LAUNCH = {"step": (1024, 4, 4), "hessian": (1024, 4, 4), "square": (1024, 8, 4), "sums": (1024, 4, 4)}
+_LAUNCH = {"step": (1024, 1, 4), "hessian": (2048, 1, 4), "square": (1024, 8, 4), "sums": (4096, 2, 8)}
 _CAPTURES = 16  # CUDA graphs that can be captured after one eager call
 
 

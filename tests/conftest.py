@@ -12,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 
 def write_corpus(folder, n_train=6000, n_val=700, vocab_size=64, seed=0):
