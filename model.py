@@ -53,8 +53,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):  # (B, T, C)
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = (y.transpose(1, 2) for y in qkv.unbind(dim=2))  # (B, H, T, C/H) each
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
