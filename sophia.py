@@ -234,13 +234,16 @@ class _Sophia(Optimizer):
 
     def _clip(self, buckets):
         """Set `grad_norm` and return the factor of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
+        grad_scale = self._amp(buckets[0].device)[0] if buckets else None
+        if buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets):
+            self.grad_norm, factor = _fused_clip(buckets, self.max_grad_norm, grad_scale)
+            return factor
         squares = {}  # shards -> sum of squares over the local parts
         for bucket in buckets:
             square = self._implementation(bucket, _fused_square, _foreach_square, _foreach_square)(bucket)
             squares[bucket.shards] = squares.get(bucket.shards, 0.0) + _to(square, buckets[0].device)
         reduced = [_reduce(square, shards) for shards, square in squares.items()]
         total = _sum(reduced or [torch.zeros((), dtype=torch.float32)])
-        grad_scale, _ = self._amp(total.device)
         self.grad_norm = total.sqrt() if grad_scale is None else total.sqrt() / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
@@ -709,20 +712,24 @@ class _PointerTable:
         return torch.stack([tensor, part], dim=1).to(device, torch.int32)
 
     def launch(self, name, bucket, *args, outputs=0, **constants):
-        """Run the kernel; with outputs, the float64 sums over all programs of what each has put out."""
+        """Run the kernel; with outputs, float32 (outputs, programs): what each program has put out."""
         kernel = _kernels()[name]
         block, iterations, warps = _LAUNCH[name]
         chunks = self.chunks[_LAUNCH[name]]
-        partials = (torch.empty(outputs, len(chunks), dtype=torch.float32, device=bucket.device),) if outputs else ()
+        partials = [torch.empty(outputs, len(chunks), dtype=torch.float32, device=bucket.device)] if outputs else []
         types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in bucket.dtypes]
-        with torch.cuda.device(bucket.device) if bucket.device.type == "cuda" else contextlib.nullcontext():
+        with _on(bucket.device):
             kernel[(len(chunks),)](
                 self.rows, chunks, *partials, *args, **constants,
                 P=types[0], G=types[1], M=types[2], H=types[3],
                 ALIGNMENT=bucket.alignment, VECTOR=8 if bucket.alignment > 1 else 1,
                 BLOCK=block, ITERATIONS=iterations, num_warps=warps,
             )  # fmt: skip
-        return partials[0].sum(1, dtype=torch.float64) if outputs else None
+        return partials[0] if outputs else None
+
+
+def _on(device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
@@ -741,12 +748,25 @@ def _fused_hessian(bucket, *, beta2, scale, factor, squared, skip):
 
 
 def _fused_square(bucket):
-    return bucket.table.launch("square", bucket, outputs=1)[0].float()
+    return bucket.table.launch("square", bucket, outputs=1).sum()
+
+
+def _fused_clip(buckets, max_grad_norm, grad_scale):
+    """(global norm, factor that clips it) in one launch after those that square: small kernels cost as much as it."""
+    squares = [bucket.table.launch("square", bucket, outputs=1)[0] for bucket in buckets]
+    squares = squares[0] if len(squares) == 1 else torch.cat(squares)
+    norm, factor = squares.new_empty(()), squares.new_empty(())
+    with _on(squares.device):
+        _kernels()["clip"][(1,)](
+            squares, squares.numel(), grad_scale, norm, factor, float(max_grad_norm), BLOCK=8192, num_warps=16
+        )
+    return norm, factor
 
 
 def _fused_sums(bucket, *, beta2, rho, eps):
     args = (float(rho), float(eps or 0.0), _log(beta2) / math.log(2))
-    return bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bucket.group["bias_correction"])
+    partials = bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bucket.group["bias_correction"])
+    return partials.sum(1, dtype=torch.float64)
 
 
 @functools.cache
@@ -856,6 +876,18 @@ def _kernels():
         tl.store(partials + tl.program_id(0), tl.sum(squares, 0))
 
     @triton.jit
+    def clip(squares, count, grad_scale, norm, factor, max_grad_norm, BLOCK: tl.constexpr):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in range(0, count, BLOCK):
+            at = i + tl.arange(0, BLOCK)
+            total += tl.load(squares + at, mask=at < count, other=0.0)
+        root = tl.sqrt(tl.sum(total, 0))
+        if grad_scale is not None:
+            root /= tl.load(grad_scale)
+        tl.store(norm, root)
+        tl.store(factor, tl.minimum(max_grad_norm / (root + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+    @triton.jit
     def sums(rows, chunks, partials, rho, eps, log2_beta2, CORRECT: tl.constexpr,
              P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
              VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
@@ -888,7 +920,7 @@ def _kernels():
         tl.store(at + 2 * programs, tl.sum(h2, 0))
         tl.store(at + 3 * programs, tl.sum(m2, 0))
 
-    return {"step": step, "hessian": hessian, "square": square, "sums": sums}
+    return {"step": step, "hessian": hessian, "square": square, "clip": clip, "sums": sums}
 
 
 # --------------------------------------------------------------------------------------------------------------------
