@@ -136,14 +136,14 @@ def optimizer_contenders(args):
 def bench_optimizer(args):
     report = Report(args)
     contenders = optimizer_contenders(args)
-    for model in args.models.split(","):
+    for model in args.models:
         if args.device == "cuda":
             for name, build in contenders.items():
                 measure_peak(report, name, model, build)
         measure_times(report, model, contenders, args)
         print_comparison(report, model, args.device)
     if args.tune:
-        tune(args.models.split(",")[-1], args)
+        tune(args.models[-1], args)
 
 
 def make_parameters(model, device):
@@ -286,7 +286,30 @@ def tune(model, args):
             print(f"{model:>6}  tune {kernel:<8} {configuration!s:<14} {took:9.4f} ms{mark}", flush=True)
 
 
+def markdown_table(path):
+    """The rows of a result: a line a metric and contender, a column a model."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = {}
+    for row in rows:
+        values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
+    lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]
+    for (metric, contender, unit), cells in values.items():
+        scale, unit = (2**-30, "GiB") if unit == "bytes" else (1, unit)
+        name = metric.removesuffix("_ms").removesuffix("_bytes").removesuffix("_gb_per_s").replace("_", " ")
+        numbers = [f"{cells[model] * scale:.4g}" if model in cells else "" for model in models]
+        lines.append(f"| {name}, {unit} | {contender} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
+
+
+def model_names(text):
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(GPT2_SIZES)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(GPT2_SIZES)}")
+    return names
 
 
 def main():
@@ -294,7 +317,7 @@ def main():
     commands = parser.add_subparsers(dest="what", required=True)
     command = commands.add_parser("optimizer", help="one optimizer step, curvature update and clipping, against peers")
     command.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
-    command.add_argument("--models", default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
+    command.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
     command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     command.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
     command.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
@@ -302,10 +325,10 @@ def main():
     command.add_argument("--out", default="assets/bench/optimizer.json")
     command.add_argument("--commit", default=git_commit(), help="recorded in the JSON; default: git's HEAD")
     command.set_defaults(run=bench_optimizer)
+    command = commands.add_parser("table", help="a JSON that another subcommand wrote, as a Markdown table")
+    command.add_argument("result", metavar="JSON")
+    command.set_defaults(run=lambda args: print(markdown_table(args.result)))
     args = parser.parse_args()
-    unknown = set(args.models.split(",")) - set(GPT2_SIZES)
-    if unknown:
-        parser.error(f"--models has {', '.join(sorted(unknown))}, expected some of {', '.join(GPT2_SIZES)}")
     args.run(args)
 
 

@@ -2,8 +2,8 @@
 
 import re
 
-import pytest
-
+from bench import markdown_table
+from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
@@ -32,11 +32,23 @@ def test_settings_table_is_the_code():
     assert settings_table() in README, "print it with: python -m tests.test_readme"
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_snippets_run(snippet):
+LOOP, TRAINER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_loop_runs():
     names = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(LOOP, "README.md", "exec"), names)
     assert names["optimizer"].statistics()["hessian_norm"] > 0
+
+
+def test_the_trainer_is_the_one_that_the_docstring_has_and_its_test_runs():
+    code = TRAINER.removeprefix("# needs: model, args, dataset, k, tokens, bs\n")
+    assert " ".join(code.split()) in " ".join(SophiaG.__doc__.split())
+
+
+def test_tables_of_measurements_are_their_files():
+    for path in re.findall(r"bench.py table (assets/bench/\w+.json)", README):
+        assert markdown_table(ROOT / path) in README, path
 
 
 def test_files_that_it_names_are_there():
