@@ -1,6 +1,7 @@
-"""Pre-train GPT-2 with a first-order optimizer: the baseline that Sophia has to beat.
+"""Pre-train GPT-2 with a first-order optimizer: the baselines that Sophia has to beat.
 
 python train_adam.py config/train_shakespeare_char_adam.py
+python train_adam.py config/train_shakespeare_char_adam.py --optimizer_name=muon --out_dir=out/muon
 torchrun --standalone --nproc_per_node=8 train_adam.py config/train_gpt2_small_adam.py --batch_size=12
 """
 
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from training.config import TrainConfig, load_config, setting
-from training.errors import command
+from training.errors import UserError, command
 from training.run import Run
 
 
@@ -18,24 +19,71 @@ from training.run import Run
 class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
-    optimizer_name: str = setting("adamw", "which optimizer", choices=("adamw",))
+    optimizer_name: str = setting("adamw", "which optimizer", choices=("adamw", "sgd", "lion", "muon"))
+    momentum: float = setting(0.95, "sgd, muon: decay of the gradient average (Nesterov's)", at_least=0.0, below=1.0)
 
 
 def main(words=None):
     config = load_config(AdamConfig, sys.argv[1:] if words is None else words)
     with Run(config) as run:
-        optimizer = torch.optim.AdamW(
-            run.parameter_groups(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=run.world.device.type in ("cuda", "cpu"),
-        )
+        optimizer = make_optimizer(config, run.parameter_groups(), fused=run.world.device.type in ("cuda", "cpu"))
         run.attach(optimizer)
         for step in run.steps():
             run.backward(run.train_batch(step))
             run.clip_gradients()
             run.apply(optimizer.step)
+
+
+def make_optimizer(config, groups, fused):
+    """The optimizer that `optimizer_name` names, each from the library that keeps it; the run sets its rate."""
+    betas = config.beta1, config.beta2
+    if config.optimizer_name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    if config.optimizer_name == "sgd":  # its weight decay is in the gradient, not decoupled
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+    if config.optimizer_name == "lion":
+        try:
+            from lion_pytorch.foreach import Lion
+        except ImportError:
+            raise UserError("optimizer_name = 'lion' needs a package: pip install lion-pytorch.") from None
+        return Lion(groups, betas=betas)
+    return MuonAndAdamW(groups, config.momentum, betas, fused)
+
+
+class MuonAndAdamW:
+    """Muon (torch.optim.Muon) for the group "matrices", AdamW for the other groups, as one optimizer.
+
+    Both follow one rate: Muon's update is scaled to the root mean square of AdamW's (arXiv:2502.16982, section 2.2),
+    so that a rate and a weight decay mean the same in both. The matrix of query, key and value is orthogonalized whole.
+    """
+
+    def __init__(self, groups, momentum, betas, fused):
+        matrices, rest = ([g for g in groups if (g["name"] == "matrices") is wanted] for wanted in (True, False))
+        self.muon = torch.optim.Muon(matrices, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(rest, betas=betas, fused=fused)
+
+    @property
+    def param_groups(self):
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self):
+        return {**self.muon.state, **self.adamw.state}
+
+    def step(self):
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, states):
+        self.muon.load_state_dict(states["muon"])
+        self.adamw.load_state_dict(states["adamw"])
 
 
 if __name__ == "__main__":

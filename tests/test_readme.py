@@ -25,6 +25,7 @@ def settings_table():
         elif adam[name][2] != default:
             default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
         lines.append(f"| `{name}` | {kind} | {default} | {help} |")
+    lines += [f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |" for row in adam.values() if row[0] not in ours]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import UserError
+from training.schedule import SCHEDULES, TO_ZERO
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 
@@ -59,10 +60,18 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
-    decay_lr: bool = setting(True, "warm-up and cosine decay; off: learning_rate throughout")
+    decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
+    lr_schedule: str = setting("cosine", "how the rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the rate reaches min_lr; default max_iters", at_least=1)
-    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20", at_least=0.0)
+    min_lr: float | None = setting(
+        None, "final learning rate; default learning_rate / 20, linear and wsd 0", at_least=0.0
+    )
+    wsd_decay: float = setting(0.2, "wsd: share of lr_decay_iters in which the rate falls", above=0.0, at_most=1.0)
+    restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period", at_least=1)
+    restart_multiplier: float = setting(
+        2.0, "cosine_restarts: length of a period in lengths of the one before", at_least=1.0
+    )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -96,12 +105,14 @@ class TrainConfig:
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.min_lr is None:
-            self.min_lr = self.learning_rate / 20
+            self.min_lr = 0.0 if self.lr_schedule in TO_ZERO else self.learning_rate / 20
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
             raise UserError(
                 f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
                 "shorten the warm-up or lengthen the run."
             )
+        if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
+            raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.eval_iters is not None:

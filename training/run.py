@@ -371,7 +371,8 @@ class Run:
             "train/clip_rate": self._clipped / (step + 1),
             "param_norm": torch.nn.utils.get_total_norm(parameters, foreach=True),
         }
-        momenta = [state["exp_avg"] for state in self.optimizer.state.values() if "exp_avg" in state]
+        states = self.optimizer.state.values()
+        momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
         if momenta:
             numbers["momentum_norm"] = torch.nn.utils.get_total_norm(momenta, foreach=True)
         values = torch.stack([number.float() for number in numbers.values()]).tolist()

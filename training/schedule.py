@@ -2,17 +2,40 @@
 
 import math
 
+SCHEDULES = ("cosine", "linear", "wsd", "cosine_restarts", "constant")
+TO_ZERO = ("linear", "wsd")  # their min_lr is 0 where it is not given
+
 
 def learning_rate(step, config):
-    """Linear warm-up over `warmup_iters` steps to `learning_rate`, then a cosine down to `min_lr` at `lr_decay_iters`.
+    """Linear warm-up over `warmup_iters` steps to `learning_rate`, then `lr_schedule` down to `min_lr`.
 
-    Step 0 already moves: its rate is learning_rate / (warmup_iters + 1).
+    cosine           half a cosine, at its end at `lr_decay_iters`
+    linear           a straight line to there
+    wsd              warm-up, stable, decay: `learning_rate` until the last share `wsd_decay` of `lr_decay_iters`, then
+                     a straight line (arXiv:2404.06395, with the linear decay of arXiv:2405.18392)
+    cosine_restarts  half cosines of `restart_iters` steps, each `restart_multiplier` times as long as the one before
+                     (SGDR, arXiv:1608.03983); the last one is cut off at `lr_decay_iters`
+    constant         `learning_rate` for ever
+
+    From `lr_decay_iters` on the rate is `min_lr`, but for constant. Without `decay_lr` it is `learning_rate`
+    throughout. Step 0 always moves: in a warm-up its rate is learning_rate / (warmup_iters + 1).
     """
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if config.lr_schedule == "constant":
+        return config.learning_rate
     if step >= config.lr_decay_iters:
         return config.min_lr
-    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    start, length = config.warmup_iters, config.lr_decay_iters - config.warmup_iters
+    if config.lr_schedule == "wsd":
+        start = max(start, config.lr_decay_iters * (1 - config.wsd_decay))
+        length = config.lr_decay_iters - start
+    elif config.lr_schedule == "cosine_restarts":
+        length = config.restart_iters
+        while step >= start + length:
+            start, length = start + length, length * config.restart_multiplier
+    progress = max(0.0, (step - start) / length) if length else 0.0
+    left = 1 - progress if config.lr_schedule in TO_ZERO else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + left * (config.learning_rate - config.min_lr)

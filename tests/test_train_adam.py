@@ -1,0 +1,153 @@
+"""The first-order optimizers in the loop: what a step does, that resuming is exact, and that all of them train."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+import train_adam
+from tests.conftest import ROOT, read_lines, write_corpus
+from train_adam import AdamConfig, MuonAndAdamW, make_optimizer
+from training.checkpoint import read_checkpoint
+from training.config import load_config
+from training.errors import command
+from training.run import Run
+
+TIMES = ("seconds", "tokens_per_second", "memory_gib")
+RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3}
+
+
+def words(tiny, name):
+    return [*tiny, f"--optimizer_name={name}", f"--learning_rate={RATES[name]}", "--max_iters=30", "--log_interval=1"]
+
+
+def tensors(state):
+    """All tensors in nested dicts, in order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [tensor for value in state.values() for tensor in tensors(value)] if isinstance(state, dict) else []
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch, name):
+    arguments = [*words(tiny, name), "--dropout=0.1", "--grad_clip=0.5"]
+    train_adam.main([*arguments, f"--out_dir={tmp_path / 'whole'}"])
+    clip, calls = Run.clip_gradients, []
+
+    def fails_at_17(run):
+        calls.append(run)
+        if len(calls) == 18:
+            raise InterruptedError
+        clip(run)
+
+    monkeypatch.setattr(Run, "clip_gradients", fails_at_17)
+    with pytest.raises(InterruptedError):
+        train_adam.main([*arguments, f"--out_dir={tmp_path / 'broken'}"])
+    monkeypatch.setattr(Run, "clip_gradients", clip)
+    torch.manual_seed(99)
+    train_adam.main([*arguments, f"--out_dir={tmp_path / 'broken'}", "--init_from=resume"])
+    streams = [
+        [{key: value for key, value in line.items() if key not in TIMES} for line in read_lines(tmp_path / run)]
+        for run in ("whole", "broken")
+    ]
+    assert streams[0] == streams[1] and streams[0][-1]["step"] == 30
+    assert all(line["momentum_norm"] > 0 for line in streams[0][:-1])
+    first, second = (read_checkpoint(tmp_path / run / "ckpt.pt") for run in ("whole", "broken"))
+    for part in ("model", "optimizer"):
+        pairs = list(zip(tensors(first[part]), tensors(second[part]), strict=True))
+        assert len(pairs) > 10 and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_it_learns(tiny, tmp_path, name):
+    """Eight tokens of 64 occur: from log(64) = 4.2 towards log(8) = 2.1."""
+    corpus = write_corpus(tmp_path / "corpus", vocab_size=8)
+    (corpus / "meta.json").write_text('{"vocab_size": 64, "tokenizer": "gpt2"}')
+    rate = {"muon": 1e-2, "lion": 1e-2}.get(name, RATES[name])
+    train_adam.main([*words(tiny, name), f"--dataset={corpus}", f"--learning_rate={rate}"])
+    val = [line["val/loss"] for line in read_lines(tmp_path / "out") if "val/loss" in line]
+    assert val[0] > 4 and val[-1] < 2.6
+
+
+def groups():
+    torch.manual_seed(0)
+    shapes = {"matrices": [(24, 8), (8, 8)], "embeddings": [(16, 8)], "vectors": [(8,)]}
+    decay = {"matrices": 0.1, "embeddings": 0.0, "vectors": 0.0}
+    made = []
+    for name, sizes in shapes.items():
+        params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        made.append({"name": name, "params": params, "weight_decay": decay[name]})
+    return made
+
+
+def stepped(name, rate, steps=1, **settings):
+    """(parameters before, after, gradients) by group of `steps` steps on the same gradients."""
+    made = groups()
+    optimizer = make_optimizer(AdamConfig(optimizer_name=name, **settings), made, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    before = {g["name"]: [p.detach().clone() for p in g["params"]] for g in made}
+    for _ in range(steps):
+        optimizer.step()
+    return before, {g["name"]: g["params"] for g in made}, {g["name"]: [p.grad for p in g["params"]] for g in made}
+
+
+def test_sgd_is_nesterovs():
+    """v = mu v + g, p <- p - lr (g + mu v): two steps on one g move lr (g (1 + mu) + g (1 + mu (mu + 1)))."""
+    before, after, grads = stepped("sgd", 0.1, steps=2, momentum=0.9)
+    moved = 0.1 * grads["embeddings"][0] * (1 + 0.9 + 1 + 0.9 * 1.9)
+    torch.testing.assert_close(after["embeddings"][0].detach(), before["embeddings"][0] - moved)
+
+
+def test_lion_is_the_sign_and_its_decay_is_decoupled():
+    before, after, grads = stepped("lion", 0.01, beta1=0.9, beta2=0.99)
+    for name, decay in (("matrices", 0.1), ("vectors", 0.0)):
+        expected = before[name][0] * (1 - 0.01 * decay) - 0.01 * grads[name][0].sign()
+        torch.testing.assert_close(after[name][0].detach(), expected)
+
+
+def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw():
+    rate = 0.01
+    before, after, _ = stepped("muon", rate)
+    for p, q in zip(before["matrices"], after["matrices"], strict=True):
+        update = (p * (1 - rate * 0.1) - q.detach()) / rate
+        singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(p.shape)))
+        assert singular.min() > 0.5 and singular.max() < 1.5, "Newton-Schulz as torch has it ends in (0.5, 1.5)"
+        assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), "the root mean square of AdamW's"
+    _, adamw, _ = stepped("adamw", rate)
+    assert torch.equal(after["embeddings"][0], adamw["embeddings"][0])
+    assert torch.equal(after["vectors"][0], adamw["vectors"][0])
+
+
+def test_muon_takes_the_matrices_of_the_model_and_frees_all_gradients():
+    made = groups()
+    optimizer = MuonAndAdamW(made, momentum=0.95, betas=(0.9, 0.95), fused=False)
+    optimizer.step()
+    assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "vectors"]
+    kinds = [sorted(optimizer.state[p]) for group in made for p in group["params"]]
+    assert kinds == [["momentum_buffer"]] * 2 + [["exp_avg", "exp_avg_sq", "step"]] * 2
+    optimizer.zero_grad()
+    assert all(p.grad is None for group in made for p in group["params"])
+
+
+def test_lion_without_its_package(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lion_pytorch.foreach", None)
+    with pytest.raises(SystemExit):
+        command(lambda: train_adam.main(words(tiny, "lion")))
+    assert "pip install lion-pytorch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["30m", "small"])
+@pytest.mark.parametrize("name", RATES)
+def test_baselines_differ_from_adamw_in_the_optimizer_only(size, name):
+    ours, theirs = (
+        vars(load_config(AdamConfig, [str(ROOT / f"config/train_gpt2_{size}_{optimizer}.py")]))
+        for optimizer in (name, "adam")
+    )
+    assert ours["optimizer_name"] == name
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    of_optimizer = {"optimizer_name", "learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "momentum"}
+    assert differing <= of_optimizer | {"out_dir"}
