@@ -69,7 +69,8 @@ class Run:
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         self.model.to(world.device)
-        self._forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        loss = _Loss(self.model)
+        self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
         self._ddp = None
         if world.distributed:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -292,7 +293,7 @@ class Run:
 
     def _piece_loss(self, inputs, targets, loss):
         with self._autocast:
-            return (self._ddp or self._forward)(inputs, targets, loss)[1]
+            return (self._ddp or self._forward)(inputs, targets, loss)
 
     def _compile(self, piece, loss):
         """Compile the graphs of `loss` by a pass that leaves nothing behind, outside of the training time."""
@@ -355,7 +356,7 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             with self._autocast:
-                _, loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
+                loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
             total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
         self.model.train()
         loss, tokens = world.sum(total).tolist()
@@ -415,6 +416,17 @@ class Run:
             "wandb_id": self._tracker.wandb_id,
         }
         save_checkpoint(self.config.out_dir, checkpoint, self.config.keep_checkpoints)
+
+
+class _Loss(torch.nn.Module):
+    """The model without its logits: a compiled graph that returns them has to keep them all (12 GiB at 124M x 64)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs, targets, loss=cross_entropy):
+        return self.model(inputs, targets, loss)[1]
 
 
 def _resolve_dtype(dtype, device):
