@@ -40,6 +40,21 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
+class Cache:
+    """The keys and values of the tokens that a layer has seen, at most `room`: the next token costs one position."""
+
+    def __init__(self, room):
+        self.room, self.length, self.k, self.v = room, 0, None, None
+
+    def append(self, k, v):
+        """Those of T more tokens, (B, H, T, C/H) each -> those of all tokens so far, views of the cache."""
+        if self.k is None:
+            self.k, self.v = (y.new_empty(*y.shape[:2], self.room, y.size(3)) for y in (k, v))
+        seen, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, seen : self.length], self.v[:, :, seen : self.length] = k, v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -51,12 +66,14 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
-    def forward(self, x):  # (B, T, C)
+    def forward(self, x, cache=None):  # (B, T, C); with a cache: all tokens when it is empty, then one at a time
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout, causal = self.dropout if self.training else 0.0, k.size(2) == T  # a last token alone sees all
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -80,8 +97,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):  # (B, T, C)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -120,15 +137,17 @@ class GPT(nn.Module):
             else:  # LayerNorm weights and all biases
                 nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
 
-    def forward(self, idx, targets=None, loss=cross_entropy):
+    def forward(self, idx, targets=None, loss=cross_entropy, caches=None):
         """idx (B, T) int64 -> (logits of the last position (B, 1, V), None), or with targets
-        (logits (B, T, V), loss(logits, targets)). `loss` is any function that returns a scalar."""
-        if idx.size(1) > self.config.block_size:
+        (logits (B, T, V), loss(logits, targets)). `loss` is any function that returns a scalar. With `caches`, one
+        `Cache` a layer, idx are the tokens that follow those in them: any number at first, then one at a time."""
+        seen = caches[0].length if caches else 0
+        if seen + idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens are more than the model's block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[seen : seen + idx.size(1)]  # (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, caches[layer] if caches else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -156,27 +175,39 @@ class GPT(nn.Module):
         T = block_size or self.config.block_size
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None, top_p=None):
         """Continue idx (B, T) int64 -> (B, T + max_new_tokens), each token from the last `block_size`, in eval mode.
-        `temperature` 0 takes the likeliest token, `top_k` samples among the k likeliest, `seed` makes the text
-        reproducible on a device (None: torch's global generator), ids from `vocab_size` on (padding) never come."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, seed, vocab_size)), dim=1)
+        `temperature` 0 takes the likeliest token, `top_k` samples among the k likeliest, `top_p` among the fewest that
+        together have this probability, `seed` makes the text reproducible on a device (None: torch's global
+        generator), ids from `vocab_size` on (padding) never come.
+
+        A token costs one position, from a cache of keys and values, until idx and the new tokens are `block_size` long;
+        from then on it costs `block_size` positions: all tokens move to other learned positions each time."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, seed, vocab_size, top_p)
+        return torch.cat((idx, *tokens), dim=1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, vocab_size=None, top_p=None):
         """Yield the tokens of `generate`, (B, 1) each, as they come."""
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature must be >= 0 and top_k >= 1, got temperature={temperature}, top_k={top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         training = self.training
         self.eval()
+        block_size, caches = self.config.block_size, [Cache(self.config.block_size) for _ in self.transformer.h]
+        new = idx = idx[:, -block_size:]
         try:
             for _ in range(max_new_tokens):
-                idx = idx[:, -self.config.block_size :]
-                logits, _ = self(idx)
-                token = sample(logits[:, -1, :vocab_size], temperature, top_k, generator)
-                idx = torch.cat((idx, token), dim=1)
-                yield token
+                if idx.size(1) <= block_size:
+                    logits, _ = self(new, caches=caches)
+                else:
+                    idx = idx[:, -block_size:]
+                    logits, _ = self(idx)
+                new = sample(logits[:, -1, :vocab_size], temperature, top_k, generator, top_p)
+                idx = torch.cat((idx, new), dim=1)
+                yield new
         finally:
             self.train(training)
 
@@ -251,16 +282,20 @@ class GPT(nn.Module):
         return assign(hf_model, weights, self.lm_head.weight.dtype).eval()
 
 
-def sample(logits, temperature, top_k, generator):
-    """One token (B, 1) for each row of logits (B, V)."""
+def sample(logits, temperature, top_k, generator, top_p=None):
+    """One token (B, 1) for each row of logits (B, V): by temperature, then top_k, then top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None:
-        logits, candidates = logits.topk(min(top_k, logits.size(-1)))  # (B, k) each, likeliest first
-        return candidates.gather(-1, sample(logits, temperature, None, generator))
+    if top_k is not None or top_p is not None:
+        k = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
+        logits, candidates = logits.topk(k)  # (B, k) each, likeliest first
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no small temperature overflows
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # what likelier ones already make up
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)
+    return choice if top_k is None and top_p is None else candidates.gather(-1, choice)
 
 
 def assign(model, weights, dtype):

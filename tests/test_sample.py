@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import sample
-from model import GPT, GPTConfig
+from model import GPT, Cache, GPTConfig
+from model import sample as draw
 from training.checkpoint import save_checkpoint
 from training.errors import UserError, command
 from training.tokenizer import get_tokenizer
@@ -57,9 +58,9 @@ def test_tokens_are_printed_as_they_come(tmp_path, monkeypatch, capsys):
     write_run(tmp_path)
     forward, printed = GPT.forward, []
 
-    def spy(*arguments):
+    def spy(*arguments, **more):
         printed.append(len(capsys.readouterr().out))
-        return forward(*arguments)
+        return forward(*arguments, **more)
 
     monkeypatch.setattr(GPT, "forward", spy)
     sample.main(words(tmp_path, max_new_tokens=6, start="ab"))
@@ -83,6 +84,63 @@ def test_padding_is_never_drawn(tmp_path, capsys, settings):
     assert model.generate(prompt, 50, seed=1, vocab_size=50257, **settings).max() < 50257
     sample.main(words(tmp_path, max_new_tokens=5, **settings))
     assert len(capsys.readouterr().out) > 1, "padding would decode to nothing"
+
+
+def recomputed(model, idx, n, seed, **settings):
+    """What `generate` means: each token from a forward pass over all of the last block_size tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    settings = {"temperature": 1.0, "top_k": None, **settings}
+    for _ in range(n):
+        seen = idx[:, -model.config.block_size :]
+        token = draw(model(seen, seen)[0][:, -1], generator=generator, **settings)
+        idx = torch.cat((idx, token), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 30])  # block_size is 16: 20 more tokens go past it
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.5}, {"temperature": 0}])
+def test_the_cache_changes_no_text(tmp_path, length, settings):
+    model = write_run(tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)  # far from the uniform guess of a new model
+    idx = torch.randint(12, (3, length), generator=torch.Generator().manual_seed(1))
+    for seed in range(3):
+        text = model.generate(idx, 20, seed=seed, **settings)
+        assert torch.equal(text, recomputed(model.eval(), idx, 20, seed, **settings))
+
+
+def test_a_token_costs_one_position_until_the_context_is_full(tmp_path, monkeypatch):
+    model, forward, positions = write_run(tmp_path), GPT.forward, []
+    monkeypatch.setattr(GPT, "forward", lambda m, idx, **more: positions.append(idx.size(1)) or forward(m, idx, **more))
+    model.generate(torch.zeros(1, 5, dtype=torch.long), 15)
+    assert positions == [5] + [1] * 11 + [16] * 3
+
+
+def test_logits_of_a_cached_token(tmp_path):
+    model, idx = write_run(tmp_path), torch.arange(12)[None].repeat(2, 1)
+    caches = [Cache(16) for _ in model.transformer.h]
+    model.eval()(idx[:, :7], caches=caches)
+    for t in range(7, 12):
+        logits, _ = model(idx[:, t : t + 1], caches=caches)
+        torch.testing.assert_close(logits, model(idx[:, : t + 1])[0], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="5 tokens are more than the model's block_size=16"):
+        model(idx[:, :5], caches=caches)
+
+
+@pytest.mark.parametrize(
+    "settings, kept",  # probabilities 0.5, 0.25, 0.15, 0.1 at places 2, 0, 3, 1
+    [({"top_p": 0.5}, [2]), ({"top_p": 0.51}, [2, 0]), ({"top_p": 0.8}, [2, 0, 3]), ({"top_p": 1.0}, [0, 1, 2, 3]),
+     ({"top_p": 1e-9}, [2]), ({"top_p": 0.7, "top_k": 2}, [2, 0]), ({"top_p": 0.6, "top_k": 2}, [2])],
+)  # fmt: skip
+def test_top_p_keeps_the_fewest_tokens_that_have_it(settings, kept):
+    probs = torch.tensor([0.25, 0.1, 0.5, 0.15])
+    settings = {"top_k": None, **settings}
+    drawn = draw(probs.log().expand(20_000, -1), 1.0, generator=torch.Generator().manual_seed(0), **settings)
+    expected = torch.zeros(4).index_copy(0, torch.tensor(kept), probs[kept])
+    frequencies = drawn.flatten().bincount(minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, expected / expected.sum(), atol=0.02, rtol=0)
+    assert (frequencies > 0).equal(expected > 0)
 
 
 def test_a_stream_that_is_left_early_gives_the_mode_back(tmp_path):
