@@ -4,8 +4,8 @@
     logits, loss = model(idx, targets)                       # (B, T) int64 each
     model = GPT.from_pretrained("gpt2")                      # OpenAI's weights; model.to_hf().save_pretrained("gpt2")
 
-Parameters have nanoGPT's names. One difference to nanoGPT: the GELU is the tanh approximation that GPT-2 was trained
-with (`gelu_new` in Hugging Face), not the exact one, so that OpenAI's weights give OpenAI's logits.
+Parameters have nanoGPT's names. One difference to nanoGPT: the GELU is by default the tanh approximation that GPT-2 was
+trained with (`gelu_new` in Hugging Face), not the exact one, so that OpenAI's weights give OpenAI's logits.
 """
 
 import math
@@ -29,6 +29,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # in the Linear and LayerNorm layers; OpenAI's GPT-2 has them
     scale_attn_by_inverse_layer_idx: bool = False  # divide the attention scores of layer i = 1, 2, ... by i
+    gelu: str = "tanh"  # the approximation that GPT-2 was trained with, or "exact", as in nanoGPT
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -38,6 +39,8 @@ class GPTConfig:
             raise ValueError(f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.gelu not in ("tanh", "exact"):
+            raise ValueError(f"gelu must be 'tanh' or 'exact', got {self.gelu!r}")
 
 
 class Cache:
@@ -84,9 +87,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):
@@ -242,7 +246,7 @@ class GPT(nn.Module):
             raise ValueError(f"from_hf takes a GPT2LMHeadModel, got a {type(hf_model).__name__}")
         hf = hf_model.config
         for name, allowed in dict(
-            activation_function=("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+            activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu"),  # the first two are one function
             n_inner=(None, 4 * hf.n_embd), layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,),
             add_cross_attention=(False,), reorder_and_upcast_attn=(False,), tie_word_embeddings=(True,),
         ).items():  # fmt: skip
@@ -250,8 +254,9 @@ class GPT(nn.Module):
                 expected = " or ".join(map(repr, allowed))
                 raise ValueError(f"the Hugging Face model has {name}={getattr(hf, name)!r}, GPT can only be {expected}")
         shape = (hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
+        gelu = "exact" if hf.activation_function == "gelu" else "tanh"
         with torch.device("meta"):
-            model = cls(GPTConfig(*shape, dropout, True, hf.scale_attn_by_inverse_layer_idx))
+            model = cls(GPTConfig(*shape, dropout, True, hf.scale_attn_by_inverse_layer_idx, gelu))
         weights = {k: v.t() if k.endswith(CONV1D) else v for k, v in hf_model.state_dict().items()}
         return assign(model, weights, torch.float32)
 
@@ -269,6 +274,7 @@ class GPT(nn.Module):
             hf_model = GPT2LMHeadModel(GPT2Config(
                 vocab_size=vocab_size, n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
                 n_embd=config.n_embd, scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
+                activation_function="gelu" if config.gelu == "exact" else "gelu_new",
                 resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
                 bos_token_id=end_of_text, eos_token_id=end_of_text,
             ))  # fmt: skip

@@ -71,6 +71,17 @@ def test_logits_of_our_weights_in_hugging_face(bias, scale_attn):
     assert model.transformer.wte.weight.abs().sum() > 0, "to_hf must copy"
 
 
+def test_the_exact_gelu_both_ways():
+    hf_model = small_hf(activation_function="gelu")
+    model, idx = GPT.from_hf(hf_model), tokens(2, 32)
+    torch.testing.assert_close(model(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.to_hf()(idx).logits, hf_model(idx).logits, atol=1e-4, rtol=0)
+    tanh = GPT.from_hf(small_hf())
+    assert (tanh(idx, idx)[0] - model(idx, idx)[0]).abs().max() > 1e-3, "else this test shows nothing"
+    with pytest.raises(ValueError, match="gelu must be 'tanh' or 'exact', got 'relu'"):
+        GPTConfig(gelu="relu")
+
+
 def test_dropout_falls_where_hugging_face_drops():
     model, idx = small_gpt(dropout=0.3).train(), tokens(2, 32)
     hf_model = model.to_hf().train()
@@ -111,7 +122,6 @@ def test_released_gpt2_config_can_be_represented():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"activation_function": "gelu"},
         {"activation_function": "relu"},
         {"layer_norm_epsilon": 1e-6},
         {"n_inner": 64},

@@ -51,6 +51,7 @@ class TrainConfig:
     dropout: float = setting(0.0, "dropout probability", at_least=0.0, below=1.0)
     bias: bool = setting(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has them")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
+    gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
