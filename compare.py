@@ -1,44 +1,104 @@
-"""Finished runs side by side: a table of their losses and speeds and, with --out, a figure of their loss curves.
+"""Finished runs side by side: tables with a verdict and, with --out, the same as Markdown, and figures.
 
-python compare.py out/demo_adam out/demo_sophiag --out=out/demo      # writes out/demo.png and out/demo.svg
+python compare.py out/demo_adam out/demo_sophiag --out=out/demo
+python compare.py out/adamw_*steps_seed* out/sophiag_seed* --out=assets/python_30m
 
-It reads metrics.jsonl and config.json in each run's folder, and refuses runs on other data, batches or evaluations.
+It reads metrics.jsonl and config.json in each run's folder; runs that differ in nothing but the seed are one row. The
+first run is the baseline. Runs on other data, batches or evaluations are refused.
+
+What is claimed, and when:
+- Losses are those of a run's last step, and only of runs whose schedule was finished. Nothing is read in mid-run.
+- "better" and "worse" want two seeds or more on both sides, as many steps, and p < 0.01 in Welch's two-sided t-test.
+  (0.01 and not 0.05: with five optimizers against one baseline, one false claim in 20 such tables.)
+- A speed-up is what the baseline needs for the same final loss, over what this optimizer took. It is read off the
+  final losses of the baseline's runs of several lengths, each its own schedule (of each length the best settings),
+  interpolated monotonically on log steps, and never outside of them. Its 95% interval follows the spread of the seeds.
 """
 
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from figures import draw, size_name
 from training.errors import UserError, command
 from training.tracking import CONFIG, METRICS, read_metrics
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # colour-blind readers' too
-HEADS = "run", "optimizer", "steps", "tokens", "final val/loss", "difference", "best val/loss", "seconds", "tokens/s"
-STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # val/loss; train/loss is thin and light
-SMOOTHING = 0.02  # the width of the running mean of train/loss, as a share of a run's logged steps
+ALPHA = 0.01
+LINES = 2000  # of a run's metrics are enough for any figure
+NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
+SHAPE = {"n_layer", "n_head", "n_embd"}  # the model's size says it
+FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # settings that differ where others do
 
 
 @dataclass
 class FinishedRun:
-    """What is read of a run. conditions: name -> value of all that two runs must share to be compared; lines: its
-    metrics; evaluations: the lines with a val/loss, infinite where it was not finite (null in the file)."""
+    """What is read of a run. conditions: name -> value of all that two runs must share to be compared; lines: some of
+    its metrics, with their "flops"; evaluations: the lines with a val/loss, infinite where it was not finite."""
 
     name: str
-    optimizer: str
-    max_iters: int
+    config: dict
+    parameters: int
     device: str
     conditions: dict
     lines: list
     evaluations: list
 
-    def curve(self, key):
-        """(steps, seconds, values) of a metric, an array each."""
-        points = [(line["step"], line["seconds"], line[key]) for line in self.lines if key in line]
-        return np.array(points, dtype=float).reshape(-1, 3).T
+    @property
+    def final(self):
+        return self.evaluations[-1]
+
+    @property
+    def finished(self):
+        """Whether it went through the whole of its own schedule."""
+        return self.final["step"] == self.config["max_iters"] >= (self.config.get("lr_decay_iters") or 0)
+
+    def curve(self, key, against):
+        """(where, values) of a metric, an array each."""
+        points = [(line[against], line[key]) for line in self.lines if key in line and against in line]
+        return np.array(points, dtype=float).reshape(-1, 2).T
+
+
+@dataclass
+class Group:
+    """Runs of the same settings with different seeds."""
+
+    runs: list
+    label: str = ""
+
+    @property
+    def optimizer(self):
+        return self.runs[0].config["optimizer_name"]
+
+    @property
+    def steps(self):
+        return self.runs[0].config["max_iters"]
+
+    @property
+    def finished(self):
+        return all(run.finished for run in self.runs)
+
+    @property
+    def losses(self):
+        return np.array([run.final["val/loss"] for run in self.runs])
+
+    @property
+    def interval(self):
+        """Half the width of Student's 95% interval of the mean loss; None for one seed or infinite losses."""
+        from scipy import stats
+
+        losses = self.losses
+        if len(losses) < 2 or not np.isfinite(losses).all():
+            return None
+        return float(stats.t.ppf(0.975, len(losses) - 1) * np.std(losses, ddof=1) / math.sqrt(len(losses)))
+
+    def mean(self, key):
+        """Mean of what the runs had taken at their last step."""
+        return float(np.mean([run.final[key] for run in self.runs]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,53 +111,195 @@ class Parser(argparse.ArgumentParser):
 def main(words=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run; the first is the baseline")
-    parser.add_argument("--out", metavar="PREFIX", help="draw the loss curves as PREFIX.png and PREFIX.svg")
+    parser.add_argument("--out", metavar="PREFIX", help="write the tables to PREFIX.md, draw PREFIX.png, .svg and more")
     parser.add_argument("--force", action="store_true", help="compare runs although they are not comparable")
+    parser.add_argument("--scaling", action="store_true", help="allow several model sizes; loss against size")
+    parser.add_argument("--wandb", action="store_true", help="upload the figures to the baseline's wandb_project")
     arguments = parser.parse_args(words)
+    if arguments.wandb and not arguments.out:
+        raise UserError("--wandb uploads the figures of --out=PREFIX; name a prefix.")
     runs = [read_run(folder) for folder in arguments.runs]
     if not arguments.force:
-        check_comparable(runs)
-    print("\n".join([*table(runs), "", *notes(runs)]))
+        check_comparable(runs, arguments.scaling)
+    groups = group(runs)
+    text = "\n".join(report(groups)) + "\n"
+    print(text, end="")
     if arguments.out:
-        draw(runs, arguments.out)
-        print(f"wrote {arguments.out}.png and {arguments.out}.svg")
+        figures = draw(groups, arguments.out, unit(runs), arguments.scaling)
+        Path(f"{arguments.out}.md").write_text(text + "\n" + "\n".join(run_table(groups)) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.out}.md, {', '.join(figures)}; each figure as .svg too")
+        if arguments.wandb:
+            upload(figures, runs[0].config.get("wandb_project"), Path(arguments.out).name)
+
+
+# ----- reading
 
 
 def read_run(folder):
     """The run in `folder`. UserError where its files are missing or damaged, or it was never evaluated."""
-    metrics, config = Path(folder, METRICS), Path(folder, CONFIG)
-    for path in (metrics, config):
-        if not path.is_file():
-            raise UserError(f"{path} is missing: name the out_dir of a run.")
+    metrics, path = Path(folder, METRICS), Path(folder, CONFIG)
+    for file in (metrics, path):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: name the out_dir of a run.")
     try:
-        facts = json.loads(config.read_text(encoding="utf-8"))
-        settings, data = facts["config"], facts["data"]
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        config, data, model = facts["config"], facts["data"], facts["model"]
         conditions = {
             "training data (SHA-256)": data["train_sha256"],
             "validation data (SHA-256)": data["val_sha256"],
             "tokenizer": facts["tokenizer"],
-            "total_bs * block_size": settings["total_bs"] * settings["block_size"],
-            "block_size": settings["block_size"],
-            "eval_tokens": settings["eval_tokens"],
+            "total_bs * block_size": config["total_bs"] * config["block_size"],
+            "block_size": config["block_size"],
+            "eval_tokens": config["eval_tokens"],
+            "model parameters": model["num_params"],
         }
-        facts = settings["optimizer_name"], settings["max_iters"], f"{facts['world_size']} x {facts['device_name']}"
+        config["optimizer_name"], config["max_iters"]  # has them
+        device, flops = f"{facts['world_size']} x {facts['device_name']}", flops_per_token(config, model)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} is damaged ({type(error).__name__}: {error}); name another run.") from None
-    lines = read_metrics(metrics)
-    evaluated = (line for line in lines if "val/loss" in line)
-    evaluations = [line if line["val/loss"] is not None else line | {"val/loss": math.inf} for line in evaluated]
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
+    lines = read_metrics(metrics, about=LINES)
+    for line in lines:
+        line["flops"] = line.get("tokens", 0) * flops
+        if "val/loss" in line and line["val/loss"] is None:
+            line["val/loss"] = math.inf
+    evaluations = [line for line in lines if "val/loss" in line]
     if not evaluations:
         raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
-    return FinishedRun(str(folder), *facts, conditions, lines, evaluations)
+    return FinishedRun(str(folder), config, model["num_params"], device, conditions, lines, evaluations)
 
 
-def check_comparable(runs):
-    """UserError that names what a run differs in from the first."""
+def flops_per_token(config, model):
+    """Of the forward and backward passes, those of the curvature estimates too; not of the optimizer's arithmetic.
+
+    A sampled-label gradient costs as much as a training gradient; a Hessian-vector product about three times that:
+    the backward pass (twice the forward's work) is differentiated with the forward pass.
+    """
+    estimates = {"sophiag": 1, "sophiah": 3}.get(config["optimizer_name"], 0)
+    if estimates:
+        estimates *= config["hess_bs"] / config["total_bs"] / config["hess_interval"]
+    return model["flops_per_token"] * (1 + estimates)
+
+
+def check_comparable(runs, scaling=False):
+    """UserError that names what a run differs in from the first; with `scaling`, model sizes may."""
     for run in runs[1:]:
         pairs = ((name, runs[0].conditions[name], value) for name, value in run.conditions.items())
-        differing = [f"{name} ({other!s:.16}, not {one!s:.16})" for name, one, other in pairs if one != other]
+        differing = [
+            f"{name} ({other!s:.16}, not {one!s:.16})"
+            for name, one, other in pairs
+            if one != other and not (scaling and name == "model parameters")
+        ]
         if differing:
             raise UserError(f"{run.name} differs from {runs[0].name} in {', '.join(differing)}; --force allows it.")
+
+
+def group(runs):
+    """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart."""
+    groups, settings, labels = {}, {}, set()
+    for run in runs:
+        own = {key: value for key, value in run.config.items() if key not in NOT_SETTINGS}
+        key = json.dumps([own, run.conditions], sort_keys=True)
+        for other in groups.setdefault(key, Group([])).runs:
+            if other.config.get("seed") == run.config.get("seed"):
+                raise UserError(f"{run.name} is {other.name} again (same settings, same seed); leave one of them away.")
+        groups[key].runs.append(run)
+        settings[key] = own
+    for key, one in groups.items():
+        rivals = [settings[other] for other in groups if groups[other].optimizer == one.optimizer]
+        differing = [name for name in settings[key] if any(r.get(name) != settings[key][name] for r in rivals)]
+        differing = [name for name in differing if FOLLOW.get(name) not in differing]
+        parts = [f"{name}={settings[key][name]}" for name in differing if name not in SHAPE]
+        folder = re.sub(r"[._-]*s(eed)?[=_-]?\d+$", "", Path(one.runs[0].name).name)
+        size = [size_name(one.runs[0].parameters)] if len({run.parameters for run in runs}) > 1 else []
+        one.label = ", ".join([one.optimizer, *size, *(parts if len(parts) <= 3 else [folder])])
+        if one.label in labels:  # they differ in what --force allows
+            one.label += f", {folder}"
+        labels.add(one.label)
+    return list(groups.values())
+
+
+# ----- statistics
+
+
+def verdict(ours, theirs):
+    """(p of Welch's test or None, the verdict in words) on two groups' final losses: the rule at the top."""
+    from scipy import stats
+
+    if diverged := int(np.sum(~np.isfinite(ours))):
+        return None, f"diverged in {diverged} of {len(ours)}"
+    if min(len(ours), len(theirs)) < 2:
+        return None, "no claim: one seed"
+    if not np.isfinite(theirs).all() or not (np.ptp(ours) or np.ptp(theirs)):
+        return None, "no claim: the baseline diverged" if np.ptp(ours) else "no claim: seeds do not differ"
+    p = float(stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
+    if p < ALPHA:
+        return p, "better" if np.mean(ours) < np.mean(theirs) else "worse"
+    return p, f"no difference shown with n = {len(ours)} and {len(theirs)}"
+
+
+def baseline_of(one, groups):
+    """The group that `one` is held against: of the baseline's optimizer, as long, as large; None if there is none.
+
+    It is the first run's group or, at other lengths and sizes, the best.
+    """
+    found = [
+        g
+        for g in groups
+        if g.optimizer == groups[0].optimizer and g.finished and g.steps == one.steps
+        and g.runs[0].parameters == one.runs[0].parameters
+    ]  # fmt: skip
+    if groups[0] in found:
+        return groups[0]
+    return min(found, key=lambda g: g.losses.mean(), default=None)
+
+
+def baseline_lengths(one, groups):
+    """The baseline's groups of `one`'s model size, one a length, the shortest first."""
+    same = [g for g in groups if g.optimizer == groups[0].optimizer and g.runs[0].parameters == one.runs[0].parameters]
+    found = {g.steps: baseline_of(g, groups) for g in same if g.finished}
+    return [found[steps] for steps in sorted(found) if np.isfinite(found[steps].losses).all()]
+
+
+def steps_needed(lengths, losses, target):
+    """Steps at which curves through `losses` (n, k) at `lengths` (k,) first come down to `target` (n,).
+
+    Monotone cubic interpolation on log steps. 0 where the shortest is below the target, inf where none gets there.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    grid = np.linspace(math.log(lengths[0]), math.log(lengths[-1]), 513)
+    above = PchipInterpolator(np.log(lengths), losses, axis=1)(grid) - target[:, None]
+    first = np.argmax(above <= 0, axis=1)
+    last = np.maximum(first - 1, 0)
+    rows = np.arange(len(target))
+    fall = above[rows, last] - above[rows, first]
+    share = np.divide(above[rows, last], fall, out=np.zeros_like(fall), where=fall > 0)
+    steps = np.exp(grid[last] + share * (grid[first] - grid[last]))
+    steps = np.where(above[:, 0] < 0, 0.0, steps)
+    return np.where((above > 0).all(axis=1), np.inf, steps)
+
+
+def baseline_needs(lengths, baseline, ours, draws=4000):
+    """(steps, low, high) that the baseline needs for the mean of the losses `ours`; low and high None without seeds.
+
+    lengths: its steps; baseline: the final losses at each. The interval is of draws of all means at once from what is
+    known of them: Student's distribution around each, with one variance of the seeds for all, as few seeds allow.
+    """
+    samples = [*baseline, ours]
+    means, counts = (np.array([f(s) for s in samples], dtype=float) for f in (np.mean, len))
+    steps = steps_needed(lengths, means[None, :-1], means[-1:])[0]
+    freedom = int(counts.sum()) - len(samples)
+    if freedom < 1 or len(ours) < 2:
+        return steps, None, None
+    spread = math.sqrt(sum(float(np.var(s)) * len(s) for s in samples) / freedom)
+    random = np.random.default_rng(0)  # the same runs give the same interval
+    scale = spread * np.sqrt(freedom / random.chisquare(freedom, (draws, 1)))
+    drawn = means + scale * random.standard_normal((draws, len(samples))) / np.sqrt(counts)
+    needed = np.sort(steps_needed(lengths, drawn[:, :-1], drawn[:, -1]))
+    return steps, needed[int(0.025 * draws)], needed[int(0.975 * draws)]
+
+
+# ----- tables
 
 
 def unit(runs):
@@ -105,75 +307,124 @@ def unit(runs):
     return "nats a character" if all(isinstance(r.conditions["tokenizer"], dict) for r in runs) else "nats a token"
 
 
-def table(runs):
-    """Lines of an aligned Markdown table, a row a run. All but the best loss are of the run's last evaluation."""
-    rows, baseline = [HEADS], runs[0].evaluations[-1]["val/loss"]
-    for run in runs:
-        last, best = run.evaluations[-1], min(line["val/loss"] for line in run.evaluations)
-        difference = "" if run is runs[0] else f"{last['val/loss'] - baseline:+.4f}"
-        speed = f"{last['tokens'] / last['seconds']:,.0f}" if last["seconds"] else ""
-        numbers = f"{last['val/loss']:.4f}", difference, f"{best:.4f}", f"{last['seconds']:,.1f}", speed
-        rows.append((run.name, run.optimizer, f"{last['step']:,}", f"{last['tokens']:,}", *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+def report(groups):
+    """The lines that are printed: the table of losses, that of speed-ups, and what a reader has to know."""
+    yield from markdown(loss_rows(groups), left=(0, 7))
+    if rows := list(speed_rows(groups)):
+        yield ""
+        yield from markdown(rows, left=(0,))
+    yield ""
+    yield from notes(groups)
+
+
+def loss_rows(groups):
+    heads = "group,seeds,steps,tokens,final val/loss,difference,p,verdict,seconds,tokens/s,clipped"
+    yield tuple(heads.split(","))
+    for one in groups:
+        half, other, p, difference = one.interval, baseline_of(one, groups), None, ""
+        loss = f"{one.losses.mean():.4f}" + (f" ± {half:.4f}" if half is not None else "")
+        if not one.finished:
+            words = "not finished"
+        elif one is groups[0]:
+            words = "baseline"
+        elif other is None:
+            words = "no baseline as long"
+        elif other is one:
+            words = "baseline of this size" if one.steps == groups[0].steps else "baseline of this length"
+        else:
+            p, words = verdict(one.losses, other.losses)
+            difference = f"{one.losses.mean() - other.losses.mean():+.4f}"
+        steps, tokens, seconds = (one.mean(key) for key in ("step", "tokens", "seconds"))
+        speed = f"{tokens / seconds:,.0f}" if seconds else ""
+        p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+        sizes = f"{len(one.runs)}", f"{steps:,.0f}", f"{tokens:,.0f}"
+        rates = [run.curve("train/clip_rate", "step")[1][-1:] for run in one.runs]
+        clipped = f"{np.mean(rates):.1%}" if all(len(rate) for rate in rates) else ""
+        yield one.label, *sizes, loss, difference, p, words, f"{seconds:,.1f}", speed, clipped
+
+
+def speed_rows(groups):
+    """Rows of the table of speed-ups, none where the baseline has not two lengths."""
+    candidates = [(g, baseline_lengths(g, groups)) for g in groups if g.optimizer != groups[0].optimizer and g.finished]
+    candidates = [(g, b) for g, b in candidates if len(b) > 1 and np.isfinite(g.losses).all()]
+    if candidates:
+        yield "speed-up [95% interval]", "steps", "baseline needs", "in steps", "in tokens", "in FLOPs", "in seconds"
+    for one, baseline in candidates:
+        lengths = [b.steps for b in baseline]
+        needs = baseline_needs(lengths, [b.losses for b in baseline], one.losses)
+        cells = [with_interval(needs, lengths, "{:,.0f}")]
+        for key in ("step", "tokens", "flops", "seconds"):
+            a_step = np.mean([b.mean(key) / b.steps for b in baseline])
+            factor = a_step / one.mean(key) if one.mean(key) else math.nan
+            if key == "seconds" and len({run.device for g in (one, *baseline) for run in g.runs}) > 1:
+                cells.append("other devices")
+            else:
+                cells.append(with_interval([n and n * factor for n in needs], np.multiply(lengths, factor), "{:.2f}"))
+        yield one.label, f"{one.steps:,}", *cells
+
+
+def with_interval(values, lengths, form):
+    """'1.37 [1.30, 1.45]'; what lies outside of the baseline's lengths is said to, with < or >."""
+
+    def write(value):
+        if value == 0:
+            return "< " + form.format(lengths[0])
+        return "> " + form.format(lengths[-1]) if math.isinf(value) else form.format(value)
+
+    value, low, high = values
+    return write(value) + (f" [{write(low)}, {write(high)}]" if low is not None else "")
+
+
+def markdown(rows, left):
+    """Lines of an aligned Markdown table; `left`: the columns of text."""
+    rows = list(rows)
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     for row in rows:
-        yield "| " + " | ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
+        yield "| " + " | ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
 
 
-def notes(runs):
-    """What a reader of the table has to know, a sentence a line."""
+def run_table(groups):
+    """Every run with its own final loss."""
+    rows = [("run", "group", "seed", "final val/loss", "seconds")]
+    for one in groups:
+        for run in one.runs:
+            numbers = f"{run.final['val/loss']:.4f}", f"{run.final['seconds']:,.1f}"
+            rows.append((run.name, one.label, str(run.config.get("seed", "")), *numbers))
+    return markdown(rows, left=(0, 1))
+
+
+def notes(groups):
+    """What a reader of the tables has to know, a sentence a line."""
+    runs = [run for one in groups for run in one.runs]
     yield f"Losses are in {unit(runs)}; seconds are training only, without compilation, evaluation and checkpoints."
+    if any("train/clip_rate" in line for run in runs for line in run.lines[-2:]):
+        yield "Clipped: share of steps whose gradient norm was above grad_clip."
+    if any(len(one.runs) > 1 for one in groups):
+        yield "± is half of Student's 95% interval of the mean over seeds."
     for run in runs:
-        if (step := run.evaluations[-1]["step"]) != run.max_iters:
-            yield f"{run.name} is not finished: its numbers are those of step {step} of {run.max_iters}."
+        if not run.finished:
+            step, last = run.final["step"], max(run.config["max_iters"], run.config.get("lr_decay_iters") or 0)
+            yield f"{run.name} is not finished: its numbers are those of step {step} of {last}."
     if len({run.device for run in runs}) > 1:
         yield f"Seconds are of different devices: {', '.join(f'{run.name} on {run.device}' for run in runs)}."
-    if len(runs) > 1:
-        yield "Differences are to the first run, one seed each: no significance can be claimed."
+    if len(groups) > 1:
+        yield f"Better, worse: p < {ALPHA} in Welch's test, two seeds or more each, equally long finished runs."
+        if not list(speed_rows(groups)):
+            yield "No speed-up: that takes finished runs of two lengths or more of the baseline's optimizer."
+        else:
+            yield "Speed-up: what the baseline needs for the same final loss over what this took; < and >: outside of"
+            yield "the lengths that the baseline was trained for."
 
 
-def running_mean(curve, width):
-    """Each row of `curve`, the steps and seconds too, as means over `width` neighbours; shorter by width - 1."""
-    return [np.convolve(row, np.full(width, 1 / width), "valid") for row in curve]
-
-
-def draw(runs, prefix):
-    """Loss against steps and against seconds, as PREFIX.png and PREFIX.svg."""
+def upload(figures, project, name):
+    """The figures as a wandb run of its own."""
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # without pyplot it draws with Agg, and opens no window
+        import wandb
     except ImportError:
-        raise UserError("a figure needs matplotlib: pip install matplotlib, or leave --out away.") from None
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    names, late = [Path(run.name).name for run in runs], []
-    for i, run in enumerate(runs):
-        *val_at, val = run.curve("val/loss")  # at steps and seconds
-        *train_at, train = running_mean(curve := run.curve("train/loss"), max(1, round(SMOOTHING * curve.shape[1])))
-        name = names[i] if names.count(names[i]) == 1 else run.name
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
-        for axes, train_x, val_x in zip(panels, train_at, val_at, strict=True):
-            axes.plot(train_x, train, linewidth=0.8, alpha=0.5, **style)
-            axes.plot(val_x, val, **STRONG, markevery=max(1, len(val) // 25), **style)
-        panels[0].plot([], [], linewidth=1.8, label=f"{name} ({run.optimizer})", **style)
-        late += [*train[train_at[0] >= val_at[0][-1] / 10], *val[val_at[0] >= val_at[0][-1] / 10]]
-    panels[0].plot([], [], **STRONG, color="gray", label="val/loss")
-    panels[0].plot([], [], linewidth=0.8, color="gray", label=f"train/loss, mean over {SMOOTHING:.0%} of the run")
-    late = [loss for loss in late if math.isfinite(loss)] or [0, 1]
-    margin = 0.05 * (max(late) - min(late)) or 0.1
-    for axes, quantity in zip(panels, ("optimizer steps", "training time (seconds)"), strict=True):
-        axes.set(xlabel=quantity, ylabel=f"loss ({unit(runs)})", xlim=(0, None))
-        axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "compare"}):  # the same runs give the same file
-            figure.savefig(f"{prefix}.png", dpi=150)
-            figure.savefig(f"{prefix}.svg", metadata={"Date": None})
-    except OSError as error:
-        raise UserError(f"--out={prefix}: cannot write there ({error.strerror}); name another prefix.") from None
+        raise UserError("--wandb needs a package: pip install wandb, or leave --wandb away.") from None
+    with wandb.init(project=project, name=name, job_type="compare") as run:
+        run.log({Path(figure).stem: wandb.Image(str(figure)) for figure in figures})
 
 
 if __name__ == "__main__":

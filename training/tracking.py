@@ -5,6 +5,7 @@ tracker.log({"step": 0, "train/loss": 10.8, ...})
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -87,15 +88,31 @@ def _start_wandb(config, facts, wandb_id):
         return None
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; a last line that was cut off in mid-write is left out."""
+def read_metrics(path, about=None):
+    """The lines of a metrics.jsonl as dicts; a last line that was cut off in mid-write is left out.
+
+    With `about`, of a longer file only so many lines, evenly spread over it, and all that hold a val/loss.
+    """
+    text = Path(path).read_bytes()
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for part in text.splitlines() if about is None else _thinned(text, about):
         with contextlib.suppress(ValueError):
-            line = json.loads(text)
+            line = json.loads(part)
             if isinstance(line, dict) and type(line.get("step")) is int:
                 lines.append(line)
     return lines
+
+
+def _thinned(text, about):
+    """Found by their bytes: only the lines that are wanted are cut out, and later parsed."""
+    places, key = list(range(0, len(text), max(1, len(text) // about))), b'"val/loss"'
+    at = text.find(key)
+    while at >= 0:
+        places.append(at)
+        at = text.find(key, at + len(key))
+    for start in sorted({text.rfind(b"\n", 0, at) + 1 for at in places}):
+        end = text.find(b"\n", start)
+        yield text[start : end if end >= 0 else len(text)]
 
 
 def write_atomically(path, text):
@@ -116,6 +133,15 @@ def git_commit():
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def source_hash():
+    """SHA-256 over the code that runs: the scripts and training/."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("training/*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def console_line(metrics, max_iters, tokens_per_step):

@@ -1,0 +1,226 @@
+"""How the figures look: those of compare.py, and what sweep.py shares with it. Each is written as PNG and SVG.
+
+figure, panels = new_figure(1, 2)
+save(figure, "out/losses")     # out/losses.png and out/losses.svg
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from training.errors import UserError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # colour-blind readers' too
+DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
+LEGEND = 14  # more groups than this are named by their optimizer alone
+STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # val/loss; train/loss is thin and light
+SMOOTHING = 0.02  # the width of a running mean, as a share of a run's logged steps
+QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
+METERS = {  # metric -> label of its axis
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "train/clip_rate": "share of steps clipped so far",
+    "train/win_rate": "win rate (coordinates not clipped)",
+    "tokens_per_second": "tokens a second",
+    "memory_gib": "peak memory (GiB)",
+}
+
+
+def new_figure(rows, columns, width=11, height=4.4):
+    """(figure, array of its panels). UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot it draws with Agg, and opens no window
+    except ImportError:
+        raise UserError("a figure needs matplotlib: pip install matplotlib, or leave --out away.") from None
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save(figure, prefix):
+    """Write PREFIX.png and PREFIX.svg; the name of the former."""
+    from matplotlib import rc_context
+
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        with rc_context({"svg.hashsalt": "sophia"}):  # the same runs give the same file
+            figure.savefig(f"{prefix}.png", dpi=150)
+            figure.savefig(f"{prefix}.svg", metadata={"Date": None})
+    except OSError as error:
+        raise UserError(f"--out={prefix}: cannot write there ({error.strerror}); name another prefix.") from None
+    return f"{prefix}.png"
+
+
+def draw(groups, prefix, unit, scaling=False):
+    """All figures of compare.py, from its groups of runs; the names of the PNGs. `unit`: what a loss is measured in."""
+    optimizers = list(dict.fromkeys(one.optimizer for one in groups))
+    styles = []
+    for i, one in enumerate(groups):
+        before = sum(other.optimizer == one.optimizer for other in groups[:i])
+        colour = optimizers.index(one.optimizer) if len(optimizers) > 1 else i
+        dash = before if len(optimizers) > 1 else i // len(COLOURS)
+        styles.append({"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]})
+    styled = list(zip(groups, styles, strict=True))
+    written = [draw_losses(styled, prefix, unit), draw_training(styled, f"{prefix}_training")]
+    written.append(draw_finals(styled, f"{prefix}_final", unit))
+    if scaling:
+        written.append(draw_scaling(groups, f"{prefix}_scaling", unit))
+    return written
+
+
+def size_name(parameters):
+    """'124M', '0.85M'."""
+    return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2g}M"
+
+
+def running_mean(curve, width):
+    """Each row of `curve`, places and values, as means over `width` neighbours; shorter by width - 1."""
+    return [np.convolve(row, np.full(width, 1 / width), "valid") for row in curve]
+
+
+def legend(figure, axes, styled, more=()):
+    """One entry a group under the figure, or, where they are too many, one an optimizer; then those of `more`."""
+    entries = {}
+    for one, style in styled:
+        entries.setdefault(one.label if len(styled) <= LEGEND else one.optimizer, {"linewidth": 1.8, **style})
+    for label, style in [*entries.items(), *more]:
+        axes.plot([], [], label=label, **style)
+    columns = max(1, min(len(entries) + len(more), 110 // (8 + max(map(len, entries)))))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+
+
+def draw_losses(styled, prefix, unit):
+    """Loss against steps, tokens, FLOPs and seconds."""
+    from matplotlib.ticker import EngFormatter
+
+    figure, panels = new_figure(2, 2)
+    late = []
+    for one, style in styled:
+        common = set.intersection(*({line["step"] for line in run.evaluations} for run in one.runs))
+        lines = [[line for line in run.evaluations if line["step"] in common] for run in one.runs]
+        losses = np.array([[line["val/loss"] for line in own] for own in lines])
+        late += list(losses[:, np.array(sorted(common)) >= max(common) / 10].ravel())
+        for axes, key in zip(panels, QUANTITIES.values(), strict=True):
+            for run in one.runs:
+                curve = run.curve("train/loss", key)
+                where, train = running_mean(curve, max(1, round(SMOOTHING * curve.shape[1])))
+                axes.plot(where, train, linewidth=0.7, alpha=0.4, **style)
+            where = np.mean([[line[key] for line in own] for own in lines], axis=0)
+            axes.plot(where, losses.mean(axis=0), **STRONG, markevery=max(1, len(where) // 25), **style)
+            if len(lines) > 1:
+                axes.fill_between(where, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=style["color"])
+    late = [loss for loss in late if math.isfinite(loss)] or [0, 1]
+    margin = 0.05 * (max(late) - min(late)) or 0.1
+    for axes, quantity in zip(panels, QUANTITIES, strict=True):
+        axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
+        axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    val, train = STRONG | {"color": "gray"}, {"linewidth": 0.7, "color": "gray"}
+    val_label = "val/loss, mean and range of the seeds" if any(len(o.runs) > 1 for o, _ in styled) else "val/loss"
+    legend(figure, panels[0], styled, [(val_label, val), (f"train/loss, mean over {SMOOTHING:.0%} of the run", train)])
+    return save(figure, prefix)
+
+
+def draw_training(styled, prefix):
+    """Learning rate, gradient norm, share of clipped steps, win rate, speed and memory, against steps."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    figure, panels = new_figure(2, 3, width=14, height=3.8)
+    for axes, (key, label) in zip(panels, METERS.items(), strict=True):
+        curves = [(run.curve(key, "step"), style) for one, style in styled for run in one.runs]
+        curves = [(curve, style) for curve, style in curves if curve.size]
+        for curve, style in curves:
+            where, values = running_mean(curve, 1 if key == "lr" else max(1, round(SMOOTHING * curve.shape[1])))
+            axes.plot(where, values, linewidth=1.3, alpha=0.8, **style)
+        axes.set(xlabel="optimizer steps", ylabel=label, xlim=(0, None))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if not curves:
+            axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center", color="gray")
+            axes.set(xticks=[], yticks=[])
+        elif key == "grad_norm":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif key != "lr":
+            axes.set_ylim(0, None)
+        if key == "tokens_per_second":
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    legend(figure, panels[0], styled)
+    return save(figure, prefix)
+
+
+def best_of_each(groups, key):
+    """{key(group): the group of the lowest mean loss with that key}, in the order of the keys."""
+    keys = sorted({key(one) for one in groups})
+    return {k: min((one for one in groups if key(one) == k), key=lambda one: one.losses.mean()) for k in keys}
+
+
+def means_and_errors(groups):
+    return [one.losses.mean() for one in groups], [one.interval or 0 for one in groups]
+
+
+def draw_finals(styled, prefix, unit):
+    """Final loss of every group, with its seeds and its interval; and against the length of the schedule."""
+    from matplotlib.ticker import NullLocator
+
+    finished = [(one, style) for one, style in styled if one.finished and np.isfinite(one.losses).all()]
+    lengths = len({one.steps for one, _ in finished}) > 1
+    figure, panels = new_figure(1, 1 + lengths, width=13 if lengths else 8, height=max(2.5, 1.2 + 0.35 * len(styled)))
+    places = np.arange(len(styled))[::-1]
+    for place, (one, style) in zip(places, styled, strict=True):
+        if (one, style) not in finished:
+            at = {"transform": panels[0].get_yaxis_transform(), "va": "center", "ha": "center", "color": "gray"}
+            panels[0].text(0.5, place, "diverged" if one.finished else "not finished", **at)
+            continue
+        panels[0].plot(one.losses, np.full(len(one.losses), place), "o", alpha=0.35, markersize=5, color=style["color"])
+        panels[0].errorbar(one.losses.mean(), place, xerr=one.interval, fmt="D", capsize=4, color=style["color"])
+    panels[0].set(xlabel=f"final val/loss ({unit}); mean, 95% interval, seeds", ylim=(-0.6, len(styled) - 0.4))
+    panels[0].set_yticks(places, [one.label for one, _ in styled])
+    if lengths:
+        for optimizer in dict.fromkeys(one.optimizer for one, _ in finished):
+            own = [(one, style) for one, style in finished if one.optimizer == optimizer]
+            best = best_of_each([one for one, _ in own], lambda one: one.steps)
+            style = STRONG | {"color": own[0][1]["color"], "label": optimizer, "capsize": 4}
+            panels[1].errorbar(list(best), *means_and_errors(best.values()), **style)
+        panels[1].set(xscale="log", xlabel="optimizer steps of the whole schedule", ylabel=f"final val/loss ({unit})")
+        steps = sorted({one.steps for one, _ in finished})
+        panels[1].set_xticks(steps, [f"{step:,}" for step in steps])
+        panels[1].xaxis.set_minor_locator(NullLocator())
+        panels[1].legend(frameon=False)
+    return save(figure, prefix)
+
+
+def draw_scaling(groups, prefix, unit):
+    """Final loss against model size, one line an optimizer, with a power law where there are three sizes."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+    from scipy import stats
+
+    figure, (axes,) = new_figure(1, 1, width=8, height=5)
+    finished = [one for one in groups if one.finished and np.isfinite(one.losses).all()]
+    ticks = sorted({one.runs[0].parameters for one in finished})
+    for i, optimizer in enumerate(dict.fromkeys(one.optimizer for one in finished)):
+        best = best_of_each(
+            [one for one in finished if one.optimizer == optimizer], lambda one: one.runs[0].parameters
+        )
+        sizes, (losses, error) = list(best), means_and_errors(best.values())
+        label, colour = optimizer, COLOURS[i % len(COLOURS)]
+        if len(sizes) > 2:
+            fit = stats.linregress(np.log(sizes), np.log(losses))
+            half = stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr
+            label += f": loss ∝ N^({fit.slope:.4f} ± {half:.4f})"
+            axes.plot(sizes, np.exp(fit.intercept) * np.power(sizes, fit.slope), "--", linewidth=1, color=colour)
+        axes.errorbar(sizes, losses, error, fmt="o", capsize=4, color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="parameters (N)", ylabel=f"final val/loss ({unit})")
+    axes.set_xticks(ticks, [size_name(n) for n in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.legend(frameon=False)
+    return save(figure, prefix)
