@@ -17,6 +17,7 @@ from training.errors import UserError
 from training.schedule import SCHEDULES, TO_ZERO
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH")  # weights from elsewhere
 
 
 def setting(default, help, **limits):
@@ -30,7 +31,9 @@ class TrainConfig:
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
-        "scratch", "start new, or go on from the checkpoint in out_dir", choices=("scratch", "resume")
+        "scratch",
+        "start new, resume the checkpoint in out_dir, or start with weights from elsewhere",
+        choices=("scratch", "resume", *PRETRAINED),
     )
     overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
     seed: int = setting(
@@ -231,8 +234,14 @@ _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
     "at_most": (lambda value, limit: value <= limit, "at most"),
     "below": (lambda value, limit: value < limit, "below"),
-    "choices": (lambda value, limit: value in limit, "one of"),
+    "choices": (lambda value, limit: _kind_of(value) in [_kind_of(choice) for choice in limit], "one of"),
 }
+
+
+def _kind_of(choice):
+    """Itself; the same for "hf:DIR", which stands for every value that starts with "hf:" and goes on, and for those."""
+    head, _, rest = choice.partition(":")
+    return f"{head}:..." if rest else choice
 
 
 def _allowed(field):

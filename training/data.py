@@ -39,6 +39,11 @@ class Corpus:
         """The rows of the model's embedding: the vocabulary, GPT-2's padded to 50304."""
         return PADDED_GPT2_VOCAB_SIZE if self.vocab_size == GPT2_VOCAB_SIZE else self.vocab_size
 
+    def fits(self, rows):
+        """Whether a model that was trained elsewhere, with `rows` rows in its embedding, can read this corpus."""
+        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded to 50304 or not
+        return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
+
 
 def open_corpus(dataset):
     """Map data/`dataset`/train.bin and val.bin; UserError where they are missing, or are not what their name says."""

@@ -24,6 +24,7 @@ from training import data
 from training.checkpoint import NEWEST, PREVIOUS, kept_checkpoints, load_checkpoint, save_checkpoint
 from training.distributed import World
 from training.errors import UserError
+from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit
 
@@ -56,8 +57,10 @@ class Run:
         self.corpus = data.open_corpus(config.dataset)
         hashes = world.on_main(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
 
-        checkpoint = load_checkpoint(config.out_dir)[0] if config.init_from == "resume" else None
-        if checkpoint and checkpoint["config"]["optimizer_name"] != config.optimizer_name:
+        checkpoint, resume = None, config.init_from == "resume"
+        if config.init_from != "scratch":
+            checkpoint = load_checkpoint(config.out_dir)[0] if resume else start_from(config)
+        if resume and checkpoint["config"]["optimizer_name"] != config.optimizer_name:
             raise UserError(
                 f"the checkpoint in {config.out_dir} is of optimizer_name = {checkpoint['config']['optimizer_name']}, "
                 f"this is {config.optimizer_name}; resume with the former, or name another --out_dir."
@@ -83,7 +86,7 @@ class Run:
         self._resumed = checkpoint
         self.step = checkpoint["step"] if checkpoint else 0
         self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
-        self._clipped = torch.tensor(checkpoint["clipped_steps"] if checkpoint else 0.0, device=world.device)
+        self._clipped = torch.tensor(checkpoint["clipped_steps"] if resume else 0.0, device=world.device)
         self._grad_norm = None
         self._loss = None
         self._compiled = set()
@@ -103,7 +106,9 @@ class Run:
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
             f"{config.batch_size} sequences x {config.block_size}; {config.dtype} on {_device_name(world.device)}"
         )
-        if checkpoint:
+        if checkpoint and not resume:
+            self._say(checkpoint["summary"])
+        if resume:
             before = {**checkpoint["config"], "init_from": config.init_from, "overwrite": config.overwrite}
             changed = [key for key, value in before.items() if vars(config).get(key) != value]
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
@@ -128,8 +133,10 @@ class Run:
     def _model_config(self, checkpoint):
         names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
         shape = {name: getattr(self.config, name) for name in names}
+        rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
+        rows = rows if self.corpus.fits(rows) else self.corpus.model_vocab_size
         try:
-            wanted = GPTConfig(vocab_size=self.corpus.model_vocab_size, **shape)
+            wanted = GPTConfig(vocab_size=rows, **shape)
         except ValueError as error:
             raise UserError(str(error)) from None
         for name, value in (checkpoint["model_args"] if checkpoint else {}).items():
@@ -171,13 +178,15 @@ class Run:
         `statistics()` gives more numbers to log, by metric name; it is called only where a line is logged.
         """
         self.optimizer, self._statistics = optimizer, statistics
-        if self._resumed:
+        if self._resumed and self.config.init_from == "resume":
             optimizer.load_state_dict(self._resumed["optimizer"])
             self._scaler.load_state_dict(self._resumed["scaler"])
             _set_rng_state(self._resumed["rng"], self.world)
-            self._resumed = None
         else:
+            if self._resumed and self._resumed["optimizer"]:
+                load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
             torch.manual_seed(self.config.seed + self.world.rank)  # from here on only dropout draws
+        self._resumed = None
 
     # ----- the loop
 

@@ -23,9 +23,9 @@ def get_tokenizer(spec):
     """The tokenizer that `spec`, the "tokenizer" of a meta.json, stands for.
 
     It has `encode(str) -> list[int]`, `encode_array(str) -> uint16 array`, `decode(list[int]) -> str`, `vocab_size`,
-    `eot` (the id that ends a document, or None), and `pieces(str)`, which cuts a long text into parts whose encodings,
-    joined, are the encoding of the whole. Raises UserError for an unknown `spec` and where GPT-2's vocabulary is not
-    to be had.
+    `eot` (the id that ends a document, or None), `token_bytes()`, how many bytes of text each id stands for, and
+    `pieces(str)`, which cuts a long text into parts whose encodings, joined, are the encoding of the whole. Raises
+    UserError for an unknown `spec` and where GPT-2's vocabulary is not to be had.
     """
     if spec == "gpt2":
         return GPT2Tokenizer()
@@ -77,6 +77,10 @@ class GPT2Tokenizer:
         """Ids past the vocabulary, the rows a model is padded with (50257 to 50303), stand for no text."""
         return self._encoding.decode([i for i in ids if i < self.vocab_size])
 
+    def token_bytes(self):
+        """(vocab_size,) int64; 0 for the end of a document, which is no text."""
+        return np.array([len(self._encoding.decode_single_token_bytes(i)) for i in range(self.eot)] + [0])
+
 
 class CharacterTokenizer:
     """One token a character; `characters` holds them all in the order of their ids."""
@@ -111,6 +115,9 @@ class CharacterTokenizer:
 
     def decode(self, ids):
         return "".join(self.characters[i] for i in ids)
+
+    def token_bytes(self):
+        return np.array([len(character.encode("utf-8", "surrogatepass")) for character in self.characters])
 
 
 _LAST_BLANK = re.compile(r"[^\S\x1c-\x1f](?=\S)")  # what is blank to Python and to tiktoken alike
