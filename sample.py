@@ -2,6 +2,7 @@
 
 python sample.py --out_dir=out/demo_sophiag --start="KING RICHARD:" --num_samples=3 --temperature=0.7
 python sample.py --out_dir=out/demo_sophiag --start=FILE:prompt.txt --max_new_tokens=200
+python sample.py --init_from=gpt2-xl --start="The meaning of life is" --top_p=0.95
 """
 
 import sys
@@ -10,26 +11,28 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint
-from training.config import load_config, setting
+from training.config import PRETRAINED, load_config, setting
 from training.distributed import World
 from training.errors import UserError, command
-from training.tokenizer import get_tokenizer
+from training.pretrained import load_model
 
 FILE = "FILE:"  # a start that names the file with the prompt
 
 
 @dataclass
 class SampleConfig:
-    """What to sample, and from which run."""
+    """What to sample, and from which model."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
     start: str = setting("", "prompt, or FILE:PATH; default a newline (characters), the end-of-text token (GPT-2)")
     num_samples: int = setting(1, "texts to print; number i = 0, 1, ... is drawn with seed + i", at_least=1)
     max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model predicts", at_least=0.0)
     top_k: int | None = setting(200, "sample among the k likeliest tokens only; None: among all", at_least=1)
+    top_p: float | None = setting(
+        None, "sample among the fewest tokens that together have this probability; None: all", above=0.0, at_most=1.0
+    )
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 
@@ -40,10 +43,10 @@ class SampleConfig:
 def main(words=None):
     config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
     device = World(config.device).device
-    model, tokenizer = load_run(config.out_dir)
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
     prompt = prompt_ids(config.start, tokenizer)
     if len(prompt) > model.config.block_size:
-        seen = f"the model sees only the last block_size = {model.config.block_size}"
+        seen = f"each new one is drawn from the last block_size = {model.config.block_size}"
         print(f"warning: the prompt has {len(prompt)} tokens, {seen}.", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     model.to(device)
@@ -53,26 +56,11 @@ def main(words=None):
             print("---------------")
         if config.start:
             print(tokenizer.decode(prompt), end="")
-        tokens = model.stream(
-            idx, config.max_new_tokens, config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size
-        )
+        sampling = (config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size, config.top_p)
+        tokens = model.stream(idx, config.max_new_tokens, *sampling)
         for text in decode_stream((token.item() for token in tokens), tokenizer):
             print(text, end="", flush=True)
         print()
-
-
-def load_run(out_dir):
-    """(model on the CPU, tokenizer) of the run in `out_dir`. UserError where there is no run, or the two do not fit."""
-    checkpoint, path = load_checkpoint(out_dir)
-    model = GPT(GPTConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["model"])
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: its model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.vocab_size}; "
-            "train with data whose meta.json names the tokenizer that made it."
-        )
-    return model, tokenizer
 
 
 def prompt_ids(start, tokenizer):

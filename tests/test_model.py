@@ -403,9 +403,9 @@ def test_sampled_frequencies(top_k):
     torch.testing.assert_close(frequencies, F.softmax(kept / 0.7, dim=0), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=-1.0), dict(top_k=0)])
+@pytest.mark.parametrize("settings", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
 def test_impossible_sampling(settings):
-    with pytest.raises(ValueError, match=r"temperature must be >= 0 and top_k >= 1"):
+    with pytest.raises(ValueError, match=r"temperature must be >= 0 and top_k >= 1|top_p must be above 0"):
         small_gpt().generate(tokens(1, 1), 1, **settings)
 
 

@@ -10,6 +10,7 @@ from model import GPT, Cache, GPTConfig
 from model import sample as draw
 from training.checkpoint import save_checkpoint
 from training.errors import UserError, command
+from training.pretrained import load_model
 from training.tokenizer import get_tokenizer
 
 CHARACTERS = "\n abcdefghij"  # 12
@@ -50,8 +51,8 @@ def test_streamed_text_is_generates_text(tmp_path, capsys, start, shown):
         ids = model.generate(torch.tensor([prompt]), 40, temperature=0.8, top_k=7, seed=seed)[0, len(prompt) :]
         expected.append(shown + tokenizer.decode(ids.tolist()) + "\n")
     assert printed.out == "---------------\n".join(expected)
-    assert printed.err == ("" if len(prompt) <= 16 else "warning: the prompt has 30 tokens, the model sees only the "
-                           "last block_size = 16.\n")  # fmt: skip
+    assert printed.err == ("" if len(prompt) <= 16 else "warning: the prompt has 30 tokens, each new one is drawn "
+                           "from the last block_size = 16.\n")  # fmt: skip
 
 
 def test_tokens_are_printed_as_they_come(tmp_path, monkeypatch, capsys):
@@ -173,6 +174,11 @@ def test_characters_cut_over_several_tokens_come_whole():
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "nan"}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"init_from": "gpt5"}, "init_from = 'gpt5' is not possible: one of resume, gpt2"),
+        ({"init_from": "hf:{folder}/nothing"}, "no folder with a Hugging Face model"),
+        ({"init_from": "import:{folder}/ckpt.pt"}, "it is this project's"),
         ({"num_samples": 0}, "num_samples"),
         ({"seed": 2**32}, "seed"),
         ({"out_dir": "{folder}/nothing"}, "nothing holds no checkpoint"),
@@ -200,10 +206,21 @@ def refused(capsys, arguments, said):
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
-def test_load_run_gives_the_trained_weights(tmp_path):
+def test_load_model_gives_the_trained_weights(tmp_path):
     model = write_run(tmp_path)
-    loaded, tokenizer = sample.load_run(tmp_path)
+    loaded, tokenizer, _ = load_model("resume", tmp_path)
     idx = torch.arange(12)[None]
     assert torch.equal(loaded(idx)[0], model(idx)[0]) and tokenizer.decode([2, 3]) == "ab"
     with pytest.raises(UserError):
-        sample.load_run(tmp_path / "elsewhere")
+        load_model("resume", tmp_path / "elsewhere")
+
+
+def test_text_from_openais_model(monkeypatch, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8, bias=True))
+    monkeypatch.setattr(GPT, "from_pretrained", lambda name: {"gpt2": model}[name])
+    sample.main(words(tmp_path / "none", init_from="gpt2", start="To be", top_k=None, top_p=0.9, max_new_tokens=12))
+    tokenizer = get_tokenizer("gpt2")
+    idx = torch.tensor([tokenizer.encode("To be")])
+    ids = model.generate(idx, 12, 0.8, None, 1337, top_p=0.9)[0].tolist()
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
