@@ -100,7 +100,7 @@ def load_checkpoint(out_dir, map_location="cpu"):
         return checkpoint, path
     if problems:
         raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
-    raise UserError(f"{out_dir} holds no checkpoint; use --init_from=scratch, or name another --out_dir.")
+    raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
 
 
 def read_checkpoint(path, map_location="cpu"):
