@@ -16,10 +16,15 @@ from training.tokenizer import get_tokenizer
 CHARACTERS = "\n abcdefghij"  # 12
 
 
-def write_run(folder, vocab_size=12, tokenizer=None, favourite=None):
-    """A checkpoint of a model with random weights; `favourite` gets far the largest logit."""
+def write_run(folder, vocab_size=12, tokenizer=None, favourite=None, spread=1.0, **shape):
+    """A checkpoint of a model with random weights, `spread` times as large as new ones (1 guesses nearly uniformly);
+    `favourite` gets far the largest logit."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16, bias=True))
+    shape = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "bias": True, **shape}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(spread)
     if favourite is not None:
         with torch.no_grad():
             model.transformer.ln_f.weight.zero_()
@@ -101,10 +106,7 @@ def recomputed(model, idx, n, seed, **settings):
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 30])  # block_size is 16: 20 more tokens go past it
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.5}, {"temperature": 0}])
 def test_the_cache_changes_no_text(tmp_path, length, settings):
-    model = write_run(tmp_path)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5)  # far from the uniform guess of a new model
+    model = write_run(tmp_path, spread=5.0)
     idx = torch.randint(12, (3, length), generator=torch.Generator().manual_seed(1))
     for seed in range(3):
         text = model.generate(idx, 20, seed=seed, **settings)

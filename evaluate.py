@@ -1,0 +1,116 @@
+"""Loss, perplexity and bits per byte of a model over a whole split, each token predicted from a long context.
+
+python evaluate.py --out_dir=out/demo_sophiag
+python evaluate.py --init_from=gpt2 --dataset=wikitext103 --split=val --stride=512
+
+A window of block_size tokens slides over the split by `stride` tokens; each of them counts once, in the first window
+that has it, so that it is predicted from at least block_size - stride tokens before it (fewer at the very start).
+stride = block_size takes the least time and gives the highest loss; 1 takes the most and gives the lowest.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from training.config import PRETRAINED, load_config, setting
+from training.data import open_corpus
+from training.distributed import World
+from training.errors import UserError, command
+from training.pretrained import load_model
+
+
+@dataclass
+class EvaluateConfig:
+    """Which model to evaluate, and on what."""
+
+    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    dataset: str = setting("", "folder under data/ (or an absolute path); default the one that the run was trained on")
+    split: str = setting("val", "which of its files", choices=("train", "val"))
+    stride: int | None = setting(None, "tokens from a window to the next; default half of block_size", at_least=1)
+    batch_size: int = setting(8, "windows in a forward pass", at_least=1)
+    device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
+    dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
+
+    def check(self):
+        """No two of these settings can contradict each other."""
+
+
+def main(words=None):
+    config = load_config(EvaluateConfig, sys.argv[1:] if words is None else words)
+    device = World(config.device).device
+    model, tokenizer, settings = load_model(config.init_from, config.out_dir)
+    dataset = config.dataset or settings.get("dataset")
+    if not dataset:
+        origin = config.out_dir if config.init_from == "resume" else config.init_from
+        raise UserError(f"{origin} does not say what it was trained on; give --dataset=NAME.")
+    block_size, corpus = model.config.block_size, open_corpus(dataset)
+    stride = config.stride or max(1, block_size // 2)
+    if stride > block_size:
+        raise UserError(f"stride = {stride} would leave tokens out, block_size is {block_size}; lower it.")
+    tokens = check_tokens(getattr(corpus, config.split), corpus, tokenizer, config.split)
+    model.to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        nats = total_nats(model, tokens, stride, config.batch_size)
+    n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens[1:], tokenizer)
+    loss, bits = nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
+    print(f"{dataset} {config.split}: {n_tokens} tokens, {n_bytes} bytes; block_size {block_size}, stride {stride}")
+    print(f"loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4f}  bits_per_byte {bits:.4f}")
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
+
+
+def check_tokens(tokens, corpus, tokenizer, split):
+    """`tokens`; UserError where they are not the tokenizer's, or too few."""
+    own = getattr(tokenizer, "characters", None)
+    theirs = corpus.tokenizer.get("characters") if isinstance(corpus.tokenizer, dict) else None
+    if own != theirs:
+        kinds = [f"{len(characters)} characters" if characters else "GPT-2 tokens" for characters in (own, theirs)]
+        raise UserError(f"the model reads {kinds[0]} and {corpus.folder} holds {kinds[1]}; give another --dataset.")
+    if len(tokens) < 2:
+        raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")
+    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+    if largest >= tokenizer.vocab_size:
+        file = corpus.folder / f"{split}.bin"
+        raise UserError(f"{file} holds token {largest}, beyond the model's {tokenizer.vocab_size}; prepare it again.")
+    return tokens
+
+
+def count_bytes(tokens, tokenizer):
+    """Bytes of UTF-8 text that `tokens` stand for; the end of a document is none."""
+    of_token = tokenizer.token_bytes()
+    return sum(int(of_token[tokens[i : i + (1 << 24)]].sum()) for i in range(0, len(tokens), 1 << 24))
+
+
+def summed_loss(logits, targets):
+    """Sum of the cross-entropy in nats over the targets that are not -1."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+@torch.no_grad()
+def total_nats(model, tokens, stride, batch_size):
+    """-log p of all of `tokens` but the first, summed."""
+    model.eval()
+    device, T = model.lm_head.weight.device, model.config.block_size
+    n = len(tokens) - 1  # to be predicted
+    starts = range(0, max(n - T + stride, 1), stride)  # the last window is the first that reaches the end
+    total = 0.0
+    for first in tqdm(range(0, len(starts), batch_size), unit="batch", disable=None, file=sys.stderr):
+        batch = starts[first : first + batch_size]
+        inputs, targets = np.zeros((len(batch), T), np.int64), np.full((len(batch), T), -1)
+        for row, start in enumerate(batch):
+            window = tokens[start : start + T + 1]
+            old = T - stride if start else 0  # targets that the window before had
+            inputs[row, : len(window) - 1] = window[:-1]
+            targets[row, old : len(window) - 1] = window[old + 1 :]
+        loss = model(*(torch.from_numpy(array).to(device) for array in (inputs, targets)), loss=summed_loss)[1]
+        total += loss.item()
+    return total
+
+
+if __name__ == "__main__":
+    command(main)
