@@ -1,6 +1,7 @@
 """Checkpoints that a crash cannot tear and that notice damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
 
     save_checkpoint(out_dir, {"model": ..., "optimizer": ..., "step": 1000, ...})
+    CheckpointWriter(out_dir).save(...)                     # the same, while training goes on
     checkpoint, path = load_checkpoint(out_dir)
 
 A file is what torch.save writes, so torch.load reads it, followed by its SHA-256. Loading runs no code from the file.
@@ -11,6 +12,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -26,11 +28,15 @@ class _HashingFile:
     """A binary file that is only appended to, and knows the SHA-256 of what went in."""
 
     def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
 
     def write(self, data):
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save would say something else instead
+            raise
 
     def flush(self):
         self.file.flush()
@@ -46,7 +52,10 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
     newest, temporary = out_dir / NEWEST, out_dir / f"{NEWEST}.tmp"
     with open(temporary, "wb") as file:
         hashing = _HashingFile(file)
-        torch.save(checkpoint, hashing)
+        try:
+            torch.save(checkpoint, hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from None
         file.write(_MARK + hashing.digest.digest())
         file.flush()
         os.fsync(file.fileno())
@@ -62,6 +71,57 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time. A write that fails leaves the last good one and warns.
+
+    step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it went well.
+    """
+
+    def __init__(self, out_dir, keep=0, step=None):
+        self.out_dir, self.keep, self.step, self.error, self._thread = out_dir, keep, step, None, None
+
+    def save(self, checkpoint):
+        """Copy `checkpoint` to host memory, which training waits for, and write the copy while training goes on."""
+        copy = copy_to_host(checkpoint)
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, checkpoint):
+        try:
+            save_checkpoint(self.out_dir, checkpoint, self.keep)
+            self.step, self.error = checkpoint["step"], None
+        except Exception as error:  # a full disk, mostly
+            (Path(self.out_dir) / f"{NEWEST}.tmp").unlink(missing_ok=True)
+            self.error = error
+            print(
+                f"warning: the checkpoint of step {checkpoint['step']} could not be written ({error}); "
+                f"the newest good one is of step {self.step}, training goes on.",
+                file=sys.stderr,
+            )
+
+    def wait(self):
+        """Return when nothing is being written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+
+def copy_to_host(thing, seen=None):
+    """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one."""
+    seen = {} if seen is None else seen
+    if isinstance(thing, torch.Tensor):
+        key = (thing.device, thing.data_ptr(), thing.dtype, thing.shape, thing.stride())
+        if key not in seen:
+            seen[key] = thing.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(thing, dict):
+        return {key: copy_to_host(value, seen) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(copy_to_host(value, seen) for value in thing)
+    return thing
 
 
 def _link(source, name):

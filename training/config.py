@@ -32,9 +32,10 @@ class TrainConfig:
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
         "scratch",
-        "start new, resume the checkpoint in out_dir, or start with weights from elsewhere",
-        choices=("scratch", "resume", *PRETRAINED),
+        "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
+        choices=("scratch", "resume", "auto", *PRETRAINED),
     )
+    max_skipped: int = setting(20, "end the run after so many steps in a row that were not finite", at_least=1)
     overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
     seed: int = setting(
         1337, "seed of the initial weights, the order of the data, dropout and sampled labels", at_least=0
@@ -101,6 +102,7 @@ class TrainConfig:
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
+    nccl_timeout: int = setting(600, "seconds after which a rank that waits for the others gives up", at_least=1)
 
     def check(self):
         """Raise UserError where settings contradict each other; fill in those that follow from others."""

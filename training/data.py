@@ -31,8 +31,25 @@ class Corpus:
     folder: Path
     train: np.ndarray
     val: np.ndarray
+    identity: tuple  # size and modification time of both files when they were opened
     vocab_size: int
     tokenizer: object
+
+    def check_unchanged(self):
+        """UserError if a file is no longer the one that was opened: what was read since may be from another corpus."""
+        if _identity(self.folder) != self.identity:
+            raise UserError(
+                f"train.bin or val.bin in {self.folder} was changed while the run was using it; put the old files back "
+                "and go on with --init_from=resume."
+            )
+
+    def check_whole(self):
+        """UserError if train.bin was cut short: reading its map beyond the end would kill the process."""
+        path = self.folder / "train.bin"
+        if not path.exists() or path.stat().st_size < self.train.nbytes:
+            raise UserError(
+                f"{path} was cut short or removed during the run; put it back and go on with --init_from=resume."
+            )
 
     @property
     def model_vocab_size(self):
@@ -50,7 +67,16 @@ def open_corpus(dataset):
     folder = DATA / dataset
     meta = _read_meta(folder / "meta.json")
     train, val = (_map_tokens(folder / f"{split}.bin", dataset) for split in ("train", "val"))
-    return Corpus(folder, train, val, meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE), meta.get("tokenizer", "gpt2"))
+    vocab_size, tokenizer = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE), meta.get("tokenizer", "gpt2")
+    return Corpus(folder, train, val, _identity(folder), vocab_size, tokenizer)
+
+
+def _identity(folder):
+    try:
+        stats = [(folder / f"{split}.bin").stat() for split in ("train", "val")]
+    except OSError:
+        return None
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def _read_meta(path):

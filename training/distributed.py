@@ -4,21 +4,27 @@ with World(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
 """
 
+import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
 
-from training.errors import UserError
+from training.errors import RunError, UserError
+
+ANSWER_TIME = 5  # seconds in which a rank that is alive answers when it is asked who still is
 
 
 class World:
     """rank, size, local_rank and device of this process; the collectives that a run needs, free for one process.
 
+    Tensors go through `backend`; what the host has to say goes through a gloo group of its own (`_control`), so that
+    no rank waits for its GPU to hear it. A collective fails after `timeout` seconds.
     Raises UserError when the device is not there.
     """
 
-    def __init__(self, device="auto", backend="auto"):
+    def __init__(self, device="auto", backend="auto", timeout=600):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -31,7 +37,12 @@ class World:
             if backend == "auto":
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
             own = self.device if backend == "nccl" else None
-            dist.init_process_group(backend, device_id=own)
+            patience = datetime.timedelta(seconds=timeout)
+            self._store, *_ = next(dist.rendezvous("env://", timeout=patience))
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=own, timeout=patience
+            )
+            self._control = dist.new_group(backend="gloo", timeout=patience)
         self.backend = backend if self.distributed else "none"
 
     def _device(self, name):
@@ -62,7 +73,7 @@ class World:
     def __exit__(self, kind, *_):
         if self.distributed:
             if kind is None:
-                dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
+                dist.barrier(group=self._control)  # gloo aborts a rank that leaves while another still talks to it
             dist.destroy_process_group()
             self.distributed = False
 
@@ -76,7 +87,7 @@ class World:
         """[thing of rank 0, thing of rank 1, ...], on every rank. Small Python objects only."""
         things = [thing] * self.size
         if self.distributed:
-            dist.all_gather_object(things, thing)
+            dist.all_gather_object(things, thing, group=self._control)
         return things
 
     def on_main(self, function):
@@ -89,11 +100,70 @@ class World:
                 error = str(raised)
         if self.distributed:
             box = [result, error]
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self._control)
             result, error = box
         if error is not None:
             raise UserError(error)
         return result
+
+    def everywhere(self, function):
+        """Call `function()` on one rank of each machine, then on the others; a UserError on any is raised on all."""
+        result = error = None
+        for first in (True, False):
+            if (self.local_rank == 0) == first:
+                try:
+                    result = function()
+                except UserError as raised:
+                    error = str(raised)
+            errors = [text for text in self.gather(error) if text is not None]
+            if errors:
+                raise UserError(errors[0])
+        return result
+
+    def any(self, flag):
+        """Whether `flag` is true on any rank. The hosts wait for each other, not for their devices."""
+        if not self.distributed:
+            return bool(flag)
+        vote = torch.tensor(float(bool(flag)))
+        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._control)
+        return vote.item() > 0
+
+    def same(self, facts):
+        """UserError that says what differs where the dicts `facts` are not the same on all ranks."""
+        ours = self.gather(facts)
+        for rank, theirs in enumerate(ours):
+            differing = [key for key in ours[0] if theirs.get(key) != ours[0][key]]
+            if differing:
+                what = ", ".join(f"{key} ({ours[0][key]!r} and {theirs.get(key)!r})" for key in differing)
+                raise UserError(
+                    f"ranks 0 and {rank} were not started alike: they differ in {what}; make them the same."
+                )
+
+    def explain(self, error):
+        """The RunError for a collective that failed with `error`, naming the ranks that died; None for other errors.
+
+        Every rank that lives says so in the store that they met in; who does not within a few seconds is dead.
+        """
+        if not self.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return None
+        keys = [f"alive/{rank}" for rank in range(self.size)]
+        dead = keys
+        try:
+            self._store.set(keys[self.rank], "1")
+            until = time.monotonic() + ANSWER_TIME
+            while dead and time.monotonic() < until:
+                dead = [key for key in keys if not self._store.check([key])]
+                time.sleep(0.1)
+        except RuntimeError:
+            return RunError(
+                f"rank {self.rank} lost the other ranks ({_first_line(error)}); restart with --init_from=auto."
+            )
+        if not dead:
+            return RunError(
+                f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto."
+            )
+        names = ", ".join(key.removeprefix("alive/") for key in dead)
+        return RunError(f"rank {self.rank} ends, because rank {names} died; restart with --init_from=auto.")
 
     def synchronize(self):
         """Wait until the device has done all it was given."""
@@ -107,3 +177,7 @@ class World:
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

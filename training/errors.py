@@ -11,12 +11,20 @@ import sys
 class UserError(Exception):
     """Bad input. The message is one sentence that names the culprit and the remedy."""
 
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A run that cannot go on, through no fault of its input; the message says what to do. Exit code 1."""
+
+    exit_code = 1
+
 
 def command(main):
-    """Run `main()`; on a `UserError` print its sentence (once a machine, not once a rank) and exit with code 2."""
+    """Run `main()`; on a `UserError` print its sentence (once a machine, not once a rank) and exit with its code."""
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.exit_code == 1:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -9,11 +9,17 @@ with Run(config) as run:
         run.apply(optimizer.step)
 """
 
+import collections
 import contextlib
 import dataclasses
 import gc
+import math
 import os
+import signal
+import statistics
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -21,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
-from training.checkpoint import NEWEST, PREVIOUS, kept_checkpoints, load_checkpoint, save_checkpoint
+from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
 from training.distributed import World
-from training.errors import UserError
+from training.errors import RunError, UserError
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate
-from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit
+from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,11 +47,13 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        self.world = World(config.device, config.backend)
+        self._tracker = self._writer = self._ddp = None
+        self._signals = Signals()
+        self.world = World(config.device, config.backend, config.nccl_timeout)
         try:
             self._set_up()
         except BaseException as error:
-            self.world.__exit__(type(error), error, error.__traceback__)
+            self.__exit__(type(error), error, error.__traceback__)
             raise
 
     def _set_up(self):
@@ -53,13 +61,16 @@ class Run:
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         self.tokens_per_step = config.total_bs * config.block_size
-        world.on_main(lambda: _check_out_dir(config))
-        self.corpus = data.open_corpus(config.dataset)
-        hashes = world.on_main(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
+        settings = {key: value for key, value in vars(config).items() if key != "device"}
+        world.same({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
+        config.init_from = world.on_main(lambda: _check_out_dir(config))
+        self.corpus = world.everywhere(lambda: data.open_corpus(config.dataset))
+        hashes = world.everywhere(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
+        world.same(hashes)
 
         checkpoint, resume = None, config.init_from == "resume"
         if config.init_from != "scratch":
-            checkpoint = load_checkpoint(config.out_dir)[0] if resume else start_from(config)
+            checkpoint = world.everywhere(lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config))
         if resume and checkpoint["config"]["optimizer_name"] != config.optimizer_name:
             raise UserError(
                 f"the checkpoint in {config.out_dir} is of optimizer_name = {checkpoint['config']['optimizer_name']}, "
@@ -74,7 +85,6 @@ class Run:
         self.model.to(world.device)
         loss = _Loss(self.model)
         self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
-        self._ddp = None
         if world.distributed:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
@@ -86,14 +96,15 @@ class Run:
         self._resumed = checkpoint
         self.step = checkpoint["step"] if checkpoint else 0
         self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
-        self._clipped = torch.tensor(checkpoint["clipped_steps"] if resume else 0.0, device=world.device)
+        counts = checkpoint["counts"] if resume else {"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
+        self._counts = {name: torch.tensor(count, device=world.device) for name, count in counts.items()}
+        self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._grad_norm = None
         self._loss = None
         self._compiled = set()
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
         self._logged = None  # (step, seconds) of the last line that knows them
         self._peak_flops = peak_flops(_device_name(world.device), config.dtype)
-        self._tracker = None
         if world.is_main and not config.eval_only:
             if config.init_from != "resume":
                 for path in _run_files(config.out_dir):
@@ -101,6 +112,7 @@ class Run:
             self._tracker = Tracker(
                 config, self._facts(hashes), self.step, checkpoint["wandb_id"] if checkpoint else None
             )
+            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
@@ -155,12 +167,18 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
+        if self._writer:
+            self._writer.wait()
+        explained = self.world.explain(error)
         if self._tracker:
             self._tracker.close()
         self._ddp = None
         gc.collect()  # DDP's cycles must be gone before the process group is: gloo aborts now and then otherwise
-        self.world.__exit__(*exception)
+        self.world.__exit__(kind, error, traceback)
+        self._signals.restore()
+        if explained:
+            raise explained from error
 
     def _say(self, text):
         if self.world.is_main:
@@ -196,6 +214,12 @@ class Run:
         step = self.step
         self._clock.start()
         while True:
+            if self.world.any(self._signals.received):
+                with self._clock.paused():
+                    self._save(step)
+                self._finish_writing()
+                self._say(f"stopped before step {step}; go on with --init_from=resume")
+                return
             metrics = {"step": step, "tokens": step * self.tokens_per_step}
             if step % config.eval_interval == 0 or step == config.max_iters or config.eval_only:
                 with self._clock.paused():
@@ -205,6 +229,7 @@ class Run:
                         self._save(step)
             if step == config.max_iters or config.eval_only:
                 self._log(metrics | {"seconds": self._clock.seconds})
+                self._finish_writing()
                 return
             rate = learning_rate(step, config)
             for group in self.optimizer.param_groups:
@@ -213,6 +238,20 @@ class Run:
             if step % config.log_interval == 0 or "val/loss" in metrics:
                 self._log(metrics | self._training_metrics(step))
             step += 1
+
+    def _finish_writing(self):
+        """Return when the last checkpoint is on disk; RunError on all ranks when it could not be written."""
+
+        def finish():
+            if self._writer:
+                self._writer.wait()
+                if self._writer.error:
+                    raise UserError(f"the last checkpoint could not be written ({self._writer.error})")
+
+        try:
+            self.world.on_main(finish)
+        except UserError as error:
+            raise RunError(f"{error}; free space in {self.config.out_dir} and resume from the one before.") from None
 
     def _pieces(self, count):
         """This rank's places in a batch of `count` sequences, in equal pieces of at most batch_size; their weights.
@@ -238,6 +277,7 @@ class Run:
 
     def train_batch(self, step, sequences=None):
         """This rank's share of the step's batch, or its first `sequences`: (inputs, targets, weight), (B, T) each."""
+        self.corpus.check_whole()
         starts = self._windows(step)
         pieces, weight = self._pieces(sequences or self.config.total_bs)
         return [(*self._inputs_and_targets(starts[piece]), weight) for piece in pieces]
@@ -271,7 +311,8 @@ class Run:
         for i, (inputs, targets, weight) in enumerate(batch):
             with self._sync(last=i + 1 == len(batch)):
                 value = self._piece_loss(inputs, targets, loss) * weight
-                self._scaler.scale(value).backward()
+                finite = value.detach() - value.detach() + 1  # 1, or NaN: then so are the gradients, on all ranks
+                self._scaler.scale(value * finite).backward()
             self._loss += value.detach()
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
@@ -325,7 +366,7 @@ class Run:
         """Scale the gradients down to a global norm of at most `grad_clip`."""
         norm = self._measure_gradients()
         if self.config.grad_clip:
-            self._clipped += norm > self.config.grad_clip
+            self._counts["clipped"] += norm > self.config.grad_clip
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm, foreach=True)
 
@@ -336,6 +377,9 @@ class Run:
         optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
         """
         found_inf = (~torch.isfinite(self._measure_gradients())).float()
+        self._counts["skipped"] += found_inf
+        self._counts["skipped_in_a_row"] += 1
+        self._counts["skipped_in_a_row"] *= found_inf
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, found_inf
             method(**arguments)
@@ -350,6 +394,7 @@ class Run:
     def evaluate(self):
         """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
         config, world = self.config, self.world
+        world.everywhere(self.corpus.check_unchanged)
         starts = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)[
             world.rank :: world.size
         ]
@@ -378,7 +423,9 @@ class Run:
         numbers = {
             "train/loss": world.sum(self._loss.clone()) / world.size,
             "grad_norm": self._grad_norm,
-            "train/clip_rate": self._clipped / (step + 1),
+            "train/clip_rate": self._counts["clipped"] / (step + 1),
+            "train/skipped": self._counts["skipped"],
+            "skipped_in_a_row": self._counts["skipped_in_a_row"],
             "param_norm": torch.nn.utils.get_total_norm(parameters, foreach=True),
         }
         states = self.optimizer.state.values()
@@ -388,6 +435,15 @@ class Run:
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
+        if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+            raise RunError(
+                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; the newest good "
+                f"checkpoint is in {config.out_dir}: resume from it with a lower --learning_rate."
+            )
+        if self._recent_losses:
+            metrics["train/spike"] = metrics["train/loss"] / statistics.median(self._recent_losses)
+        if math.isfinite(metrics["train/loss"]):
+            self._recent_losses.append(metrics["train/loss"])
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds}
         if self._logged and seconds > self._logged[1]:
             speed = (step - self._logged[0]) * self.tokens_per_step / (seconds - self._logged[1])
@@ -419,12 +475,41 @@ class Run:
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
-            "clipped_steps": self._clipped.item(),
+            "counts": {name: count.item() for name, count in self._counts.items()},
+            "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "rng": rng,
             "wandb_id": self._tracker.wandb_id,
         }
-        save_checkpoint(self.config.out_dir, checkpoint, self.config.keep_checkpoints)
+        self._writer.save(checkpoint)
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that the run can end well; a second one ends it at once.
+
+    Within a second of the first the second is taken for the same: torchrun passes on what the terminal sent already.
+    """
+
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self._since, self._before = None, None, {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.received is not None and now - self._since > 1:
+            os._exit(128 + number)
+        if self.received is None:
+            self.received, self._since = number, now
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: this step is finished and checkpointed; once more ends at once\n".encode())
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class _Loss(torch.nn.Module):
@@ -482,15 +567,18 @@ def _run_files(out_dir):
 
 
 def _check_out_dir(config):
-    """UserError where out_dir holds another run or cannot be written."""
+    """What init_from comes to where it is "auto"; UserError where out_dir holds another run or cannot be written."""
     folder = Path(config.out_dir)
-    if config.eval_only:
-        return  # writes nothing
-    if config.init_from != "resume" and not config.overwrite and _run_files(folder):
+    init_from = config.init_from
+    if init_from == "auto":
+        init_from = "resume" if (folder / NEWEST).exists() or (folder / PREVIOUS).exists() else "scratch"
+    elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
         raise UserError(
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
             "or name another --out_dir."
         )
+    if config.eval_only:
+        return init_from  # writes nothing
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -500,6 +588,7 @@ def _check_out_dir(config):
         raise UserError(
             f"out_dir = {config.out_dir!r} cannot be written ({error.strerror}); name another one."
         ) from None
+    return init_from
 
 
 def _device_name(device):

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,8 +50,8 @@ class Tracker:
         lines = [json.dumps(line) for line in read_metrics(path) if line["step"] < start_step] if path.exists() else []
         write_atomically(path, "".join(line + "\n" for line in lines))
         write_atomically(self.out_dir / CONFIG, json.dumps({"config": vars(config), **facts}, indent=2) + "\n")
-        self._file = open(path, "a", encoding="utf-8")
-        self._wandb = _start_wandb(config, facts, wandb_id) if config.wandb_log else None
+        self._lines = Lines(path)
+        self._wandb = Wandb(config, facts, wandb_id) if config.wandb_log else None
 
     @property
     def wandb_id(self):
@@ -59,33 +60,99 @@ class Tracker:
     def log(self, metrics):
         """Append one line; a number that is not finite becomes null, which JSON can hold."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(finite))
         if self._wandb:
-            self._wandb.log(metrics, step=metrics["step"])
+            self._wandb.log(metrics)
 
     def close(self):
-        self._file.close()
+        self._lines.close()
         if self._wandb:
             self._wandb.finish()
 
 
-def _start_wandb(config, facts, wandb_id):
-    try:
-        import wandb
+class Lines:
+    """A file that whole lines are appended to. What a full disk does not take is kept and tried again with the next."""
 
-        return wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name or Path(config.out_dir).name,
-            group=config.optimizer_name,
-            config={**vars(config), **facts},
-            id=wandb_id,
-            resume="allow",
-            dir=config.out_dir,
-        )
-    except Exception as error:
-        print(f"warning: training goes on without wandb ({type(error).__name__}: {error}).", file=sys.stderr)
-        return None
+    def __init__(self, path):
+        self.path, self._file, self._end = path, open(path, "ab", buffering=0), path.stat().st_size
+        self._waiting = []
+
+    def append(self, line):
+        warned = bool(self._waiting)
+        self._waiting.append(line)
+        try:
+            self._write()
+        except OSError as error:
+            if not warned:
+                print(f"warning: {self.path} cannot be written ({error}); its lines wait in memory.", file=sys.stderr)
+
+    def _write(self):
+        data = "".join(line + "\n" for line in self._waiting).encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._end)  # no half lines
+            raise
+        self._end, self._waiting = self._end + len(data), []
+
+    def close(self):
+        try:
+            self._write()
+        except OSError as error:
+            print(f"warning: the last {len(self._waiting)} lines of {self.path} are lost ({error}).", file=sys.stderr)
+        self._file.close()
+
+
+class Wandb:
+    """Weights & Biases, of which nothing may stop or slow a run: what fails there is a warning, and training goes on.
+
+    id: the run's, to go on under it after a resume; None where wandb could not be started.
+    """
+
+    PATIENCE = 60  # seconds for its start, and at the end for what is still to be sent
+
+    def __init__(self, config, facts, run_id):
+        settings = {
+            "project": config.wandb_project,
+            "name": config.wandb_run_name or Path(config.out_dir).name,
+            "group": config.optimizer_name,
+            "config": {**vars(config), **facts},
+            "id": run_id,
+            "resume": "allow",
+            "dir": config.out_dir,
+            "settings": {"init_timeout": self.PATIENCE},
+        }
+        self.run = self._try("offline", lambda wandb: wandb.init(**settings))
+        if self.run is None:  # no network, no account: `wandb sync` takes what it then writes to the disk
+            self.run = self._try("without wandb", lambda wandb: wandb.init(**settings, mode="offline"))
+        self.id = self.run.id if self.run else run_id
+
+    def _try(self, otherwise, action):
+        try:
+            import wandb
+
+            return action(wandb)
+        except Exception as error:
+            print(f"warning: training goes on {otherwise}: wandb said {type(error).__name__}: {error}", file=sys.stderr)
+            return None
+
+    def log(self, metrics):
+        def send(_):
+            self.run.log(metrics, step=metrics["step"])
+            return True
+
+        if self.run and not self._try("without wandb", send):
+            self.run = None
+
+    def finish(self):
+        if self.run:
+            end = threading.Thread(target=lambda: self._try("to its end", lambda _: self.run.finish()), daemon=True)
+            end.start()
+            end.join(self.PATIENCE)
+            if end.is_alive():
+                print("warning: wandb has not sent everything; `wandb sync` in out_dir does it later.", file=sys.stderr)
 
 
 def read_metrics(path, about=None):

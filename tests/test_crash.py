@@ -1,0 +1,249 @@
+"""Runs that are killed, stopped, starved of disk, or lose a rank; each is started again and must lose nothing."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, read_lines, tiny_words, torchrun, write_corpus
+from training.checkpoint import load_checkpoint
+
+RUN = [
+    "--max_iters=120",
+    "--batch_size=4",
+    "--eval_interval=4",
+    "--log_interval=2",
+    "--hess_interval=5",
+    "--dropout=0.1",
+]
+
+
+def start(ranks, words, **environment):
+    """A torchrun of train_sophiag.py in a process group of its own, not waited for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train_sophiag.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+    )  # fmt: skip
+
+
+def ranks_of(process):
+    """The process ids of the ranks that torchrun started."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in children.stdout.split()]
+
+
+def wait_for_step(process, step):
+    """Read its output until a line of a step >= `step`; the lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        found = re.match(r"step +(\d+)/", line)
+        if found and int(found[1]) >= step:
+            break
+    return lines
+
+
+def kill_all(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pid in ranks_of(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def same_end(first, second):
+    a, b = load_checkpoint(first)[0], load_checkpoint(second)[0]
+    assert a["step"] == b["step"]
+    different = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
+    assert not different
+    steps = [line["step"] for line in read_lines(second)]
+    assert steps == [line["step"] for line in read_lines(first)], "each step stands once"
+    key = "train/loss"
+    assert [line.get(key) for line in read_lines(first)] == [line.get(key) for line in read_lines(second)]
+
+
+def killed_run(corpus, tmp_path, kills, seed):
+    """Kill a 2-rank run `kills` times at random moments, then let it end; compare with one that was let alone."""
+    words = [*tiny_words(corpus, tmp_path / "whole"), *RUN]
+    done = torchrun(2, "train_sophiag.py", words)
+    assert done.returncode == 0, done.stderr
+    draw, words = random.Random(seed), [*tiny_words(corpus, tmp_path / "killed"), *RUN, "--init_from=auto"]
+    reached = []
+    for kill in range(kills):
+        process = start(2, words)
+        wait_for_step(process, reached[-1] if reached else 0)  # it has begun to do something new
+        time.sleep(draw.uniform(0.0, 0.35))
+        ranks = ranks_of(process)
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(draw.choice(ranks), signal.SIGKILL)  # one rank dies first, torchrun and the other soon after
+        time.sleep(draw.uniform(0.0, 0.1))
+        kill_all(process)
+        steps = [line["step"] for line in read_lines(tmp_path / "killed")]
+        reached.append(min(max(steps, default=0), 100))
+        print(f"kill {kill + 1}: metrics up to step {max(steps, default=None)}")
+    done = torchrun(2, "train_sophiag.py", words)
+    assert done.returncode == 0, done.stderr
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_killed_six_times(corpus, tmp_path):
+    killed_run(corpus, tmp_path, kills=6, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times(corpus, tmp_path):
+    killed_run(corpus, tmp_path, kills=100, seed=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_one_rank_ends_all_well(corpus, tmp_path, number):
+    words = [*tiny_words(corpus, tmp_path / "stopped"), *RUN, "--max_iters=2000", "--eval_interval=1000"]
+    process = start(2, words)
+    wait_for_step(process, 10)
+    os.kill(ranks_of(process)[1], number)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == 0, output
+    checkpoint = load_checkpoint(tmp_path / "stopped")[0]
+    assert 10 <= checkpoint["step"] < 1000
+    assert f"stopped before step {checkpoint['step']}" in output and number.name in output
+    assert read_lines(tmp_path / "stopped")[-1]["step"] < checkpoint["step"]
+
+
+def test_a_second_signal_ends_at_once(corpus, tmp_path):
+    """One process that is stuck in its step (here: asleep) does not get to the end of it."""
+    script = (
+        "import sys, time, train_adam\nfrom training.run import Run\n"
+        "Run.clip_gradients = lambda run: (print('asleep', flush=True), [time.sleep(0.2) for _ in range(300)])\n"
+        "train_adam.main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *tiny_words(corpus, tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    while "asleep" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 128 + signal.SIGINT
+    process.stdout.close()
+
+
+def test_a_dead_rank_is_named(corpus, tmp_path):
+    process = start(3, [*tiny_words(corpus, tmp_path / "out"), *RUN, "--max_iters=100000", "--eval_interval=50000"])
+    wait_for_step(process, 10)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    named = re.findall(r"error: rank (\d) ends, because rank 1 died", output)
+    assert named and set(named) <= {"0", "2"}, output
+
+
+def test_ranks_that_were_started_differently_say_so(corpus, tmp_path):
+    words = tiny_words(corpus, tmp_path / "out")
+    script = (
+        "import os, sys, train_adam\nfrom training.errors import command\n"
+        "words = [*sys.argv[1:], f\"--learning_rate={1e-3 * (1 + int(os.environ['RANK']))}\"]\n"
+        "command(lambda: train_adam.main(words))"
+    )
+    (tmp_path / "differing.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}\n")
+    done = torchrun(2, tmp_path / "differing.py", words)
+    assert done.returncode != 0
+    assert "ranks 0 and 1 were not started alike: they differ in learning_rate (0.001 and 0.002)" in done.stderr
+
+
+ELASTIC = ["--batch_size=2", "--lr_decay_iters=24", "--eval_interval=4", "--log_interval=2", "--hess_interval=5"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(corpus, tmp_path_factory):
+    """Folders of a 2-rank run of 24 steps, and of its first 12."""
+    folder = tmp_path_factory.mktemp("two")
+    for steps in (12, 24):
+        words = [*tiny_words(corpus, folder / str(steps)), *ELASTIC, f"--max_iters={steps}"]
+        done = torchrun(2, "train_sophiag.py", words)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_another_number_of_ranks_goes_on_with_the_same_tokens(corpus, two_ranks, tmp_path, ranks):
+    out_dir = shutil.copytree(two_ranks / "12", tmp_path / "run")
+    words = [*tiny_words(corpus, out_dir), *ELASTIC, "--max_iters=24", "--init_from=resume"]
+    done = torchrun(ranks, "train_sophiag.py", words)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        [line["train/loss"] for line in read_lines(folder) if "train/loss" in line]
+        for folder in (out_dir, two_ranks / "24")
+    )
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path):
+    corpus, disk = write_corpus(tmp_path / "corpus"), tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        words = [*tiny_words(corpus, disk / "out"), "--n_embd=64", "--max_iters=40"]  # a checkpoint is 1.3 MB
+        filler = disk / "filler"
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_adam.py"), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        wait_for_step(process, 11)
+        with contextlib.suppress(OSError), open(filler, "wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        _, errors = process.communicate(timeout=60)
+        assert load_checkpoint(disk / "out")[0]["step"] >= 10
+        assert "could not be written" in errors and "training goes on" in errors
+        filler.unlink()
+        again = subprocess.run(
+            [sys.executable, str(ROOT / "train_adam.py"), *words, "--init_from=resume"], capture_output=True, text=True
+        )
+        assert again.returncode == 0, again.stderr
+        assert load_checkpoint(disk / "out")[0]["step"] == 40
+        assert [line["step"] for line in read_lines(disk / "out")] == list(range(41))
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+@pytest.mark.slow
+def test_memory_and_files_do_not_grow(corpus, tmp_path):
+    """10,000 steps of a toy run, its resident memory and open files looked at from outside."""
+    words = [*tiny_words(corpus, tmp_path / "out"), "--max_iters=10000", "--eval_interval=500", "--log_interval=50"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_adam.py"), *words], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seen = []
+    for line in process.stdout:
+        if re.match(r"step +\d+000/", line):
+            status = open(f"/proc/{process.pid}/status").read()
+            resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+            seen.append((resident, len(os.listdir(f"/proc/{process.pid}/fd"))))
+    assert process.wait() == 0
+    process.stdout.close()
+    print(seen)
+    first, last = seen[1], seen[-2]
+    assert last[0] < first[0] * 1.03 + 5000 and last[1] <= first[1] + 1
