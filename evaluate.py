@@ -5,7 +5,7 @@ python evaluate.py --init_from=gpt2 --dataset=wikitext103 --split=val --stride=5
 
 A window of block_size tokens slides over the split by `stride` tokens; each of them counts once, in the first window
 that has it, so that it is predicted from at least block_size - stride tokens before it (fewer at the very start).
-stride = block_size takes the least time and gives the highest loss; 1 takes the most and gives the lowest.
+stride = block_size takes the least time; with a smaller one a model that makes use of its context has a lower loss.
 """
 
 import math

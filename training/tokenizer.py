@@ -82,6 +82,14 @@ class GPT2Tokenizer:
         return np.array([len(self._encoding.decode_single_token_bytes(i)) for i in range(self.eot)] + [0])
 
 
+def gpt2_files():
+    """The bytes of OpenAI's encoder.json (token to id) and vocab.bpe (merges), from tiktoken's cache or the web."""
+    GPT2Tokenizer()  # they are there, and are the right ones
+    from tiktoken.load import read_file_cached
+
+    return tuple(read_file_cached(GPT2_FILES + name) for name in ("encoder.json", "vocab.bpe"))
+
+
 class CharacterTokenizer:
     """One token a character; `characters` holds them all in the order of their ids."""
 

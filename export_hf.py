@@ -1,0 +1,86 @@
+"""A checkpoint as a Hugging Face folder: GPT2LMHeadModel and its tokenizer, which transformers load without a network.
+
+python export_hf.py --out_dir=out/gpt2_small_sophiag --to=exported
+python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
+
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    tokenizer = AutoTokenizer.from_pretrained("exported")
+
+The rows that pad the vocabulary are cut. GPT-2's tokenizer is GPT2Tokenizer; that of a run on characters is a
+PreTrainedTokenizerFast with one token a character. Unlike training's, it takes "<|endoftext|>" in a text for the end
+of a document, as Hugging Face's does.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.config import PRETRAINED, load_config, setting
+from training.errors import UserError, command
+from training.pretrained import load_model
+from training.tokenizer import gpt2_files
+
+
+@dataclass
+class ExportConfig:
+    """Which model to export, and where to."""
+
+    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    to: str = setting("", "folder to write, which must be empty or not exist")
+
+    def check(self):
+        if not self.to:
+            raise UserError("to = '': give the folder to write as --to=DIR.")
+
+
+def main(words=None):
+    config = load_config(ExportConfig, sys.argv[1:] if words is None else words)
+    folder = Path(config.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
+    try:
+        export(model, tokenizer, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); name another one.") from None
+    except ImportError as error:
+        raise UserError(f"exporting needs the package {error.name}: pip install {error.name}.") from None
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def export(model, tokenizer, folder):
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
+    hf_model = model.to_hf(tokenizer.vocab_size)
+    hf_model.generation_config.pad_token_id = tokenizer.eot  # GPT-2 has no token for it; a batch of prompts needs one
+    hf_model.save_pretrained(folder)
+    hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)
+    hf_tokenizer.model_max_length = model.config.block_size
+    hf_tokenizer.save_pretrained(folder)
+
+
+def gpt2_tokenizer(folder):
+    """OpenAI's vocabulary as transformers' tokenizer; into `folder` go the two files that its older versions read."""
+    from transformers import GPT2Tokenizer
+
+    vocab, merges = gpt2_files()
+    (folder / "vocab.json").write_bytes(vocab)
+    (folder / "merges.txt").write_bytes(merges)
+    pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]  # the first line is a version
+    return GPT2Tokenizer(json.loads(vocab), pairs)
+
+
+def character_tokenizer(characters):
+    """One token a character; it refuses others, as training's does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+if __name__ == "__main__":
+    command(main)
