@@ -29,7 +29,7 @@ from training.errors import UserError, command
 from training.tracking import CONFIG, METRICS, read_metrics
 
 ALPHA = 0.01
-LINES = 2000  # of a run's metrics are enough for any figure
+LINES = 1000  # of a run's metrics are enough for any figure
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
 SHAPE = {"n_layer", "n_head", "n_embd"}  # the model's size says it
 FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # settings that differ where others do

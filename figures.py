@@ -1,4 +1,4 @@
-"""How the figures look: those of compare.py, and what sweep.py shares with it. Each is written as PNG and SVG.
+"""The figures of compare.py and sweep.py, all in one look. Each is written as PNG and SVG.
 
 figure, panels = new_figure(1, 2)
 save(figure, "out/losses")     # out/losses.png and out/losses.svg
@@ -155,10 +155,10 @@ def draw_training(styled, prefix):
     return save(figure, prefix)
 
 
-def best_of_each(groups, key):
-    """{key(group): the group of the lowest mean loss with that key}, in the order of the keys."""
-    keys = sorted({key(one) for one in groups})
-    return {k: min((one for one in groups if key(one) == k), key=lambda one: one.losses.mean()) for k in keys}
+def best_of_each(items, key, loss=lambda one: one.losses.mean()):
+    """{key(item): the item of the lowest loss with that key}, in the order of the keys."""
+    keys = sorted({key(one) for one in items})
+    return {k: min((one for one in items if key(one) == k), key=loss) for k in keys}
 
 
 def means_and_errors(groups):
@@ -223,4 +223,68 @@ def draw_scaling(groups, prefix, unit):
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.legend(frameon=False)
+    return save(figure, prefix)
+
+
+def draw_sweep(trials, out_dir):
+    """A figure for each swept setting and a heat map for each optimizer that sweeps two; the names of the PNGs.
+
+    trials: sweep.py's, each with `optimizer`, `swept` (setting -> value) and `loss`, inf where it failed or diverged.
+    """
+    written, optimizers = [], list(dict.fromkeys(trial.optimizer for trial in trials))
+    for key in dict.fromkeys(key for trial in trials for key in trial.swept):
+        figure, (axes,) = new_figure(1, 1, width=7.5, height=4.8)
+        here = [trial for trial in trials if key in trial.swept]
+        losses = [trial.loss for trial in here if math.isfinite(trial.loss)] or [0, 1]
+        above = max(losses) + 0.06 * ((max(losses) - min(losses)) or 1)  # where those without a loss are drawn
+        for i, optimizer in enumerate(optimizers):
+            own = [trial for trial in here if trial.optimizer == optimizer]
+            style = {"color": COLOURS[i % len(COLOURS)]}
+            for trial in own:
+                lost = math.isinf(trial.loss)
+                axes.plot(trial.swept[key], above if lost else trial.loss, "x" if lost else "o", alpha=0.35, **style)
+            finite = [trial for trial in own if math.isfinite(trial.loss)]
+            best = best_of_each(finite, lambda trial, key=key: trial.swept[key], lambda trial: trial.loss)
+            axes.plot(list(best), [trial.loss for trial in best.values()], "o-", label=optimizer, **style)
+        if any(math.isinf(trial.loss) for trial in here):
+            axes.plot([], [], "x", color="gray", label="failed or diverged")
+        places = sorted({trial.swept[key] for trial in here})
+        numbers = all(isinstance(place, int | float) for place in places)
+        if numbers and min(places) > 0 and max(places) > 4 * min(places):
+            axes.set_xscale("log")
+            axes.xaxis.minorticks_off()
+        axes.set_xticks(places, [tick(place) for place in places], rotation=45 if len(places) > 3 else 0)
+        axes.set(xlabel=key, ylabel="final val/loss\n(line: best over the other settings)")
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        written.append(save(figure, f"{out_dir}/sweep_{key}"))
+    for optimizer in optimizers:
+        own = [trial for trial in trials if trial.optimizer == optimizer]
+        if len(own[0].swept) == 2:
+            written.append(heat_map(own, f"{out_dir}/sweep_{optimizer}"))
+    return written
+
+
+def tick(value):
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def heat_map(trials, prefix):
+    """Loss over two swept settings, the value in every cell."""
+    down, across = trials[0].swept
+    rows, columns = (list(dict.fromkeys(trial.swept[key] for trial in trials)) for key in (down, across))
+    losses = np.full((len(rows), len(columns)), np.nan)
+    for trial in trials:
+        place = rows.index(trial.swept[down]), columns.index(trial.swept[across])
+        losses[place] = trial.loss if math.isfinite(trial.loss) else math.nan
+    figure, (axes,) = new_figure(1, 1, width=2.5 + 1.0 * len(columns), height=1.5 + 0.7 * len(rows))
+    axes.grid(False)
+    shown = axes.imshow(losses, cmap="viridis_r", aspect="auto")
+    for (i, j), loss in np.ndenumerate(losses):
+        dark = math.isfinite(loss) and shown.norm(loss) > 0.5
+        text = f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+    axes.set(xlabel=across, ylabel=down, title=trials[0].optimizer)
+    axes.set_xticks(range(len(columns)), [tick(value) for value in columns])
+    axes.set_yticks(range(len(rows)), [tick(value) for value in rows])
+    figure.colorbar(shown, ax=axes, label="final val/loss")
     return save(figure, prefix)

@@ -385,5 +385,5 @@ def test_long_runs_are_thinned_while_they_are_read(tmp_path):
     run = compare.read_run(tmp_path / "a")
     assert time.perf_counter() - start < 1
     assert [line["step"] for line in run.evaluations] == list(range(0, 100_001, 1000)) and run.finished
-    assert 1500 < len(run.lines) < 3000 and np.diff([line["step"] for line in run.lines]).max() < 100
+    assert 1000 < len(run.lines) < 1300 and np.diff([line["step"] for line in run.lines]).max() < 120
     assert run.curve("train/loss", "flops")[0][-1] == run.lines[-1]["tokens"] * 6000

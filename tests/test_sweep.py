@@ -1,0 +1,213 @@
+"""sweep.py: equal budgets, what it runs and what it does not run again, kills, failures. Most with a stub for runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sweep
+from tests.conftest import ROOT, read_lines, tiny_words
+from training.errors import command
+
+STUB = """
+import json, os, pathlib, sys, time
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
+out, rate, seed = pathlib.Path(words["out_dir"]), float(words["learning_rate"]), int(words.get("seed", 0))
+with open(out.parent / "started", "a") as file:
+    file.write(f"{out.name} {words.get('init_from', 'scratch')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+if rate == 9.0:
+    print("some lines")
+    sys.exit("error: boom")
+metrics, last = out / "metrics.jsonl", int(words["max_iters"])
+first = len(metrics.read_text().splitlines()) if words.get("init_from") == "resume" else 0
+with open(metrics, "a" if first else "w") as file:
+    for step in range(first, last + 1):
+        loss = None if rate == 8.0 else 1 + (rate - 0.5) ** 2 + seed
+        file.write(json.dumps({"step": step} | ({"val/loss": loss} if step == last else {})) + "\\n")
+        file.flush()
+        (out / "ckpt.pt").touch()
+        time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
+"""
+COMMON = {"total_bs": 8, "batch_size": 8, "block_size": 4, "max_iters": 5, "warmup_iters": 0}
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(sweep, "FIRST_ORDER", (str(tmp_path / "stub.py"), sweep.AdamConfig))
+    monkeypatch.setattr(sweep, "SOPHIA", (str(tmp_path / "stub.py"), sweep.SophiaConfig))
+    return tmp_path
+
+
+def write_sweep(tmp_path, optimizers, **common):
+    path = tmp_path / "sweep_file.py"
+    path.write_text(f"common = {COMMON | common!r}\noptimizers = {optimizers!r}\n")
+    return str(path)
+
+
+def started(out_dir):
+    lines = (out_dir / "started").read_text().splitlines() if (out_dir / "started").exists() else []
+    return [line.split() for line in lines]
+
+
+def state(out_dir):
+    return {run["run"]: run for run in json.loads((out_dir / "sweep.json").read_text())["runs"]}
+
+
+def test_a_sweep(stub, capsys):
+    optimizers = {
+        "adamw": {"learning_rate": [0.1, 0.2, 0.3, 0.4, 0.6, 9.0], "weight_decay": 0.5},
+        "sophiag": {"learning_rate": [0.5, 0.7, 8.0], "rho": [0.01, 0.1]},
+    }
+    path, out = write_sweep(stub, optimizers), stub / "out"
+    sweep.main([path, f"--out_dir={out}", "--seeds=2", "--jobs=2"])
+    runs = state(out)
+    assert len(runs) == 16 and len(started(out)) == 16
+    run = runs["sophiag_learning_rate=0.7_rho=0.1"]
+    assert run["loss"] == pytest.approx(1.04) and run["swept"] == {"learning_rate": 0.7, "rho": 0.1}
+    failed, diverged = runs["adamw_learning_rate=9.0"], runs["sophiag_learning_rate=8.0_rho=0.1"]
+    assert failed["loss"] == "inf" and failed["error"] == "exit code 1: error: boom"
+    assert diverged["loss"] == "inf" and diverged["error"] == ""
+    assert [runs[f"best_sophiag_seed{seed}"]["loss"] for seed in (1, 2)] == [2.0, 3.0]
+    printed = capsys.readouterr().out
+    assert "sophiag: best of 6 runs 1.0000 at learning_rate=0.5, rho=0.01; 2 failed or diverged; with fresh seeds" in (
+        printed
+    )
+    for name in ("learning_rate", "rho", "sophiag"):
+        assert (out / f"sweep_{name}.png").stat().st_size > 5000 and (out / f"sweep_{name}.svg").exists()
+    assert "diverged" in (out / "sweep_sophiag.svg").read_text(), "the heat map"
+
+    sweep.main([path, f"--out_dir={out}", "--seeds=2"])
+    assert len(started(out)) == 16 and state(out) == runs, "nothing to do"
+    for folder in ("adamw_learning_rate=9.0", "adamw_learning_rate=0.4"):
+        for file in (out / folder).iterdir():
+            file.unlink()
+        (out / folder).rmdir()
+    sweep.main([path, f"--out_dir={out}", "--seeds=2"])
+    assert len(started(out)) == 18 and state(out) == runs, "what was removed runs again"
+    capsys.readouterr()
+    refused(capsys, [write_sweep(stub, optimizers, max_iters=6), f"--out_dir={out}"], "holds another sweep")
+
+
+def test_one_run_on_each_gpu(stub, monkeypatch):
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["3", "5"])
+    monkeypatch.setenv("STUB_SECONDS", "0.05")
+    sweep.main([write_sweep(stub, {"lion": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}}), f"--out_dir={stub / 'out'}"])
+    devices = [words[2] for words in started(stub / "out")]
+    assert sorted(devices) == ["3", "3", "5", "5"] and set(devices[:2]) == {"3", "5"}
+
+
+def test_killed_twice_it_does_what_is_missing(stub):
+    """First the sweep alone, without warning: its run goes on, and holds the folder. Then both, by SIGTERM."""
+    path, out = write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.2, 0.3]}}), stub / "out"
+    code = (
+        f"import sweep; sweep.FIRST_ORDER = ({str(stub / 'stub.py')!r}, sweep.AdamConfig); "
+        f"from training.errors import command; command(lambda: sweep.main([{path!r}, '--out_dir={out}']))"
+    )
+    slow = os.environ | {"STUB_SECONDS": "0.4"}
+
+    def begin():
+        words = [sys.executable, "-c", code]
+        return subprocess.Popen(words, env=slow, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    first = begin()
+    wait_for(lambda: len(started(out)) == 1 and (out / "adamw_learning_rate=0.1" / "metrics.jsonl").exists())
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    with pytest.raises(sweep.UserError, match="still at work"):
+        sweep.main([path, f"--out_dir={out}"])
+    wait_for(lambda: len((out / "adamw_learning_rate=0.1" / "metrics.jsonl").read_text().splitlines()) == 6)
+
+    time.sleep(0.6)
+    second = begin()
+    cut = out / "adamw_learning_rate=0.2" / "metrics.jsonl"
+    wait_for(lambda: cut.exists() and len(cut.read_text().splitlines()) >= 2)
+    second.send_signal(signal.SIGTERM)
+    second.communicate()
+    assert second.returncode == 143
+    lines = cut.read_text()
+    time.sleep(0.6)
+    assert cut.read_text() == lines and len(lines.splitlines()) < 6, "its run has ended with it"
+    assert [run["loss"] for run in state(out).values()] == [pytest.approx(1.16), None, None]
+
+    sweep.main([path, f"--out_dir={out}"])
+    assert [run["loss"] for run in state(out).values()] == pytest.approx([1.16, 1.09, 1.04])
+    assert [words[:2] for words in started(out)] == [
+        ["adamw_learning_rate=0.1", "scratch"],
+        ["adamw_learning_rate=0.2", "scratch"],
+        ["adamw_learning_rate=0.2", "resume"],
+        ["adamw_learning_rate=0.3", "scratch"],
+    ]
+    assert [json.loads(line)["step"] for line in cut.read_text().splitlines()] == list(range(6))
+
+
+def test_a_run_ended_by_a_signal_is_no_result(stub, capsys):
+    (stub / "stub.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    out = stub / "out"
+    with pytest.raises(sweep.UserError, match="ended by a signal"):
+        sweep.main([write_sweep(stub, {"adamw": {"learning_rate": [0.1]}}), f"--out_dir={out}"])
+    assert [(run["loss"], run["error"]) for run in state(out).values()] == [(None, "")]
+
+
+def test_with_the_real_script(corpus, tmp_path):
+    settings = dict(word[2:].split("=", 1) for word in tiny_words(corpus, ""))
+    del settings["out_dir"]
+    settings |= {"max_iters": 6, "eval_interval": 3, "learning_rate": [0.01]}
+    sweep.main([write_sweep(tmp_path, {"adamw": {}}, **settings), f"--out_dir={tmp_path / 'out'}"])
+    (run,) = state(tmp_path / "out").values()
+    lines = read_lines(tmp_path / "out" / "adamw_learning_rate=0.01")
+    assert (lines[-1]["step"], lines[-1]["val/loss"]) == (6, run["loss"])
+
+
+@pytest.mark.parametrize(
+    "optimizers, said",
+    [
+        ({"adamw": {"learning_rate": [1, 2]}, "lion": {"learning_rate": [1]}}, "lion has 1 runs and adamw 2"),
+        ({"adamw": {"learning_rate": 1.0}, "lion": {"max_iters": 6}}, "lion has a run of 192 tokens, adamw of 160"),
+        ({"adamw": {"max_iters": [5, 6]}}, "adamw has a run of 192 tokens, adamw of 160"),
+        ({"adamw": {"learning_rat": [1]}}, "no setting 'learning_rat'"),
+        ({"adam": {"learning_rate": [1]}}, "one of adamw, sgd, lion, muon"),
+        ({"sophiag": {"rho": [-1.0]}}, "rho = -1.0 is not possible"),
+        ({}, "assigns the dicts"),
+        ([], "assigns the dicts"),
+    ],
+)
+def test_unequal_budgets_and_impossible_settings(tmp_path, capsys, optimizers, said):
+    refused(capsys, [write_sweep(tmp_path, optimizers), f"--out_dir={tmp_path / 'out'}"], said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("common = 1 / 0")
+    refused(capsys, [str(tmp_path / "bad.py"), "--out_dir=x"], "ZeroDivisionError")
+    refused(capsys, [str(tmp_path / "none.py"), "--out_dir=x"], "cannot read")
+    path = write_sweep(tmp_path, {"adamw": {}})
+    refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot write there")
+    refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 or more")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{")
+    refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
+
+
+@pytest.mark.parametrize("name, runs", [("sweep_30m_lr", 32), ("sweep_rho_beta2", 16)])
+def test_ready_sweeps(tmp_path, monkeypatch, name, runs):
+    monkeypatch.chdir(ROOT)
+    trials = sweep.grid(sweep.read_sweep(f"config/{name}.py"), tmp_path)
+    assert len(trials) == runs == len({trial.folder for trial in trials})
+
+
+def refused(capsys, words, said):
+    with pytest.raises(SystemExit) as done:
+        command(lambda: sweep.main(words))
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and said in error and error.startswith("error: ") and error.count("\n") == 1
