@@ -12,10 +12,9 @@ from torch import nn
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="the fused implementation needs Triton")
 
-from tests.test_sophia import make_params, run_both  # noqa: E402
-
 import sophia  # noqa: E402
 from sophia import SophiaG, SophiaH, sample_labels, sampled_label_loss  # noqa: E402
+from tests.test_sophia import make_params, run_both  # noqa: E402
 
 gpu = pytest.mark.gpu
 interpreted = pytest.mark.skipif(GPU, reason="the kernels run on the GPU instead")

@@ -38,7 +38,10 @@ class TrainConfig:
     max_skipped: int = setting(20, "end the run after so many steps in a row that were not finite", at_least=1)
     overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
     seed: int = setting(
-        1337, "seed of the initial weights, the order of the data, dropout and sampled labels", at_least=0
+        1337,
+        "seed of the initial weights, the order of the data, dropout and sampled labels",
+        at_least=0,
+        below=2**31,
     )
 
     dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
@@ -177,7 +180,7 @@ def _run_config_file(cls, path):
     names = {}
     try:
         exec(code, names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: running this config file raised {type(error).__name__}: {error}.") from None
     values = {}
     for key, value in names.items():

@@ -26,5 +26,5 @@ def command(main):
         main()
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.exit_code == 1:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -2,11 +2,19 @@
 
 import os
 import random
+import threading
 
 import pytest
 import torch
 
-from training.checkpoint import kept_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
+from training.checkpoint import (
+    CheckpointWriter,
+    copy_to_host,
+    kept_checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from training.errors import UserError
 
 
@@ -33,7 +41,7 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
     whole = newest.read_bytes()
     place = random.Random(0)
     damaged = [b"", whole[:-1], whole[: len(whole) // 2], (tmp_path / "ckpt_prev.pt").read_bytes()[::-1], whole + b"x"]
-    for _ in range(40):
+    for _ in range(200):
         spoiled = bytearray(whole)
         spoiled[place.randrange(len(whole))] ^= 1 << place.randrange(8)
         damaged.append(bytes(spoiled))
@@ -73,6 +81,55 @@ def test_without_hard_links_copies_serve(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, checkpoint(2), keep=1)
     assert load_checkpoint(tmp_path)[0]["step"] == 2
     assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+
+
+def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch):
+    written, gate = [], threading.Event()
+
+    def slow(out_dir, checkpoint, keep):
+        gate.wait(5)
+        written.append((checkpoint["step"], checkpoint["model"]["w"][0, 0].item()))
+
+    monkeypatch.setattr("training.checkpoint.save_checkpoint", slow)
+    writer, first = CheckpointWriter(tmp_path), checkpoint(1)
+    writer.save(first)
+    first["model"]["w"].zero_()  # training goes on and changes its weights: the copy is what is written
+    assert written == [], "save() did not wait for the disk"
+    second = threading.Thread(target=writer.save, args=(checkpoint(2),))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "the second waits for the first"
+    gate.set()
+    second.join()
+    writer.wait()
+    assert written == [(1, 1.0), (2, 2.0)] and writer.step == 2
+
+
+def test_tied_weights_stay_tied_in_the_copy():
+    weight = torch.randn(3, 4)
+    copy = copy_to_host({"a": weight, "b": [weight], "c": weight[:2], "n": 3})
+    assert copy["a"] is copy["b"][0] and copy["a"] is not weight and torch.equal(copy["a"], weight)
+    assert torch.equal(copy["c"], weight[:2]) and copy["n"] == 3
+
+
+def test_a_write_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    writer = CheckpointWriter(tmp_path)
+    writer.save(checkpoint(1))
+    writer.wait()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        writer.save(checkpoint(2))
+        writer.wait()
+    assert "step 2 could not be written" in (said := capsys.readouterr().err) and "newest good one is of step 1" in said
+    assert writer.error and load_checkpoint(tmp_path)[0]["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
+    writer.save(checkpoint(3))
+    writer.wait()
+    assert writer.error is None and load_checkpoint(tmp_path)[0]["step"] == 3
 
 
 class RunsCode:

@@ -82,11 +82,11 @@ SAME = ["--learning_rate=1e-2", "--decay_lr=False", "--weight_decay=0", "--grad_
         "--max_iters=10", "--eval_interval=5"]  # fmt: skip
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "script, make, groups, official",
-    [(train_adam, adamw, nanogpts_groups, False), (train_adam, adamw, official_groups, True),
-     (train_sophiag, sophiag, official_groups, True)], ids=["nanogpt", "official adamw", "official sophiag"],
+    "script, make, groups, official, bias",
+    [(train_adam, adamw, nanogpts_groups, False, False), (train_adam, adamw, nanogpts_groups, False, True),
+     (train_adam, adamw, official_groups, True, True), (train_sophiag, sophiag, official_groups, True, False)],
+    ids=["nanogpt", "nanogpt with biases", "official adamw", "official sophiag"],
 )  # fmt: skip
 def test_an_imported_run_goes_on_as_before(
     corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias
@@ -159,8 +159,7 @@ def small_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=8))
 
 
-@pytest.mark.parametrize("init_from", ["gpt2", "hf"])
-@pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
+@pytest.mark.parametrize("script, init_from", [(train_adam, "gpt2"), (train_sophiag, "hf")], ids=["gpt2", "hf"])
 def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch, capsys, script, init_from):
     hf_model = small_gpt2().eval()
     if init_from == "hf":

@@ -195,6 +195,71 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp
     assert math.isfinite(read_lines(tmp_path / "out")[-1]["val/loss"])
 
 
+def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+    """A label of probability 0 gives that: the loss is infinite, its gradient p - onehot is not."""
+    piece_loss = Run._piece_loss
+
+    def infinite_once(run, *arguments):
+        infinite_once.calls += 1
+        return piece_loss(run, *arguments) + (math.inf if infinite_once.calls == 7 else 0.0)  # in step 3 of 2 passes
+
+    infinite_once.calls = 0
+    monkeypatch.setattr(Run, "_piece_loss", infinite_once)
+    train_adam.main([*tiny, "--max_iters=6"])
+    lines = read_lines(tmp_path / "out")
+    assert [line["train/skipped"] for line in lines[:-1]] == [0, 0, 0, 1, 1, 1]
+    assert lines[3]["train/loss"] is None and math.isfinite(lines[-1]["val/loss"])
+
+
+def test_too_many_skipped_steps_end_the_run(tiny, tmp_path, monkeypatch, capsys):
+    piece_loss = Run._piece_loss
+    monkeypatch.setattr(
+        Run, "_piece_loss", lambda run, *a: piece_loss(run, *a) * (math.nan if run.optimizer.state else 1.0)
+    )
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: train_adam.main([*tiny, "--max_skipped=4", "--eval_interval=2"]))
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "the last 4 updates up to step 4 were not finite" in error and "of step 4 in" in error
+
+
+def test_a_spike_stands_out(tiny, tmp_path, monkeypatch):
+    piece_loss = Run._piece_loss
+
+    def spike(run, *arguments):
+        spike.calls += 1
+        return piece_loss(run, *arguments) * (3.0 if spike.calls in (17, 18) else 1.0)
+
+    spike.calls = 0
+    monkeypatch.setattr(Run, "_piece_loss", spike)
+    train_adam.main([*tiny, "--max_iters=12"])
+    spikes = [line.get("train/spike") for line in read_lines(tmp_path / "out")]
+    assert spikes[0] is None and spikes[8] == pytest.approx(3.0, abs=0.1)
+    assert all(abs(value - 1) < 0.1 for value in spikes[1:8] + spikes[9:12])
+
+
+@pytest.mark.parametrize("how", ["replaced", "cut short"])
+def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypatch, how):
+    folder = write_corpus(tmp_path / "corpus")
+    clip = Run.clip_gradients
+
+    def change(run):
+        clip(run)
+        change.calls += 1
+        if change.calls == 5 and how == "replaced":
+            write_corpus(tmp_path / "new", seed=1)
+            os.replace(tmp_path / "new" / "train.bin", folder / "train.bin")
+        elif change.calls == 5:
+            os.truncate(folder / "train.bin", 6000)
+
+    change.calls = 0
+    monkeypatch.setattr(Run, "clip_gradients", change)
+    words = tiny_words(folder, tmp_path / "out")
+    error = refused(capsys, train_adam.main, words)
+    assert ("was changed while" if how == "replaced" else "was cut short") in error
+    assert change.calls == (10 if how == "replaced" else 5)
+
+
 def test_bfloat16_trains_alike(corpus, one_process, tmp_path):
     train_sophiag.main([*tiny_words(corpus, tmp_path), *SPLIT, "--dtype=bfloat16"])
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=0.03)
