@@ -40,7 +40,6 @@ from compare import Parser
 from figures import draw_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.checkpoint import NEWEST, PREVIOUS
 from training.config import load_config
 from training.errors import UserError, command
 from training.tracking import METRICS, read_metrics, write_atomically
@@ -85,8 +84,7 @@ class Trial:
         """(process, its log): start it, or go on with it, on the GPU `device` where that is not None."""
         environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = any((self.folder / name).exists() for name in (NEWEST, PREVIOUS))
-        command = [sys.executable, *self.words, "--init_from=resume" if begun else "--overwrite=True"]
+        command = [sys.executable, *self.words, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **streams), log
@@ -212,9 +210,9 @@ def run_all(trials, devices, lock, bar, failed, save_state):
                 trial, device, process, log = entry
                 free.append(device)
                 log.close()
-                if process.returncode in (-signal.SIGTERM, -signal.SIGINT):
-                    raise UserError(f"{trial.folder.name} was ended by a signal; start the sweep again to go on.")
                 if not trial.read():
+                    if process.returncode in (0, -signal.SIGTERM, -signal.SIGINT):
+                        raise UserError(f"{trial.folder.name} was ended by a signal; start the sweep again to go on.")
                     lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     trial.loss, trial.error = math.inf, f"exit code {process.returncode}: {(lines or [''])[-1]}"
                 save_state()

@@ -17,13 +17,14 @@ STUB = """
 import json, os, pathlib, sys, time
 words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
 out, rate, seed = pathlib.Path(words["out_dir"]), float(words["learning_rate"]), int(words.get("seed", 0))
+begun, gpu = (out / "ckpt.pt").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
 with open(out.parent / "started", "a") as file:
-    file.write(f"{out.name} {words.get('init_from', 'scratch')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+    file.write(f"{out.name} {'resume' if begun else 'scratch'} {gpu}\\n")
 if rate == 9.0:
     print("some lines")
     sys.exit("error: boom")
 metrics, last = out / "metrics.jsonl", int(words["max_iters"])
-first = len(metrics.read_text().splitlines()) if words.get("init_from") == "resume" else 0
+first = len(metrics.read_text().splitlines()) if begun else 0
 with open(metrics, "a" if first else "w") as file:
     for step in range(first, last + 1):
         loss = None if rate == 8.0 else 1 + (rate - 0.5) ** 2 + seed
@@ -151,8 +152,9 @@ def test_killed_twice_it_does_what_is_missing(stub):
     assert [json.loads(line)["step"] for line in cut.read_text().splitlines()] == list(range(6))
 
 
-def test_a_run_ended_by_a_signal_is_no_result(stub, capsys):
-    (stub / "stub.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+@pytest.mark.parametrize("ending", ["import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "raise SystemExit(0)"])
+def test_a_run_ended_by_a_signal_is_no_result(stub, ending):
+    (stub / "stub.py").write_text(ending)
     out = stub / "out"
     with pytest.raises(sweep.UserError, match="ended by a signal"):
         sweep.main([write_sweep(stub, {"adamw": {"learning_rate": [0.1]}}), f"--out_dir={out}"])

@@ -114,6 +114,7 @@ class Wandb:
     PATIENCE = 60  # seconds for its start, and at the end for what is still to be sent
 
     def __init__(self, config, facts, run_id):
+        self._max_iters = config.max_iters
         settings = {
             "project": config.wandb_project,
             "name": config.wandb_run_name or Path(config.out_dir).name,
@@ -141,6 +142,10 @@ class Wandb:
     def log(self, metrics):
         def send(_):
             self.run.log(metrics, step=metrics["step"])
+            if metrics["step"] == self._max_iters:  # the end
+                speed = metrics["tokens"] / max(metrics.get("seconds", 0.0), 1e-9)
+                final = {"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed}
+                self.run.summary.update(final)
             return True
 
         if self.run and not self._try("without wandb", send):
