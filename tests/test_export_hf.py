@@ -145,7 +145,10 @@ def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path):
         "--output_path", str(tmp_path / "results"),
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **offline})
+    # Not in the repository's root, where its evaluate.py would hide Hugging Face's package of that name.
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, **offline}
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").rglob("samples_colours_*.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
