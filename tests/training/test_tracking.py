@@ -132,3 +132,46 @@ def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tiny, tmp_path, mon
         if record.HasField("summary"):
             summary |= values(record.summary.update)
     assert summary["final_val_loss"] == lines[-1]["val/loss"] and summary["mean_tokens_per_second"] > 0
+
+
+def offline_records(path):
+    """The protobuf records of a .wandb file: LevelDB's log format in blocks of 32 KiB after a 7-byte header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, []
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # a header does not fit: the block ends in zeros
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts.append(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def test_wandb_offline_writes_a_run_that_can_be_synced(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=5", "--wandb_project=tests"])
+    first = next((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=7", "--init_from=resume"])
+    lines = {line["step"]: line for line in read_lines(tmp_path / "out")}
+    history, runs = [], []
+    for record in offline_records(first):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        elif record.WhichOneof("record_type") == "run":
+            runs.append(record.run)
+    assert (runs[0].project, runs[0].run_group) == ("tests", "adamw")
+    assert [row["step"] for row in history] == [0, 1, 2, 3, 4, 5]
+    assert history[3]["train/loss"] == pytest.approx(lines[3]["train/loss"])
+    folders = [path.name for path in (tmp_path / "out" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and len({name.split("-")[-1] for name in folders}) == 1, "one id over the resume"
