@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from compare import Parser
@@ -58,27 +59,17 @@ class Trial:
     folder: Path
     max_iters: int
     seed: int | None = None
+    step: int = 0
     loss: float | None = None
     error: str = ""
 
     def read(self):
-        """Take the final loss from the run's metrics; whether the run went to its end."""
-        lines = read_metrics(self.folder / METRICS, about=10) if (self.folder / METRICS).exists() else []
-        if lines and lines[-1]["step"] == self.max_iters and "val/loss" in lines[-1]:
+        """Take step and final loss from the run's metrics; whether it is done."""
+        lines = read_metrics(self.folder / METRICS, about=1000) if (self.folder / METRICS).exists() else []
+        self.step = lines[-1]["step"] if lines else 0
+        if self.step == self.max_iters and "val/loss" in lines[-1]:
             self.loss = math.inf if lines[-1]["val/loss"] is None else lines[-1]["val/loss"]
         return self.loss is not None
-
-    @property
-    def step(self):
-        """How far it is."""
-        if self.loss is not None:
-            return self.max_iters
-        try:
-            with open(self.folder / METRICS, "rb") as file:
-                file.seek(max(0, os.path.getsize(file.name) - 4096))
-                return json.loads(file.read().splitlines()[-1])["step"]
-        except (OSError, ValueError, IndexError, KeyError, TypeError):
-            return 0
 
     def start(self, device, lock):
         """(process, its log): start it, or go on with it, on the GPU `device` where that is not None."""
@@ -106,8 +97,7 @@ def main(words=None):
         devices = visible_gpus()[: arguments.jobs] or [None] * (arguments.jobs or 1)
         seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the grid's runs
         total = round(sum(trial.max_iters for trial in trials) * (1 + seeds))
-        done = sum(trial.max_iters if trial.read() else trial.step for trial in trials)
-        with tqdm(total=total, initial=done, unit="step", smoothing=0.1) as bar:
+        with tqdm(total=total, initial=steps_done(trials), unit="step", smoothing=0.1) as bar:
             run_all(trials, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials))
             again = best_again(trials, arguments.seeds, out_dir)
             run_all(again, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials + again))
@@ -128,9 +118,14 @@ def read_sweep(path):
     except Exception as error:
         raise UserError(f"{path}: running this sweep file raised {type(error).__name__}: {error}.") from None
     definition = {key: names.get(key) for key in ("common", "optimizers")}
-    if not all(isinstance(part, dict) for part in definition.values()) or not definition["optimizers"]:
-        raise UserError(f"{path}: a sweep file assigns the dicts `common` and `optimizers` (--help shows one).")
-    return json.loads(json.dumps(definition))  # as it will be read back from sweep.json
+    named = definition["optimizers"]
+    parts = [*definition.values(), *(named.values() if isinstance(named, dict) else ())]
+    if not named or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: a sweep file assigns dicts, `common` and `optimizers` (--help shows one).")
+    try:
+        return json.loads(json.dumps(definition))  # as it will be read back from sweep.json
+    except TypeError as error:
+        raise UserError(f"{path}: settings are numbers, strings, True, False and None ({error}).") from None
 
 
 def grid(definition, out_dir):
@@ -150,6 +145,8 @@ def grid(definition, out_dir):
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             words = [str(Path(__file__).parent / script), *words]
             trials.append(Trial(optimizer, point, words, folder, config.max_iters))
+    if not trials or len({trial.folder for trial in trials}) < len(trials):
+        raise UserError("an optimizer sweeps an empty list, or one with a value twice; every run is done once.")
     other, theirs = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
         if len(tokens) != len(theirs):
@@ -165,7 +162,7 @@ def best_again(trials, seeds, out_dir):
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         best = min((trial for trial in trials if trial.optimizer == optimizer), key=lambda trial: trial.loss)
         for seed in range(1, seeds + 1) if math.isfinite(best.loss) else ():
-            folder = out_dir / f"best_{optimizer}_seed{seed}"
+            folder = out_dir / f"best_{best.folder.name}_seed{seed}"
             words = [*best.words, f"--seed={seed}", f"--out_dir={folder}"]
             again.append(Trial(optimizer, best.swept, words, folder, best.max_iters, seed))
     return again
@@ -187,24 +184,28 @@ def locked(out_dir):
     return lock
 
 
+def steps_done(trials):
+    return sum(trial.max_iters if trial.loss is not None or trial.read() else trial.step for trial in trials)
+
+
 def run_all(trials, devices, lock, bar, failed, save_state):
     """Run what is not done, one on each of `devices` at a time.
 
     failed: {folder: error} of runs that failed before. They stay failed, unless their folder was removed.
     """
-    others = bar.n - sum(trial.step for trial in trials)
+    others = bar.n - steps_done(trials)
     for trial in trials:
-        if not trial.read() and trial.folder.name in failed and trial.folder.exists():
+        if trial.loss is None and trial.folder.name in failed and trial.folder.exists():
             trial.loss, trial.error = math.inf, failed[trial.folder.name]
     pending, free, running = [trial for trial in trials if trial.loss is None], list(devices), []
     save_state()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended below
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # that ends the runs, below
     try:
         while pending or running:
             while pending and free:
                 trial, device = pending.pop(0), free.pop(0)
                 running.append((trial, device, *trial.start(device, lock)))
-            time.sleep(0.2)
+            time.sleep(0.3)
             for entry in [entry for entry in running if entry[2].poll() is not None]:
                 running.remove(entry)
                 trial, device, process, log = entry
@@ -215,12 +216,14 @@ def run_all(trials, devices, lock, bar, failed, save_state):
                         raise UserError(f"{trial.folder.name} was ended by a signal; start the sweep again to go on.")
                     lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     trial.loss, trial.error = math.inf, f"exit code {process.returncode}: {(lines or [''])[-1]}"
+                    bar.write(f"{trial.folder.name} failed: {trial.error}", file=sys.stderr)
                 save_state()
             bar.set_postfix_str(", ".join(entry[0].folder.name for entry in running)[:60], refresh=False)
-            bar.update(others + sum(trial.step for trial in trials) - bar.n)
+            bar.update(others + steps_done(trials) - bar.n)
     finally:
+        for _, _, process, _ in running:
+            process.terminate()  # it then writes a checkpoint
         for _, _, process, log in running:
-            process.terminate()
             process.wait()
             log.close()
         signal.signal(signal.SIGTERM, previous)
@@ -228,8 +231,6 @@ def run_all(trials, devices, lock, bar, failed, save_state):
 
 def visible_gpus():
     """What CUDA_VISIBLE_DEVICES may be, one GPU each; empty without one."""
-    import torch
-
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return (named or [str(i) for i in range(torch.cuda.device_count())]) if torch.cuda.is_available() else []
 

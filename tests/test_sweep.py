@@ -73,7 +73,7 @@ def test_a_sweep(stub, capsys):
     failed, diverged = runs["adamw_learning_rate=9.0"], runs["sophiag_learning_rate=8.0_rho=0.1"]
     assert failed["loss"] == "inf" and failed["error"] == "exit code 1: error: boom"
     assert diverged["loss"] == "inf" and diverged["error"] == ""
-    assert [runs[f"best_sophiag_seed{seed}"]["loss"] for seed in (1, 2)] == [2.0, 3.0]
+    assert [runs[f"best_sophiag_learning_rate=0.5_rho=0.01_seed{seed}"]["loss"] for seed in (1, 2)] == [2.0, 3.0]
     printed = capsys.readouterr().out
     assert "sophiag: best of 6 runs 1.0000 at learning_rate=0.5, rho=0.01; 2 failed or diverged; with fresh seeds" in (
         printed
@@ -180,8 +180,12 @@ def test_with_the_real_script(corpus, tmp_path):
         ({"adamw": {"learning_rat": [1]}}, "no setting 'learning_rat'"),
         ({"adam": {"learning_rate": [1]}}, "one of adamw, sgd, lion, muon"),
         ({"sophiag": {"rho": [-1.0]}}, "rho = -1.0 is not possible"),
-        ({}, "assigns the dicts"),
-        ([], "assigns the dicts"),
+        ({}, "assigns dicts"),
+        ([1], "assigns dicts"),
+        ({"adamw": [1]}, "assigns dicts"),
+        ({"adamw": {"learning_rate": []}}, "an empty list"),
+        ({"adamw": {"learning_rate": [0.1, 0.1]}}, "a value twice"),
+        ({"adamw": {"learning_rate": {0.1}}}, "settings are numbers"),
     ],
 )
 def test_unequal_budgets_and_impossible_settings(tmp_path, capsys, optimizers, said):
