@@ -1,4 +1,4 @@
-"""The ranks of a run and the devices they own: one process, or as many as torchrun started.
+"""The ranks of a run, the devices they own, and the signals they get: one process, or as many as torchrun started.
 
 with World(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
@@ -6,6 +6,8 @@ with World(device="auto", backend="auto") as world:
 
 import datetime
 import os
+import signal
+import threading
 import time
 
 import torch
@@ -177,6 +179,34 @@ class World:
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that the run can end well; a second one ends it at once.
+
+    Within a second of the first the second is taken for the same: torchrun passes on what the terminal sent already.
+    """
+
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self._since, self._before = None, None, {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.received is not None and now - self._since > 1:
+            os._exit(128 + number)
+        if self.received is None:
+            self.received, self._since = number, now
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: this step is finished and checkpointed; once more ends at once\n".encode())
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 def _first_line(error):

@@ -15,11 +15,8 @@ import dataclasses
 import gc
 import math
 import os
-import signal
 import statistics
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
@@ -28,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
-from training.distributed import World
+from training.distributed import Signals, World
 from training.errors import RunError, UserError
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate
@@ -484,34 +481,6 @@ class Run:
             "wandb_id": self._tracker.wandb_id,
         }
         self._writer.save(checkpoint)
-
-
-class Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that the run can end well; a second one ends it at once.
-
-    Within a second of the first the second is taken for the same: torchrun passes on what the terminal sent already.
-    """
-
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self):
-        self.received, self._since, self._before = None, None, {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
-
-    def _note(self, number, frame):
-        now = time.monotonic()
-        if self.received is not None and now - self._since > 1:
-            os._exit(128 + number)
-        if self.received is None:
-            self.received, self._since = number, now
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: this step is finished and checkpointed; once more ends at once\n".encode())
-
-    def restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class _Loss(torch.nn.Module):
