@@ -153,19 +153,27 @@ def read_run(folder):
             "eval_tokens": config["eval_tokens"],
             "model parameters": model["num_params"],
         }
-        config["optimizer_name"], config["max_iters"]  # has them
+        for key, kind in (("optimizer_name", str), ("max_iters", int), ("lr_decay_iters", int | None)):
+            if not isinstance(config.get(key), kind):
+                raise TypeError(f"{key} = {config.get(key)!r}")
         device, flops = f"{facts['world_size']} x {facts['device_name']}", flops_per_token(config, model)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
-    lines = read_metrics(metrics, about=LINES)
+    lines = [line for line in read_metrics(metrics, about=LINES) if is_whole(line)]
     for line in lines:
-        line["flops"] = line.get("tokens", 0) * flops
+        line["flops"] = line["tokens"] * flops
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf
     evaluations = [line for line in lines if "val/loss" in line]
     if not evaluations:
         raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
     return FinishedRun(str(folder), config, model["num_params"], device, conditions, lines, evaluations)
+
+
+def is_whole(line):
+    """Whether a line of metrics knows where it is, and holds nothing but numbers (null where one was not finite)."""
+    known = all(isinstance(line.get(key), int | float) for key in ("tokens", "seconds"))
+    return known and all(value is None or isinstance(value, int | float) for value in line.values())
 
 
 def flops_per_token(config, model):

@@ -119,7 +119,8 @@ def draw_losses(styled, prefix, unit):
     for axes, quantity in zip(panels, QUANTITIES, strict=True):
         axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
         axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if "seconds" not in quantity:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     val, train = STRONG | {"color": "gray"}, {"linewidth": 0.7, "color": "gray"}
     val_label = "val/loss, mean and range of the seeds" if any(len(o.runs) > 1 for o, _ in styled) else "val/loss"
     legend(figure, panels[0], styled, [(val_label, val), (f"train/loss, mean over {SMOOTHING:.0%} of the run", train)])

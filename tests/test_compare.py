@@ -275,12 +275,18 @@ def test_other_seeds_rates_and_micro_batches_are_comparable(tmp_path, capsys):
         (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 0, "train/loss": 4.0}\n'), "has no val/loss"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b""), "has no val/loss"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "val/loss": 4.0}\n'), "has no val/loss"),
+        (lambda run: replace(run / "config.json", '"max_iters": 100', '"max_iters": "x"'), "max_iters = 'x'"),
     ],
 )
 def test_damaged_runs(tmp_path, capsys, damage, said):
     run = write_run(tmp_path / "a")
     damage(tmp_path / "a")
     refused(capsys, [run], said)
+
+
+def replace(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
 def test_bad_command_lines(tmp_path, capsys):
@@ -381,9 +387,9 @@ def test_long_runs_are_thinned_while_they_are_read(tmp_path):
         lines.append(json.dumps(line | ({"val/loss": step + 0.5} if step % 1000 == 0 else {})))
     write_run(tmp_path / "a", config={"max_iters": 100_000})
     (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    start = time.perf_counter()
+    start = time.process_time()
     run = compare.read_run(tmp_path / "a")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert [line["step"] for line in run.evaluations] == list(range(0, 100_001, 1000)) and run.finished
     assert 1000 < len(run.lines) < 1300 and np.diff([line["step"] for line in run.lines]).max() < 120
     assert run.curve("train/loss", "flops")[0][-1] == run.lines[-1]["tokens"] * 6000

@@ -62,7 +62,7 @@ class TrainConfig:
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
-    weight_decay: float = setting(0.1, "decoupled weight decay of the Linear weights", at_least=0.0)
+    weight_decay: float = setting(0.1, "weight decay of the Linear weights, decoupled but for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
