@@ -421,3 +421,21 @@ def test_crop_block_size():
         model(tokens(1, 21))
     with pytest.raises(ValueError, match=r"cropped to 1\.\.20, got 21"):
         model.crop_block_size(21)
+
+
+def test_activation_checkpointing_keeps_one_tensor_a_block():
+    model = GPT(GPTConfig(block_size=64, vocab_size=50, n_layer=6, n_head=2, n_embd=32))
+    idx = torch.randint(50, (4, 64))
+    kept = {}
+    for model.activation_checkpointing in (False, True):
+        saved = []
+
+        def pack(tensor, saved=saved):
+            if tensor.dim() > 1 and not isinstance(tensor, torch.nn.Parameter):
+                saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(idx, idx)
+        kept[model.activation_checkpointing] = sum(saved)
+    assert kept[True] < 0.2 * kept[False]

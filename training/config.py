@@ -102,6 +102,7 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(False, "keep only a block's input and compute it again: less memory")
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )

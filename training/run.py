@@ -80,6 +80,7 @@ class Run:
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         self.model.to(world.device)
+        self.model.activation_checkpointing = config.activation_checkpointing
         loss = _Loss(self.model)
         self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
         if world.distributed:

@@ -260,6 +260,14 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
     assert change.calls == (10 if how == "replaced" else 5)
 
 
+@pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
+def test_activation_checkpointing_computes_the_same(corpus, tmp_path, script):
+    for name, setting in (("kept", False), ("again", True)):
+        words = ["--dropout=0.1", "--max_iters=10", f"--activation_checkpointing={setting}"]
+        script.main([*tiny_words(corpus, tmp_path / name), *words])
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept"), "bit for bit, dropout included"
+
+
 def test_bfloat16_trains_alike(corpus, one_process, tmp_path):
     train_sophiag.main([*tiny_words(corpus, tmp_path), *SPLIT, "--dtype=bfloat16"])
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=0.03)
