@@ -54,29 +54,39 @@ class MuonAndAdamW:
     """Muon (torch.optim.Muon) for the group "matrices", AdamW for the other groups, as one optimizer.
 
     Both follow one rate: Muon's update is scaled to the root mean square of AdamW's (arXiv:2502.16982, section 2.2),
-    so that a rate and a weight decay mean the same in both. The matrix of query, key and value is orthogonalized whole.
+    so that a rate and a weight decay mean the same in both. The query, key and value matrices, which the model keeps
+    in one, are orthogonalized one by one, as Muon's author advises.
     """
 
     def __init__(self, groups, momentum, betas, fused):
-        matrices, rest = ([g for g in groups if (g["name"] == "matrices") is wanted] for wanted in (True, False))
-        self.muon = torch.optim.Muon(matrices, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        self.matrices = next(group for group in groups if group["name"] == "matrices")
+        rest = [group for group in groups if group is not self.matrices]
+        self.pieces = [torch.nn.Parameter(piece) for p in self.matrices["params"] for piece in thirds(p.detach())]
+        settings = {"momentum": momentum, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+        self.muon = torch.optim.Muon(self.pieces, weight_decay=self.matrices["weight_decay"], **settings)
         self.adamw = torch.optim.AdamW(rest, betas=betas, fused=fused)
 
     @property
     def param_groups(self):
-        return self.muon.param_groups + self.adamw.param_groups
+        return [self.matrices, *self.adamw.param_groups]
 
     @property
     def state(self):
         return {**self.muon.state, **self.adamw.state}
 
     def step(self):
+        self.muon.param_groups[0]["lr"] = self.matrices["lr"]
+        gradients = [piece for p in self.matrices["params"] for piece in thirds(p.grad)]
+        for piece, gradient in zip(self.pieces, gradients, strict=True):
+            piece.grad = gradient  # pieces and their gradients are views, nothing is copied
         self.muon.step()
+        self.muon.zero_grad()
         self.adamw.step()
 
     def zero_grad(self, set_to_none=True):
-        self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
+        for p in self.matrices["params"]:
+            p.grad = None
 
     def state_dict(self):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
@@ -84,6 +94,12 @@ class MuonAndAdamW:
     def load_state_dict(self, states):
         self.muon.load_state_dict(states["muon"])
         self.adamw.load_state_dict(states["adamw"])
+
+
+def thirds(matrix):
+    """The three square matrices that (3C, C) holds, query, key and value; another matrix whole."""
+    rows, columns = matrix.shape
+    return matrix.split(columns) if rows == 3 * columns else [matrix]
 
 
 if __name__ == "__main__":

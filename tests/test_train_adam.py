@@ -72,7 +72,7 @@ def test_it_learns(tiny, tmp_path, name):
 
 def groups():
     torch.manual_seed(0)
-    shapes = {"matrices": [(24, 8), (8, 8)], "embeddings": [(16, 8)], "vectors": [(8,)]}
+    shapes = {"matrices": [(24, 8), (32, 8), (8, 8)], "embeddings": [(16, 8)], "vectors": [(8,)]}
     decay = {"matrices": 0.1, "embeddings": 0.0, "vectors": 0.0}
     made = []
     for name, sizes in shapes.items():
@@ -114,21 +114,26 @@ def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw():
     before, after, _ = stepped("muon", rate)
     for p, q in zip(before["matrices"], after["matrices"], strict=True):
         update = (p * (1 - rate * 0.1) - q.detach()) / rate
-        singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(p.shape)))
-        assert singular.min() > 0.5 and singular.max() < 1.5, "Newton-Schulz as torch has it ends in (0.5, 1.5)"
         assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), "the root mean square of AdamW's"
+        for piece in update.split(8) if len(update) == 24 else [update]:  # query, key and value
+            singular = torch.linalg.svdvals(piece) / (0.2 * math.sqrt(max(piece.shape)))
+            assert singular.min() > 0.5 and singular.max() < 1.5, "Newton-Schulz as torch has it ends in (0.5, 1.5)"
     _, adamw, _ = stepped("adamw", rate)
     assert torch.equal(after["embeddings"][0], adamw["embeddings"][0])
     assert torch.equal(after["vectors"][0], adamw["vectors"][0])
 
 
-def test_muon_takes_the_matrices_of_the_model_and_frees_all_gradients():
+def test_muon_has_the_matrices_and_frees_all_gradients():
     made = groups()
     optimizer = MuonAndAdamW(made, momentum=0.95, betas=(0.9, 0.95), fused=False)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
     optimizer.step()
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "vectors"]
-    kinds = [sorted(optimizer.state[p]) for group in made for p in group["params"]]
-    assert kinds == [["momentum_buffer"]] * 2 + [["exp_avg", "exp_avg_sq", "step"]] * 2
+    assert [list(p.shape) for p in optimizer.muon.state] == [[8, 8]] * 3 + [[32, 8], [8, 8]]
+    assert [sorted(optimizer.state[p]) for p in optimizer.muon.state] == [["momentum_buffer"]] * 5
+    others = [sorted(optimizer.state[p]) for group in made[1:] for p in group["params"]]
+    assert others == [["exp_avg", "exp_avg_sq", "step"]] * 2
     optimizer.zero_grad()
     assert all(p.grad is None for group in made for p in group["params"])
 
