@@ -90,50 +90,6 @@ def test_wandb_gets_the_same_names(tiny, tmp_path, monkeypatch):
     assert FakeRun.summary["final_val_loss"] == lines[12]["val/loss"]
 
 
-def read_wandb(path):
-    """The records of a .wandb file: after 7 bytes, LevelDB's log format, blocks of 32 KiB of (crc, length, type)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, whole, records = path.read_bytes(), 7, b"", []
-    while at < len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            records.append(Record.FromString(whole))
-            whole = b""
-    return records
-
-
-def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tiny, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=12", "--optimizer_name=muon", "--wandb_run_name=mine"])
-    (path,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
-    records = read_wandb(path)
-
-    def values(items):
-        return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-    (run,) = [record.run for record in records if record.HasField("run")][:1]
-    assert (run.run_group, run.project, run.display_name) == ("muon", "sophia", "mine")
-    config = values(run.config.update)
-    facts = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config.items() >= facts["config"].items() and config["data"] == facts["data"], "the config is complete"
-    history = [values(record.history.item) for record in records if record.HasField("history")]
-    lines = read_lines(tmp_path / "out")
-    assert len(history) == len(lines) == 13
-    assert all(theirs.items() >= ours.items() for ours, theirs in zip(lines, history, strict=True))
-    summary = {}
-    for record in records:
-        if record.HasField("summary"):
-            summary |= values(record.summary.update)
-    assert summary["final_val_loss"] == lines[-1]["val/loss"] and summary["mean_tokens_per_second"] > 0
-
-
 def offline_records(path):
     """The protobuf records of a .wandb file: LevelDB's log format in blocks of 32 KiB after a 7-byte header."""
     from wandb.proto import wandb_internal_pb2
@@ -155,12 +111,40 @@ def offline_records(path):
             yield record
 
 
+def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_adam.main([*tiny, "--wandb_log=True", "--max_iters=12", "--optimizer_name=muon", "--wandb_run_name=mine"])
+    (path,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
+    records = list(offline_records(path))
+
+    def values(items):
+        return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    (run,) = [record.run for record in records if record.HasField("run")][:1]
+    assert (run.run_group, run.project, run.display_name) == ("muon", "sophia", "mine")
+    config = values(run.config.update)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.items() >= facts["config"].items() and config["data"] == facts["data"], "the config is complete"
+    history = [values(record.history.item) for record in records if record.HasField("history")]
+    lines = read_lines(tmp_path / "out")
+    assert len(history) == len(lines) == 13
+    assert all(theirs.items() >= ours.items() for ours, theirs in zip(lines, history, strict=True))
+    summary = {}
+    for record in records:
+        if record.HasField("summary"):
+            summary |= values(record.summary.update)
+    assert summary["final_val_loss"] == lines[-1]["val/loss"] and summary["mean_tokens_per_second"] > 0
+
+
 def test_wandb_offline_writes_a_run_that_can_be_synced(tiny, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_adam.main([*tiny, "--wandb_log=True", "--max_iters=5", "--wandb_project=tests"])
     first = next((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    time.sleep(1)  # wandb names a folder by the second
     train_adam.main([*tiny, "--wandb_log=True", "--max_iters=7", "--init_from=resume"])
     lines = {line["step"]: line for line in read_lines(tmp_path / "out")}
     history, runs = [], []
