@@ -16,7 +16,11 @@ demo: .venv/installed
 	$(BIN)/python compare.py out/demo_adam out/demo_sophiag --out=out/demo
 	$(BIN)/python sample.py --out_dir=out/demo_sophiag --max_new_tokens=400
 
-test: .venv/installed
+.venv/installed-eval: requirements-eval.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt
+	touch $@
+
+test: .venv/installed-eval
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
