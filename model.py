@@ -297,16 +297,19 @@ def sample(logits, temperature, top_k, generator, top_p=None):
     """One token (B, 1) for each row of logits (B, V): by temperature, then top_k, then top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None or top_p is not None:
-        k = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
-        logits, candidates = logits.topk(k)  # (B, k) each, likeliest first
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no small temperature overflows
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # what likelier ones already make up
-    choice = torch.multinomial(probs, num_samples=1, generator=generator)
-    return choice if top_k is None and top_p is None else candidates.gather(-1, choice)
+    if top_k is not None or top_p is not None:
+        k = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
+        best, candidates = logits.topk(k)  # (B, k) each, likeliest first
+        probs = best.softmax(dim=-1)
+        if top_p is not None:
+            probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # what likelier ones already make up
+        # Drawn in the vocabulary's order: two tokens so close that rounding swaps their ranks do not swap their luck.
+        probs = torch.zeros_like(logits).scatter(-1, candidates, probs)
+    else:
+        probs = logits.softmax(dim=-1)
+    return torch.multinomial(probs, num_samples=1, generator=generator)
 
 
 def assign(model, weights, dtype):

@@ -36,6 +36,10 @@ class SophiaConfig(TrainConfig):
         None, "sequences in a curvature estimate; default a quarter of total_bs, sophiah 32", at_least=1
     )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
+    sophia_start_iter: int = setting(
+        0, "AdamW (betas 0.9, 0.95, the same rate) before this step, then Sophia", at_least=0
+    )
+    hess_warmup: int = setting(10, "curvature estimates before the first step of a late Sophia", at_least=0)
 
     def check(self):
         super().check()
@@ -57,17 +61,42 @@ def main(words=None):
     config = load_config(SophiaConfig, sys.argv[1:] if words is None else words)
     with Run(config) as run:
         optimizer, bs = make_optimizer(config, run)
-        run.attach(optimizer, statistics=partial(sophia_statistics, optimizer, bs))
+        statistics = partial(sophia_statistics, optimizer, bs)
+        if 0 < config.sophia_start_iter >= run.step:  # a checkpoint of that very step is still AdamW's
+            adam = torch.optim.AdamW(run.parameter_groups(), betas=(0.9, 0.95), fused=run.world.device.type != "mps")
+            run.attach(adam)
+        else:
+            run.attach(optimizer, statistics)
         for step in run.steps():
-            if step % config.hess_interval == 0 and config.optimizer_name == "sophiag":
-                run.backward(run.curvature_batch(step, config.hess_bs), loss=label_loss)
-                run.apply(optimizer.update_hessian, scale=config.hess_bs / config.total_bs)
-            elif step % config.hess_interval == 0:
-                estimates = run.average(run.train_batch(step, config.hess_bs), partial(hutchinsons_estimate, run, step))
-                run.apply(optimizer.update_hessian, estimates=estimates)
+            if step == config.sophia_start_iter > 0:
+                run.attach(optimizer, statistics)
+                hand_over(config, run, adam, optimizer)
+            if step >= config.sophia_start_iter and step % config.hess_interval == 0:
+                update_hessian(config, run, optimizer, step)
             run.backward(run.train_batch(step))
             run.clip_gradients()
-            run.apply(optimizer.step, **bs)
+            run.apply(run.optimizer.step, **(bs if run.optimizer is optimizer else {}))
+
+
+def update_hessian(config, run, optimizer, step):
+    """Renew the curvature by an estimate on the first hess_bs sequences of the step's batch."""
+    if config.optimizer_name == "sophiag":
+        run.backward(run.curvature_batch(step, config.hess_bs), loss=label_loss)
+        run.apply(optimizer.update_hessian, scale=config.hess_bs / config.total_bs)
+    else:
+        estimates = run.average(run.train_batch(step, config.hess_bs), partial(hutchinsons_estimate, run, step))
+        run.apply(optimizer.update_hessian, estimates=estimates)
+
+
+def hand_over(config, run, adam, optimizer):
+    """AdamW's momentum becomes Sophia's; the curvature is warmed up on the batches of the last hess_warmup steps."""
+    momenta = {n: {"step": s["step"], "exp_avg": s["exp_avg"]} for n, s in adam.state_dict()["state"].items()}
+    optimizer.load_state_dict({"state": momenta, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group in optimizer.param_groups:
+        group["lr"] = adam.param_groups[0]["lr"]
+    adam.state.clear()
+    for step in range(max(0, config.sophia_start_iter - config.hess_warmup), config.sophia_start_iter):
+        update_hessian(config, run, optimizer, step)
 
 
 def make_optimizer(config, run):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import UserError
-from training.schedule import SCHEDULES, TO_ZERO
+from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH")  # weights from elsewhere
@@ -51,6 +51,10 @@ class TrainConfig:
         None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
     )
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
+
+    block_size_schedule: str = setting(
+        "", "shorter sequences at first, as in 0:128,2000:256 (STEP:LENGTH,...); a step keeps its tokens"
+    )
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads in a block", at_least=1)
@@ -125,6 +129,7 @@ class TrainConfig:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
+        parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 

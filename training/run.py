@@ -28,7 +28,7 @@ from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpo
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
 from training.pretrained import load_optimizer_state, start_from
-from training.schedule import learning_rate
+from training.schedule import learning_rate, sequence_length
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +81,7 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
+        torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         loss = _Loss(self.model)
         self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
         if world.distributed:
@@ -199,10 +200,8 @@ class Run:
             optimizer.load_state_dict(self._resumed["optimizer"])
             self._scaler.load_state_dict(self._resumed["scaler"])
             _set_rng_state(self._resumed["rng"], self.world)
-        else:
-            if self._resumed and self._resumed["optimizer"]:
-                load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
-            torch.manual_seed(self.config.seed + self.world.rank)  # from here on only dropout draws
+        elif self._resumed and self._resumed["optimizer"]:
+            load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
         self._resumed = None
 
     # ----- the loop
@@ -279,11 +278,15 @@ class Run:
         self.corpus.check_whole()
         starts = self._windows(step)
         pieces, weight = self._pieces(sequences or self.config.total_bs)
-        return [(*self._inputs_and_targets(starts[piece]), weight) for piece in pieces]
+        return [(*self._inputs_and_targets(step, starts[piece]), weight) for piece in pieces]
 
-    def _inputs_and_targets(self, starts):
+    def _inputs_and_targets(self, step, starts):
         inputs, targets = data.take_windows(self.corpus.train, starts, self.config.block_size)
-        return self._tensor(inputs), self._tensor(targets)
+        return self._cut(step, inputs), self._cut(step, targets)
+
+    def _cut(self, step, windows):
+        """(B, block_size) on the host -> (B * block_size / T, T) on the device, T the sequence length of the step."""
+        return self._tensor(windows.reshape(-1, sequence_length(step, self.config)))
 
     def curvature_batch(self, step, sequences):
         """This rank's share of the first `sequences` of the step's own batch: (inputs, uniforms, weight), (B, T) each.
@@ -294,9 +297,9 @@ class Run:
         pieces, weight = self._pieces(sequences)
         batch = []
         for piece in pieces:
-            inputs, _ = self._inputs_and_targets(starts[piece])
+            inputs, _ = self._inputs_and_targets(step, starts[piece])
             uniforms = data.label_uniforms(config.seed, step, piece, config.block_size)
-            batch.append((inputs, self._tensor(uniforms), weight))
+            batch.append((inputs, self._cut(step, uniforms), weight))
         return batch
 
     def backward(self, batch, loss=cross_entropy):
@@ -304,7 +307,7 @@ class Run:
 
         The ranks sync once, in the last piece. Under fp16 the gradient is computed scaled and left unscaled.
         """
-        if self.config.compile and loss not in self._compiled:
+        if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
             self._compile(batch[0], loss)
         self._loss, self._grad_norm = torch.zeros((), device=self.world.device), None
         for i, (inputs, targets, weight) in enumerate(batch):
@@ -351,7 +354,7 @@ class Run:
         with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last=False):
             self._piece_loss(inputs, targets, loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
-        self._compiled.add(loss)
+        self._compiled.add((loss, inputs.shape))
 
     def _gradients(self):
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -448,7 +451,8 @@ class Run:
             speed = (step - self._logged[0]) * self.tokens_per_step / (seconds - self._logged[1])
             metrics["tokens_per_second"] = speed
             if self._peak_flops:
-                metrics["mfu"] = speed * self.model.flops_per_token(config.block_size) / self._peak_flops / world.size
+                flops = self.model.flops_per_token(sequence_length(step, config))
+                metrics["mfu"] = speed * flops / self._peak_flops / world.size
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)

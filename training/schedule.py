@@ -1,6 +1,9 @@
-"""The learning rate of each step, as a pure function of the step."""
+"""The learning rate and the sequence length of each step, as pure functions of the step."""
 
+import itertools
 import math
+
+from training.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "wsd", "cosine_restarts", "constant")
 TO_ZERO = ("linear", "wsd")  # their min_lr is 0 where it is not given
@@ -39,3 +42,29 @@ def learning_rate(step, config):
     progress = max(0.0, (step - start) / length) if length else 0.0
     left = 1 - progress if config.lr_schedule in TO_ZERO else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def sequence_length(step, config):
+    """Tokens in a training sequence at `step`: block_size, or what `block_size_schedule` has there."""
+    phases = parse_block_sizes(config)
+    return next(length for start, length in reversed(phases) if step >= start)
+
+
+def parse_block_sizes(config):
+    """[(first step, sequence length), ...] of a block_size_schedule, '0:128,2000:256'. UserError where it is none."""
+    text, whole = config.block_size_schedule, config.block_size
+    if not text:
+        return [(0, whole)]
+    try:
+        phases = [tuple(int(number) for number in phase.split(":")) for phase in text.split(",")]
+        starts, lengths = zip(*phases, strict=True)
+    except ValueError:
+        raise UserError(f"block_size_schedule = {text!r} is not written as 0:128,2000:256 (STEP:LENGTH,...).") from None
+    if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+        raise UserError(f"block_size_schedule = {text!r}: its steps have to begin at 0 and to rise.")
+    for length in lengths:
+        if length < 1 or whole % length:
+            raise UserError(
+                f"block_size_schedule = {text!r}: {length} does not divide block_size = {whole}; change it."
+            )
+    return phases

@@ -278,6 +278,81 @@ def test_step_0_has_a_rate(tiny, tmp_path):
     assert read_lines(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3 / 4)
 
 
+# ----- phases
+
+
+def test_shorter_sequences_read_the_same_tokens(tiny):
+    words = ["--block_size_schedule=0:4,10:8,20:16", "--batch_size=6"]
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, *words])) as run:
+        batches = {step: run.train_batch(step) for step in (0, 9, 10, 25)}
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--batch_size=6", "--overwrite=True"])) as run:
+        whole = {step: run.train_batch(step) for step in batches}
+    for step, length in ((0, 4), (9, 4), (10, 8), (25, 16)):
+        for (inputs, targets, weight), (all_inputs, all_targets, all_weight) in zip(
+            batches[step], whole[step], strict=True
+        ):
+            assert inputs.shape == (6 * 16 // length, length) and weight == all_weight
+            assert torch.equal(inputs.flatten(), all_inputs.flatten())
+            assert torch.equal(targets.flatten(), all_targets.flatten())
+
+
+PHASES = {
+    "curriculum": ["--block_size_schedule=0:4,12:8,24:16"],
+    "hybrid": ["--sophia_start_iter=14", "--hess_warmup=3"],
+    "both": ["--block_size_schedule=0:8,20:16", "--sophia_start_iter=20", "--optimizer_name=sophiah", "--hess_bs=4"],
+}
+
+
+@pytest.mark.parametrize("interrupted_at", [11, 20, 25])
+@pytest.mark.parametrize("phases", PHASES)
+def test_phases_resume_exactly(corpus, tmp_path, monkeypatch, phases, interrupted_at):
+    words = [*PHASES[phases], "--dropout=0.1", "--max_iters=32", "--eval_interval=10"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_sophiag.main([*tiny_words(corpus, whole), *words])
+    clip, calls = Run.clip_gradients, []
+
+    def fails(run):
+        calls.append(run)
+        if len(calls) == interrupted_at + 1:
+            raise Interrupted
+        clip(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "clip_gradients", fails)
+        with pytest.raises(Interrupted):
+            train_sophiag.main([*tiny_words(corpus, broken), *words])
+    torch.manual_seed(99)
+    train_sophiag.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
+    assert losses(broken) == losses(whole)
+    first, second = (read_checkpoint(folder / "ckpt.pt")["model"] for folder in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
+    train_adam.main([*tiny_words(corpus, tmp_path / "adam"), "--weight_decay=0.2"])
+    words = ["--sophia_start_iter=14", "--hess_warmup=3", "--rho=1.0"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "hybrid"), *words])
+    adam, hybrid = losses(tmp_path / "adam"), losses(tmp_path / "hybrid")
+    assert hybrid[:15] == adam[:15], "the loss of step 14 is before its update"
+    assert hybrid[15] != adam[15] and hybrid[-1] < hybrid[0]
+    lines = read_lines(tmp_path / "hybrid")
+    assert "train/win_rate" not in lines[13] and 0.05 < lines[14]["train/win_rate"] < 0.95
+    assert lines[14]["momentum_norm"] == pytest.approx(read_lines(tmp_path / "adam")[14]["momentum_norm"], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "schedule, said",
+    [
+        ("128", "not written as"),
+        ("5:4", "begin at 0"),
+        ("0:4,0:8", "to rise"),
+        ("0:5", "5 does not divide block_size = 16"),
+    ],
+)
+def test_bad_block_size_schedules(tiny, capsys, schedule, said):
+    assert said in refused(capsys, train_adam.main, [*tiny, f"--block_size_schedule={schedule}"])
+
+
 # ----- bad input
 
 
