@@ -156,12 +156,12 @@ def read_run(folder):
         for key, kind in (("optimizer_name", str), ("max_iters", int), ("lr_decay_iters", int | None)):
             if not isinstance(config.get(key), kind):
                 raise TypeError(f"{key} = {config.get(key)!r}")
-        device, flops = f"{facts['world_size']} x {facts['device_name']}", flops_per_token(config, model)
+        device, flops = f"{facts['world_size']} x {facts['device_name']}", flops_of_steps(config, model)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
     lines = [line for line in read_metrics(metrics, about=LINES) if is_whole(line)]
     for line in lines:
-        line["flops"] = line["tokens"] * flops
+        line["flops"] = flops(line["step"])
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf
     evaluations = [line for line in lines if "val/loss" in line]
@@ -176,16 +176,35 @@ def is_whole(line):
     return known and all(value is None or isinstance(value, int | float) for value in line.values())
 
 
-def flops_per_token(config, model):
-    """Of the forward and backward passes, those of the curvature estimates too; not of the optimizer's arithmetic.
+def flops_of_steps(config, model):
+    """Step -> FLOPs of the steps before it: forward and backward passes, those of the curvature estimates too; not the
+    optimizer's arithmetic.
 
     A sampled-label gradient costs as much as a training gradient; a Hessian-vector product about three times that:
-    the backward pass (twice the forward's work) is differentiated with the forward pass.
+    the backward pass (twice the forward's work) is differentiated with the forward pass. Shorter sequences of a
+    block_size_schedule save their part of attention; a late Sophia estimates nothing before its first step.
     """
-    estimates = {"sophiag": 1, "sophiah": 3}.get(config["optimizer_name"], 0)
+    estimates, late = {"sophiag": 1, "sophiah": 3}.get(config["optimizer_name"], 0), config.get("sophia_start_iter", 0)
     if estimates:
         estimates *= config["hess_bs"] / config["total_bs"] / config["hess_interval"]
-    return model["flops_per_token"] * (1 + estimates)
+    schedule = config.get("block_size_schedule") or f"0:{config['block_size']}"
+    lengths = dict(tuple(int(number) for number in phase.split(":")) for phase in schedule.split(","))
+    starts = sorted({late, *lengths})
+    rates, length = [], None
+    for start in starts:
+        length = lengths.get(start, length)
+        saved = 0
+        if length != config["block_size"]:
+            saved = 12 * model["n_layer"] * model["n_embd"] * (config["block_size"] - length)
+        rates.append((model["flops_per_token"] - saved) * (1 + (estimates if start >= late else 0)))
+    tokens = config["total_bs"] * config["block_size"]
+
+    def until(step):
+        ends = [*starts[1:], math.inf]
+        parts = zip(starts, ends, rates, strict=True)
+        return sum(max(0, min(step, end) - start) * tokens * rate for start, end, rate in parts)
+
+    return until
 
 
 def check_comparable(runs, scaling=False):

@@ -212,11 +212,20 @@ def test_outside_of_the_lengths_nothing_is_extrapolated(tmp_path, capsys):
 
 def test_curvature_costs():
     """GNB: one more pass on a quarter of the batch every 10th step. Hutchinson: three."""
-    config = {"optimizer_name": "sophiag", "total_bs": 24, "hess_bs": 6, "hess_interval": 10}
-    model = {"flops_per_token": 1000}
-    assert compare.flops_per_token(config, model) == pytest.approx(1025)
-    assert compare.flops_per_token(config | {"optimizer_name": "sophiah"}, model) == pytest.approx(1075)
-    assert compare.flops_per_token({"optimizer_name": "adamw"}, model) == 1000
+    config = {"optimizer_name": "sophiag", "total_bs": 24, "block_size": 16, "hess_bs": 6, "hess_interval": 10}
+    model, tokens = {"flops_per_token": 1000, "n_layer": 1, "n_embd": 2}, 24 * 16
+
+    def flops(step, **changes):
+        return compare.flops_of_steps(config | changes, model)(step) / tokens
+
+    assert flops(0) == 0
+    assert flops(10) == pytest.approx(10 * 1025)
+    assert flops(10, optimizer_name="sophiah") == pytest.approx(10 * 1075)
+    assert flops(10, optimizer_name="adamw") == pytest.approx(10_000)
+    assert flops(10, sophia_start_iter=4) == pytest.approx(4 * 1000 + 6 * 1025)
+    shorter = {"block_size_schedule": "0:4,6:16", "optimizer_name": "adamw"}  # 12 * 1 * 2 * (16 - 4) fewer a token
+    assert flops(10, **shorter) == pytest.approx(6 * (1000 - 288) + 4 * 1000)
+    assert flops(3, **shorter) == pytest.approx(3 * 712)
 
 
 # ----- groups and refusals
