@@ -82,6 +82,8 @@ class Run:
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
+        if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
+            torch._dynamo.config.recompile_limit = 64
         loss = _Loss(self.model)
         self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
         if world.distributed:
