@@ -45,8 +45,8 @@ class Run:
     def __init__(self, config):
         self.config = config
         self._tracker = self._writer = self._ddp = None
-        self._signals = Signals()
         self.world = World(config.device, config.backend, config.nccl_timeout)
+        self._signals = Signals()
         try:
             self._set_up()
         except BaseException as error:
