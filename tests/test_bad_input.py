@@ -9,6 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import compare
+import evaluate
+import export_hf
+import sample
+import sweep
 import train_adam
 import train_sophiag
 from tests.conftest import tiny_words, write_corpus
@@ -36,7 +41,7 @@ few = settings(max_examples=30, deadline=None, suppress_health_check=list(Health
 def ends_well(main, words):
     """Run `main(words)`; 0 after a clean run, 2 after one sentence. Anything else fails the test."""
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
         try:
             command(lambda: main([str(word) for word in words]))
             return 0
@@ -117,6 +122,8 @@ def test_token_files(tmp_path_factory, train, val, meta):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     corpus = write_corpus(folder / "corpus")
+    characters = "".join(map(chr, range(64, 128)))
+    (corpus / "meta.json").write_text(json.dumps({"vocab_size": 64, "tokenizer": {"characters": characters}}))
     train_adam.main([*tiny_words(corpus, folder / "out"), "--max_iters=4", "--eval_interval=2"])
     return folder
 
@@ -148,3 +155,34 @@ def test_checkpoint_bytes(finished, tmp_path_factory, data):
         assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before, "nothing overwritten"
     else:
         assert load_checkpoint(out_dir)[0]["step"] == 6
+
+
+KEYS = ["temperature", "top_k", "top_p", "seed", "stride", "split", "jobs", "seeds", "to", "start"]
+tool_words = st.one_of(
+    st.tuples(st.sampled_from(KEYS), values).map("--{0[0]}={0[1]}".format),
+    st.tuples(st.sampled_from(["metrics.jsonl", "config.json", "ckpt.pt"]), st.binary(max_size=60)),  # a file spoiled
+    texts,
+)
+
+
+@pytest.mark.parametrize("script", [sample, evaluate, export_hf, compare, sweep], ids=lambda script: script.__name__)
+@few
+@given(extra=st.lists(tool_words, max_size=3))
+def test_the_other_scripts(finished, tmp_path_factory, monkeypatch, script, extra):
+    folder = tmp_path_factory.mktemp("tools")
+    out_dir = shutil.copytree(finished / "out", folder / "out")
+    monkeypatch.chdir(folder)
+    for name, content in (word for word in extra if isinstance(word, tuple)):
+        (out_dir / name).unlink()
+        (out_dir / name).write_bytes(content)
+    words = [word for word in extra if isinstance(word, str)]
+    start = [f"--out_dir={out_dir}", "--device=cpu"]
+    if script is compare:
+        start = [str(out_dir)]
+    elif script is sweep:
+        start = ["nothing.py", f"--out_dir={folder / 'sweep'}"]
+    elif script is export_hf:
+        start = [f"--out_dir={out_dir}"]
+    elif script is sample:
+        start += ["--max_new_tokens=3", "--start=A"]
+    ends_well(script.main, [*start, *words])
