@@ -48,6 +48,8 @@ class SophiaConfig(TrainConfig):
             self.rho = 0.01 if hutchinsons else 0.05
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinsons else max(1, self.total_bs // 4)
+        if self.sophia_start_iter and self.init_from.startswith("import:"):
+            raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
 

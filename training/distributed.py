@@ -146,7 +146,8 @@ class World:
 
         Every rank that lives says so in the store that they met in; who does not within a few seconds is dead.
         """
-        if not self.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if not self.distributed or not (isinstance(error, dist.DistError) or of_gloo):
             return None
         keys = [f"alive/{rank}" for rank in range(self.size)]
         dead = keys

@@ -215,6 +215,8 @@ class Run:
         self._clock.start()
         while True:
             if self.world.any(self._signals.received):
+                if config.eval_only:
+                    return
                 with self._clock.paused():
                     self._save(step)
                 self._finish_writing()

@@ -96,6 +96,7 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--n_embd=100", "--n_head=3"], "not divisible by n_head"),
         (["--warmup_iters=10", "--max_iters=5"], "warmup_iters"),
         (["--hess_bs=481"], "total_bs = 480"),
+        (["--init_from=import:ckpt.pt", "--sophia_start_iter=5"], "sophia_start_iter at 0"),
         (["no_such_file.py"], "no_such_file.py"),
     ],
 )

@@ -154,7 +154,7 @@ def test_only_better_checkpoints_on_request(tiny, tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "out" / "ckpt_prev.pt")["step"] == 10
 
 
-def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys):
+def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys, monkeypatch):
     train_adam.main(tiny)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     last = read_lines(tmp_path / "out")[-1]
@@ -162,6 +162,11 @@ def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys):
     train_adam.main([*tiny, "--init_from=resume", "--eval_only=True"])
     assert f"val/loss {last['val/loss']:.4f}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files
+    monkeypatch.setattr(
+        "training.distributed.Signals.__init__", lambda signals: vars(signals).update(received=15, _before={})
+    )
+    train_adam.main([*tiny, "--init_from=resume", "--eval_only=True"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files, "nor when it is stopped"
 
 
 def test_evaluation_is_the_mean_over_its_windows(tiny, tmp_path):
