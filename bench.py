@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import sophia
+from training.errors import UserError, command
 from training.tracking import git_commit
 
 GPT2_SIZES = {"30M": (6, 384), "124M": (12, 768), "355M": (24, 1024), "774M": (36, 1280)}  # layers, width
@@ -108,6 +109,8 @@ def gpt2_shapes(name):
 
 def load_official(path):
     """The class SophiaG of the official repository's checkout."""
+    if not (Path(path) / "sophia.py").is_file():
+        raise UserError(f"--official {path} has no sophia.py: name a checkout of the official repository.")
     spec = importlib.util.spec_from_file_location("official_sophia", Path(path) / "sophia.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -138,6 +141,8 @@ def optimizer_contenders(args):
 
 
 def bench_optimizer(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device: use --device cpu, for the peers that run there.")
     report = Report(args)
     contenders = optimizer_contenders(args)
     for model in args.models:
@@ -292,7 +297,10 @@ def tune(model, args):
 
 def markdown_table(path):
     """The rows of a result: a line a metric and contender, a column a model."""
-    rows = json.loads(Path(path).read_text())["rows"]
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of this script ({type(error).__name__}: {error}).") from None
     models = list(dict.fromkeys(row["model"] for row in rows))
     values = {}
     for row in rows:
@@ -316,25 +324,25 @@ def model_names(text):
     return names
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    command = commands.add_parser("optimizer", help="one optimizer step, curvature update and clipping, against peers")
-    command.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
-    command.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
-    command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    command.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
-    command.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
-    command.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
-    command.add_argument("--out", default="assets/bench/optimizer.json")
-    command.add_argument("--commit", default=git_commit(), help="recorded in the JSON; default: git's HEAD")
-    command.set_defaults(run=bench_optimizer)
-    command = commands.add_parser("table", help="a JSON that another subcommand wrote, as a Markdown table")
-    command.add_argument("result", metavar="JSON")
-    command.set_defaults(run=lambda args: print(markdown_table(args.result)))
-    args = parser.parse_args()
+    sub = commands.add_parser("optimizer", help="one optimizer step, curvature update and clipping, against peers")
+    sub.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
+    sub.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
+    sub.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    sub.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
+    sub.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
+    sub.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
+    sub.add_argument("--out", default="assets/bench/optimizer.json")
+    sub.add_argument("--commit", default=git_commit(), help="recorded in the JSON; default: git's HEAD")
+    sub.set_defaults(run=bench_optimizer)
+    sub = commands.add_parser("table", help="a JSON that another subcommand wrote, as a Markdown table")
+    sub.add_argument("result", metavar="JSON")
+    sub.set_defaults(run=lambda args: print(markdown_table(args.result)))
+    args = parser.parse_args(words)
     args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
