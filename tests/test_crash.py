@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +24,21 @@ RUN = [
     "--log_interval=2",
     "--hess_interval=5",
     "--dropout=0.1",
+]
+
+
+SOAK = [
+    "config/train_gpt2_small_sophiag.py",
+    "--dataset=python",
+    "--total_bs=64",
+    "--batch_size=32",
+    "--max_iters=400",
+    "--warmup_iters=40",
+    "--learning_rate=5e-4",
+    "--beta1=0.9",
+    "--eval_interval=50",
+    "--eval_tokens=524288",
+    "--log_interval=5",
 ]
 
 
@@ -247,3 +263,43 @@ def test_memory_and_files_do_not_grow(corpus, tmp_path):
     print(seen)
     first, last = seen[1], seen[-2]
     assert last[0] < first[0] * 1.03 + 5000 and last[1] <= first[1] + 1
+
+
+def soak(out_dir, gpus, kills):
+    """A run of SOAK on two GPUs, ended `kills` times (a rank dies, all die, a signal) and started again each time."""
+    draw, said, words = random.Random(0), [], [*SOAK, f"--out_dir={out_dir}", "--init_from=auto"]
+    for kill in range(kills):
+        process = start(2, words, CUDA_VISIBLE_DEVICES=gpus)
+        said += wait_for_step(process, 60 * (kill + 1) + draw.randrange(30))
+        how = ("one rank", "all ranks", "a signal")[kill % 3]
+        if how == "all ranks":
+            kill_all(process)
+        else:
+            os.kill(ranks_of(process)[1], signal.SIGKILL if how == "one rank" else signal.SIGTERM)
+            output, _ = process.communicate(timeout=120)
+            said.append(output)
+            assert ("rank 0 ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
+            assert (process.returncode == 0) == (how == "a signal")
+        print(f"{out_dir.name}: {how} ended, metrics up to step {read_lines(out_dir)[-1]['step']}", flush=True)
+    process = start(2, words, CUDA_VISIBLE_DEVICES=gpus)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, "".join(said) + output
+    return {line["step"]: line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_soak_on_two_gpus(tmp_path):
+    """GPT-2 of 124M killed and resumed five times; two runs that were let alone say what bf16 and atomics differ by."""
+    pairs = ["0,1", "2,3"] if torch.cuda.device_count() >= 4 else ["0,1"]
+    with ThreadPoolExecutor(len(pairs)) as pool:  # at the same time where there are four
+        killed = pool.submit(soak, tmp_path / "killed", pairs[0], kills=5)
+        alone = pool.submit(lambda: [soak(tmp_path / name, pairs[-1], kills=0) for name in ("whole", "again")])
+    killed, (whole, again) = killed.result(), alone.result()
+    assert list(killed) == list(whole) == list(again)
+    noise, difference = ([abs(a[step] - b[step]) for step in whole] for a, b in ((again, whole), (killed, whole)))
+    for step in list(whole)[:: len(whole) // 10]:
+        print(f"step {step}: whole {whole[step]:.5f}, again {again[step]:.5f}, killed {killed[step]:.5f}")
+    print(f"largest difference: {max(difference):.5f}; of two runs let alone: {max(noise):.5f}")
+    assert max(difference) <= 2 * max(noise) + 1e-3
