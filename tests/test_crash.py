@@ -42,11 +42,11 @@ SOAK = [
 ]
 
 
-def start(ranks, words, **environment):
-    """A torchrun of train_sophiag.py in a process group of its own, not waited for."""
+def start(ranks, words, script=ROOT / "train_sophiag.py", **environment):
+    """A torchrun of a script in a process group of its own, not waited for."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*command, str(ROOT / "train_sophiag.py"), *words],
+        [*command, str(script), *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
     )  # fmt: skip
@@ -168,6 +168,25 @@ def test_a_dead_rank_is_named(corpus, tmp_path):
     assert process.returncode != 0
     named = re.findall(r"error: rank (\d) ends, because rank 1 died", output)
     assert named and set(named) <= {"0", "2"}, output
+
+
+def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):
+    """As NCCL does: the main thread of rank 0 waits for its GPU, that for rank 1, and neither notices."""
+    (tmp_path / "hanging.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport time, train_adam\n"
+        "from training.errors import command\nfrom training.run import Run\n"
+        "Run.clip_gradients = lambda run: (print('asleep', flush=True), time.sleep(300))\n"
+        "command(lambda: train_adam.main(sys.argv[1:]))"
+    )
+    process = start(2, tiny_words(corpus, tmp_path / "out"), script=tmp_path / "hanging.py")
+    for line in process.stdout:
+        if "asleep" in line:
+            break
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert "error: rank 0 ends, because rank 1 died" in output
+    assert time.monotonic() - started < 20
 
 
 def test_ranks_that_were_started_differently_say_so(corpus, tmp_path):

@@ -4,9 +4,13 @@ with World(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
 """
 
+import contextlib
 import datetime
 import os
+import select
 import signal
+import socket
+import sys
 import threading
 import time
 
@@ -15,7 +19,8 @@ import torch.distributed as dist
 
 from training.errors import RunError, UserError
 
-ANSWER_TIME = 5  # seconds in which a rank that is alive answers when it is asked who still is
+NOTICE_TIME = 5  # seconds in which a rank notices by itself that another died, if it can
+LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
 
 
 class World:
@@ -45,6 +50,7 @@ class World:
                 backend, store=self._store, rank=self.rank, world_size=self.size, device_id=own, timeout=patience
             )
             self._control = dist.new_group(backend="gloo", timeout=patience)
+        self._lifeline = Lifeline(self) if self.distributed and self.size > 1 else None
         self.backend = backend if self.distributed else "none"
 
     def _device(self, name):
@@ -73,7 +79,9 @@ class World:
         return self
 
     def __exit__(self, kind, *_):
-        if self.distributed:
+        if self._lifeline:
+            self._lifeline.close(well=kind is None)
+        if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a rank that died
             if kind is None:
                 dist.barrier(group=self._control)  # gloo aborts a rank that leaves while another still talks to it
             dist.destroy_process_group()
@@ -142,31 +150,15 @@ class World:
                 )
 
     def explain(self, error):
-        """The RunError for a collective that failed with `error`, naming the ranks that died; None for other errors.
-
-        Every rank that lives says so in the store that they met in; who does not within a few seconds is dead.
-        """
+        """The RunError for a collective that failed with `error`, naming the rank that died; None for other errors."""
+        if self._lifeline:
+            self._lifeline.leaving.set()
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-        if not self.distributed or not (isinstance(error, dist.DistError) or of_gloo):
+        if not self._lifeline or not (isinstance(error, dist.DistError) or of_gloo):
             return None
-        keys = [f"alive/{rank}" for rank in range(self.size)]
-        dead = keys
-        try:
-            self._store.set(keys[self.rank], "1")
-            until = time.monotonic() + ANSWER_TIME
-            while dead and time.monotonic() < until:
-                dead = [key for key in keys if not self._store.check([key])]
-                time.sleep(0.1)
-        except RuntimeError:
-            return RunError(
-                f"rank {self.rank} lost the other ranks ({_first_line(error)}); restart with --init_from=auto."
-            )
-        if not dead:
-            return RunError(
-                f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto."
-            )
-        names = ", ".join(key.removeprefix("alive/") for key in dead)
-        return RunError(f"rank {self.rank} ends, because rank {names} died; restart with --init_from=auto.")
+        if self._lifeline.broken.wait(NOTICE_TIME):
+            return RunError(self._lifeline.sentence())
+        return RunError(f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto.")
 
     def synchronize(self):
         """Wait until the device has done all it was given."""
@@ -180,6 +172,79 @@ class World:
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+class Lifeline:
+    """Tells every rank at once when another died. Without it the host waits for its GPU, NCCL for the dead until the
+    time-out, and then nobody can say who it was.
+
+    Rank 0 has a connection to each other rank; when a process ends, however it does, the system closes its own.
+    leaving: to be set when this rank has noticed by itself; if it does not, the lifeline ends it.
+    broken: set when a rank died, `dead`.
+    """
+
+    BYE = (2**32 - 1).to_bytes(4)
+
+    def __init__(self, world):
+        self.rank, self.dead, self.leaving, self.broken = world.rank, None, threading.Event(), threading.Event()
+        self._closed, patience = False, 60
+        server = socket.create_server(("", 0), backlog=world.size) if world.is_main else None
+        port = world.gather(server and server.getsockname()[1])[0]
+        self._ranks = {}  # connection: the rank at its other end
+        if server:
+            server.settimeout(patience)
+            for _ in range(world.size - 1):
+                connection, _ = server.accept()
+                connection.settimeout(patience)
+                self._ranks[connection] = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
+            server.close()
+        else:
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=patience)
+            connection.sendall(self.rank.to_bytes(4))
+            self._ranks[connection] = 0
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread.start()
+
+    def sentence(self):
+        return f"rank {self.rank} ends, because rank {self.dead} died; restart with --init_from=auto."
+
+    def close(self, well):
+        """Stop watching. The others learn that this rank leaves: where all went well they are told that it did."""
+        self.leaving.set()
+        self._closed = True
+        if well:
+            self._say(self.BYE)
+        else:
+            for connection in list(self._ranks):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _say(self, word):
+        for connection in list(self._ranks):
+            with contextlib.suppress(OSError):
+                connection.sendall(word)
+
+    def _watch(self):
+        while not self._closed and self._ranks:
+            for connection in select.select(list(self._ranks), [], [], 0.2)[0]:
+                try:
+                    word = connection.recv(4, socket.MSG_WAITALL)
+                except OSError:
+                    word = b""
+                rank = self._ranks.pop(connection)
+                if word != self.BYE and not self._closed:
+                    self._break(int.from_bytes(word) if word else rank)
+                    return
+
+    def _break(self, dead):
+        self.dead = dead
+        self.broken.set()
+        self._say(dead.to_bytes(4))  # rank 0 passes it on, for the others nobody is left to tell
+        if not self.leaving.wait(NOTICE_TIME):
+            print(f"error: {self.sentence()}", file=sys.stderr, flush=True)
+            os._exit(RunError.exit_code)
+        time.sleep(LEAVE_TIME)
+        os._exit(RunError.exit_code)
 
 
 class Signals:

@@ -170,13 +170,14 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        explained = self.world.explain(error)
         if self._writer:
             self._writer.wait()
-        explained = self.world.explain(error)
         if self._tracker:
             self._tracker.close()
-        self._ddp = None
-        gc.collect()  # DDP's cycles must be gone before the process group is: gloo aborts now and then otherwise
+        if not explained or self.world.backend == "gloo":
+            self._ddp = None
+            gc.collect()  # DDP's cycles must be gone before the process group is: gloo aborts now and then otherwise
         self.world.__exit__(kind, error, traceback)
         self._signals.restore()
         if explained:
