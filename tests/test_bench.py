@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import bench
+from benchmarks import report
 from training.errors import command
 
 
 def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
     """A tiny model on the CPU: every contender is timed, the floors are what they are defined to be."""
-    monkeypatch.setitem(bench.GPT2_SIZES, "30M", (1, 64))
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 64))
     out = tmp_path / "o.json"
     bench.main(f"optimizer --device cpu --models 30M --rounds 3 --calls 2 --commit abc --out {out}".split())
     result = json.loads(out.read_text())

@@ -2,7 +2,7 @@
 
 import re
 
-from bench import markdown_table
+from benchmarks.report import markdown_table
 from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig

@@ -1,0 +1,219 @@
+"""One optimizer step, its curvature update and its clipping, against the peers and the memory's speed."""
+
+import functools
+import gc
+import importlib.util
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import sophia
+from benchmarks.report import GPT2_SIZES, Report, alternate, model_names
+from training.errors import UserError
+
+
+def add_arguments(parser):
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
+    parser.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
+    parser.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
+    parser.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
+
+
+def gpt2_shapes(name):
+    """GPT-2's parameters: tied head, vocabulary padded to 50304, 1024 positions, no biases."""
+    layers, width = GPT2_SIZES[name]
+    block = [(width,), (3 * width, width), (width, width), (width,), (4 * width, width), (width, 4 * width)]
+    return [(50304, width), (1024, width), *block * layers, (width,)]
+
+
+def load_official(path):
+    """The class SophiaG of the official repository's checkout."""
+    if not (Path(path) / "sophia.py").is_file():
+        raise UserError(f"--official {path} has no sophia.py: name a checkout of the official repository.")
+    spec = importlib.util.spec_from_file_location("official_sophia", Path(path) / "sophia.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SophiaG
+
+
+def optimizer_contenders(args):
+    """name -> (params -> optimizer), decayed and undecayed groups as in training."""
+
+    def with_groups(cls, **settings):
+        def build(params):
+            groups = [{"params": [p for p in params[2:] if p.dim() > 1]}]
+            groups += [{"params": params[:2] + [p for p in params[2:] if p.dim() == 1], "weight_decay": 0.0}]
+            return cls(groups, lr=1e-6, weight_decay=0.1, **settings)
+
+        return build
+
+    if args.device == "cuda":
+        contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
+        contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
+    else:
+        contenders = {"sophia": with_groups(sophia.SophiaG)}
+        contenders["adamw_foreach"] = with_groups(torch.optim.AdamW, foreach=True)
+        contenders["sophia_foreach"] = with_groups(sophia.SophiaG, foreach=True)
+    if args.official:
+        contenders["official"] = with_groups(load_official(args.official))
+    return contenders
+
+
+def run(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device: use --device cpu, for the peers that run there.")
+    report = Report(args)
+    contenders = optimizer_contenders(args)
+    for model in args.models:
+        if args.device == "cuda":
+            for name, build in contenders.items():
+                measure_peak(report, name, model, build)
+        measure_times(report, model, contenders, args)
+        print_comparison(report, model, args.device)
+    if args.tune:
+        tune(args.models[-1], args)
+
+
+def make_parameters(model, device):
+    generator = torch.Generator(device).manual_seed(0)
+    return [nn.Parameter(torch.randn(s, device=device, generator=generator) * 0.02) for s in gpt2_shapes(model)]
+
+
+def make_gradients(params, seed):
+    generator = torch.Generator(params[0].device).manual_seed(seed)
+    return [torch.randn(p.shape, device=p.device, generator=generator) * 1e-3 for p in params]
+
+
+def measure_peak(report, name, model, build):
+    """Bytes asked of the allocator at the peak of estimate, clipping and steps; the floor is p + g + two states.
+
+    As asked for: what the allocator rounds up is the same for every optimizer (3% at 774M).
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    try:
+        params = make_parameters(model, "cuda")
+        optimizer = build(params)
+        for p, g in zip(params, make_gradients(params, 1), strict=True):
+            p.grad = g
+        torch.cuda.reset_peak_memory_stats()
+        if hasattr(optimizer, "max_grad_norm"):
+            optimizer.max_grad_norm = 1.0
+        for _ in range(2):
+            if hasattr(optimizer, "update_hessian"):
+                optimizer.update_hessian()
+            optimizer.step()
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+        report.add(name, model, "peak_bytes", peak - start, "bytes")
+        if name == "sophia":
+            report.add("floor", model, "peak_bytes", 4 * sum(p.nbytes for p in params), "bytes")
+    except Exception as error:
+        report.error(name, model, "peak_bytes", error)
+
+
+def measure_times(report, model, contenders, args):
+    gc.collect()
+    params = make_parameters(model, args.device)
+    count = sum(p.numel() for p in params)
+    # As in training, where gradients are freed and come back: they alternate between two places in memory.
+    places = [make_gradients(params, seed) for seed in (1, 2)]
+    turn = itertools.cycle(places)
+    optimizers = {name: build(params) for name, build in contenders.items()}
+
+    def with_gradients(call):
+        def run():
+            for p, g in zip(params, next(turn), strict=True):
+                p.grad = g
+            call()
+
+        return run
+
+    def clip_then_step(optimizer):
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    def clipped_step(optimizer):
+        optimizer.max_grad_norm = 1.0
+        optimizer.step()
+        optimizer.max_grad_norm = None
+
+    source, target = torch.randn(count, device=args.device), torch.empty(count, device=args.device)
+    copy_name, results = "floor", {}
+    estimating = {n: o for n, o in optimizers.items() if hasattr(o, "update_hessian")}
+    metrics = {
+        "update_hessian_ms": {n: functools.partial(o.update_hessian) for n, o in estimating.items()},
+        "step_ms": {n: functools.partial(o.step) for n, o in optimizers.items()},
+        "clip_step_ms": {
+            n: functools.partial(clipped_step if hasattr(o, "max_grad_norm") else clip_then_step, o)
+            for n, o in optimizers.items()
+        },
+    }
+    for metric, calls in metrics.items():
+        functions = {n: with_gradients(call) for n, call in calls.items()}
+        functions[copy_name] = lambda: target.copy_(source)
+        failed = functools.partial(lambda name, error, metric: report.error(name, model, metric, error), metric=metric)
+        results[metric] = alternate(functions, args.rounds, args.calls, args.device, failed)
+    copy_ms = statistics.median(r[copy_name] for r in results.values())
+    report.add("floor", model, "copy_gb_per_s", 8e-6 * count / copy_ms, "GB/s")
+    for metric, bytes_per_parameter in (("step_ms", 24), ("clip_step_ms", 28), ("update_hessian_ms", 12)):
+        for name, value in results[metric].items():
+            value = copy_ms * bytes_per_parameter / 8 if name == copy_name else value
+            report.add(name, model, metric, value, "ms")
+
+
+def print_comparison(report, model, device):
+    for metric in ("step_ms", "update_hessian_ms"):
+        ours, floor = report.value("sophia", model, metric), report.value("floor", model, metric)
+        if ours and floor:
+            print(f"{model:>6}  {metric}: sophia at {floor / ours:.1%} of the floor's speed", flush=True)
+    peer = "adamw_fused" if device == "cuda" else "adamw_foreach"
+    for metric in ("step_ms", "clip_step_ms"):
+        ours, theirs = report.value("sophia", model, metric), report.value(peer, model, metric)
+        if ours and theirs:
+            print(f"{model:>6}  {metric}: sophia takes {ours / theirs:.2f} of {peer}", flush=True)
+
+
+def tune(model, args):
+    """Every kernel under other launch settings: what to write into sophia._LAUNCH."""
+    params = make_parameters(model, args.device)
+    for p, g in zip(params, make_gradients(params, 1), strict=True):
+        p.grad = g
+    optimizer = sophia.SophiaG(params, lr=1e-6, fused=True)
+    optimizer.max_grad_norm = 1.0
+    optimizer.update_hessian()
+    optimizer.step()
+
+    def unclipped_step():
+        optimizer.max_grad_norm = None
+        optimizer.step()
+        optimizer.max_grad_norm = 1.0
+
+    calls = {
+        "step": unclipped_step,
+        "hessian": optimizer.update_hessian,
+        "square": lambda: optimizer._clip(optimizer._gather()),
+        "sums": optimizer.statistics,
+    }
+    configurations = [(512, 8, 2), (512, 4, 4), *itertools.product((1024,), (1, 2, 4, 8, 16), (4,))]
+    configurations += [*itertools.product((2048,), (1, 2, 4, 8), (4, 8)), *itertools.product((4096,), (1, 2, 4), (8,))]
+    chosen = dict(sophia._LAUNCH)
+    for kernel, call in calls.items():
+        times = {}
+        for configuration in configurations:
+            sophia._LAUNCH[kernel] = configuration
+            optimizer._tables.clear()
+            try:
+                times[configuration] = alternate({"": call}, 5, args.calls, args.device)[""]
+            except Exception as error:
+                print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
+        sophia._LAUNCH[kernel] = chosen[kernel]
+        optimizer._tables.clear()
+        for configuration, took in sorted(times.items(), key=lambda item: item[1]):
+            mark = "  <- now" if configuration == chosen[kernel] else ""
+            print(f"{model:>6}  tune {kernel:<8} {configuration!s:<14} {took:9.4f} ms{mark}", flush=True)

@@ -1,0 +1,110 @@
+"""What every benchmark needs: rows that are kept as they come, and contenders that take turns on the device's clock."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from training.errors import UserError
+
+GPT2_SIZES = {"30M": (6, 384), "124M": (12, 768), "355M": (24, 1024), "774M": (36, 1280)}  # layers, width
+
+
+class Report:
+    """The rows of one benchmark: printed when they come, and written after each, so that a crash loses nothing."""
+
+    def __init__(self, args):
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        self.path = Path(args.out)
+        command = " ".join(["python", "bench.py", *sys.argv[1:]])
+        self.content = {"device": device, "torch": torch.__version__, "commit": args.commit, "command": command}
+        self.content |= {"rows": [], "errors": []}
+        print(f"{device}, torch {torch.__version__}, commit {args.commit}", flush=True)
+
+    def add(self, contender, model, metric, value, unit):
+        row = {"contender": contender, "model": model, "metric": metric, "value": value, "unit": unit}
+        self.content["rows"].append(row)
+        print(f"{model:>6}  {metric:<20} {contender:<14} {value:12.4f} {unit}", flush=True)
+        self.write()
+
+    def error(self, contender, model, metric, error):
+        text = f"{contender} {model} {metric}: {type(error).__name__}: {error}"
+        self.content["errors"].append(text)
+        print(f"  failed: {text}", flush=True)
+        self.write()
+
+    def write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def value(self, contender, model, metric):
+        found = [r["value"] for r in self.content["rows"] if (contender, model, metric) == tuple(r.values())[:3]]
+        return found[0] if found else None
+
+
+def timed(function, calls, device):
+    """Milliseconds of one of `calls` calls in a row, on the device's clock, behind one that keeps the device busy.
+
+    So the host is ahead of the device, where it can be, as it is in training.
+    """
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) * 1e3 / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    function()
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def alternate(functions, rounds, calls, device, failed=None):
+    """name -> median milliseconds. The contenders take turns, so that a change of clocks falls on all of them."""
+    times = {name: [] for name in functions}
+    for round_ in range(rounds + 1):  # the first one warms up, and compiles
+        for name, function in functions.items():
+            if times[name] is None:
+                continue
+            try:
+                took = timed(function, calls if round_ else 3, device)
+                if round_:
+                    times[name].append(took)
+            except Exception as error:  # one contender's failure must not cost the others their rows
+                times[name] = None
+                if failed is not None:
+                    failed(name, error)
+    return {name: statistics.median(values) for name, values in times.items() if values}
+
+
+def markdown_table(path):
+    """The rows of a result: a line a metric and contender, a column a model."""
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of this script ({type(error).__name__}: {error}).") from None
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = {}
+    for row in rows:
+        values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
+    lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]
+    for (metric, contender, unit), cells in values.items():
+        scale, unit = (2**-30, "GiB") if unit == "bytes" else (1, unit)
+        name = metric.removesuffix("_ms").removesuffix("_bytes").removesuffix("_gb_per_s").replace("_", " ")
+        numbers = [f"{cells[model] * scale:.4g}" if model in cells else "" for model in models]
+        lines.append(f"| {name}, {unit} | {contender} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def model_names(text):
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(GPT2_SIZES)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(GPT2_SIZES)}")
+    return names
