@@ -91,7 +91,15 @@ class MLP(nn.Module):
         self.approximate = "tanh" if config.gelu == "tanh" else "none"
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+    def gelu(self, x):
+        if self.approximate == "none" or not torch.compiler.is_compiling():
+            return F.gelu(x, approximate=self.approximate)
+        y = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # the same function, (1 + tanh(z)) / 2 = sigmoid(2z), which compiles to a faster kernel
+        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -147,21 +155,28 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> (logits of the last position (B, 1, V), None), or with targets
         (logits (B, T, V), loss(logits, targets)). `loss` is any function that returns a scalar. With `caches`, one
         `Cache` a layer, idx are the tokens that follow those in them: any number at first, then one at a time."""
+        x = self.hidden(idx, caches)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, loss(logits, targets)
+
+    def hidden(self, idx, caches=None):
+        """idx (B, T) int64 -> what the output matrix is multiplied with, (B, T, C), in autocast's dtype."""
         seen = caches[0].length if caches else 0
         if seen + idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens are more than the model's block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[seen : seen + idx.size(1)]  # (B, T, C)
-        x = self.transformer.drop(x)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        x = self.transformer.drop(x).to(dtype)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, caches[layer] if caches else None)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)  # (B, T, V)
-        return logits, loss(logits, targets)
+        return self.transformer.ln_f(x).to(dtype)
 
     def num_params(self, non_embedding=True):
         """Number of parameters; as nanoGPT counts them, without position embeddings (the tied matrix counts once)."""

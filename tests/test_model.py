@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, cross_entropy, peak_flops, sample
+from model import GPT, MLP, GPTConfig, cross_entropy, peak_flops, sample
 
 SMALL = dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
 SIZES = {
@@ -439,3 +439,9 @@ def test_activation_checkpointing_keeps_one_tensor_a_block():
             model(idx, idx)
         kept[model.activation_checkpointing] = sum(saved)
     assert kept[True] < 0.2 * kept[False]
+
+
+def test_compiled_gelu_is_the_same_function():
+    mlp = MLP(GPTConfig(n_embd=16)).double()
+    x = torch.randn(4, 16, dtype=torch.float64) * 3
+    torch.testing.assert_close(torch.compile(mlp, backend="eager")(x), mlp(x), rtol=1e-12, atol=1e-14)

@@ -12,6 +12,7 @@ with Run(config) as run:
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -27,6 +28,7 @@ from training import data
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
+from training.loss import LinearLoss
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
@@ -84,8 +86,7 @@ class Run:
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
-        loss = _Loss(self.model)
-        self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
+        self._forward = _Loss(self.model, config.compile)
         if world.distributed:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
@@ -101,8 +102,7 @@ class Run:
         counts = checkpoint["counts"] if resume else {"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
         self._counts = {name: torch.tensor(count, device=world.device) for name, count in counts.items()}
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
-        self._grad_norm = None
-        self._loss = None
+        self._grad_norm = self._grad_scale = self._loss = None
         self._compiled = set()
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
         self._logged = None  # (step, seconds) of the last line that knows them
@@ -314,7 +314,7 @@ class Run:
         """
         if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
             self._compile(batch[0], loss)
-        self._loss, self._grad_norm = torch.zeros((), device=self.world.device), None
+        self._loss, self._grad_norm, self._grad_scale = torch.zeros((), device=self.world.device), None, None
         for i, (inputs, targets, weight) in enumerate(batch):
             with self._sync(last=i + 1 == len(batch)):
                 value = self._piece_loss(inputs, targets, loss) * weight
@@ -342,6 +342,7 @@ class Run:
         for tensor in total:
             self.world.sum(tensor)
         self._grad_norm = torch.nn.utils.get_total_norm(total, foreach=True)  # what `apply` then looks at
+        self._grad_scale = None
         return total
 
     def _sync(self, last):
@@ -370,12 +371,20 @@ class Run:
         return self._grad_norm
 
     def clip_gradients(self):
-        """Scale the gradients down to a global norm of at most `grad_clip`."""
-        norm = self._measure_gradients()
-        if self.config.grad_clip:
-            self._counts["clipped"] += norm > self.config.grad_clip
+        """Scale the gradients down to a global norm of at most `grad_clip`: in the optimizer's step, if it can."""
+        norm, limit = self._measure_gradients(), self.config.grad_clip
+        if not limit:
+            return
+        self._counts["clipped"] += norm > limit
+        if self._scales_gradients():
+            self._grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+        else:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+
+    def _scales_gradients(self):
+        """Whether the optimizer knows the protocol of torch's GradScaler: `grad_scale` and `found_inf`."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def apply(self, method, **arguments):
         """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
@@ -387,8 +396,8 @@ class Run:
         self._counts["skipped"] += found_inf
         self._counts["skipped_in_a_row"] += 1
         self._counts["skipped_in_a_row"] *= found_inf
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, found_inf
+        if self._scales_gradients():
+            self.optimizer.grad_scale, self.optimizer.found_inf = self._grad_scale, found_inf
             method(**arguments)
             del self.optimizer.grad_scale, self.optimizer.found_inf
         elif not found_inf.item():
@@ -494,14 +503,26 @@ class Run:
 
 
 class _Loss(torch.nn.Module):
-    """The model without its logits: a compiled graph that returns them has to keep them all (12 GiB at 124M x 64)."""
+    """The model's loss without its logits, which would take most of the memory (12 GiB at 124M x 64). Compiled or not.
 
-    def __init__(self, model):
+    Where a gradient is wanted `LinearLoss` gives it; without, the model does all.
+    """
+
+    def __init__(self, model, compiled):
         super().__init__()
         self.model = model
+        self._compile = functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
+        self._hidden = self._compile(model.hidden)
+        self._whole = self._compile(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
+        self._losses = {cross_entropy: cross_entropy}  # that one has a kernel of its own
 
     def forward(self, inputs, targets, loss=cross_entropy):
-        return self.model(inputs, targets, loss)[1]
+        if not torch.is_grad_enabled():
+            return self._whole(inputs, targets, loss)
+        if loss not in self._losses:
+            self._losses[loss] = self._compile(loss)
+        hidden = self._hidden(inputs).flatten(0, 1)
+        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), self._losses[loss])
 
 
 def _resolve_dtype(dtype, device):

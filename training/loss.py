@@ -1,0 +1,96 @@
+"""The loss at the output matrix, which needs no more than a piece of the logits at a time: 3 GiB instead of 12 at 124M.
+
+loss = LinearLoss.apply(hidden, weight, targets, cross_entropy)       # (N, C), (V, C), (N,)
+loss.backward()
+"""
+
+import functools
+
+import torch
+
+from model import cross_entropy
+
+
+class LinearLoss(torch.autograd.Function):
+    """loss(hidden @ weight.T, targets), scalar, for a `loss` that is a mean over the rows of the logits.
+
+    The gradients are computed in the forward pass, piece by piece, where a piece's logits are at hand; that of the
+    weight is summed in the weight's precision.
+    """
+
+    ELEMENTS = 2**30  # logits of a piece, at most
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss):
+        narrow, pieces = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
+        total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
+        room = hidden.new_empty(-(-len(hidden) // pieces), len(weight))
+        for h, t, d_h in zip(*(x.tensor_split(pieces) for x in (hidden, targets, d_hidden)), strict=True):
+            logits = torch.mm(h, narrow.t(), out=room[: len(h)])
+            if loss is cross_entropy and logits.is_cuda:
+                value, gradient = fused_cross_entropy(logits, t)
+            else:
+                value, gradient = loss_and_gradient(logits, t, loss)
+            total += value
+            torch.mm(gradient, narrow, out=d_h)
+            if weight.is_cuda and weight.dtype != h.dtype:
+                torch.addmm(d_weight, gradient.t(), h, out_dtype=weight.dtype, out=d_weight)
+            else:
+                d_weight.addmm_(gradient.t().to(weight.dtype), h.to(weight.dtype))
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        d_hidden, d_weight = ctx.saved_tensors
+        grad_output = grad_output / len(d_hidden)
+        return d_hidden * grad_output, d_weight * grad_output, None, None
+
+
+def loss_and_gradient(logits, targets, loss):
+    """The sum over the rows of a loss that is a mean, and its gradient by the logits."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        total = loss(logits, targets) * len(logits)
+        return total.detach(), *torch.autograd.grad(total, logits)
+
+
+def fused_cross_entropy(logits, targets):
+    """The sum of the cross-entropies, and its gradient by the logits (N, V), which takes the place of the logits."""
+    losses = torch.empty(len(logits), device=logits.device)
+    block, warps = LAUNCH
+    _kernel()[(len(logits),)](logits, targets, losses, logits.shape[1], logits.stride(0), BLOCK=block, num_warps=warps)
+    return losses.sum(), logits
+
+
+LAUNCH = 8192, 16  # columns at a time, warps; measured on an H200 at V = 50304
+
+
+@functools.cache
+def _kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(logits, targets, losses, columns, stride, BLOCK: tl.constexpr):
+        """One row a program: its log-sum-exp in one pass, its gradient in a second."""
+        LOG2_E: tl.constexpr = 1.4426950408889634
+        row = tl.program_id(0).to(tl.int64)
+        base, target = logits + row * stride, tl.load(targets + row)
+        peak, total = -float("inf"), 0.0
+        for first in range(0, columns, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.load(base + at, mask=at < columns, other=-float("inf")).to(tl.float32) * LOG2_E
+            higher = tl.maximum(peak, tl.max(x))
+            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(x - higher))
+            peak = higher
+        log_total = peak + tl.log2(total)  # in base 2
+        tl.store(losses + row, log_total / LOG2_E - tl.load(base + target).to(tl.float32))
+        tl.debug_barrier()  # the logit of the target is read before its gradient takes its place
+        for first in range(0, columns, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.load(base + at, mask=at < columns, other=-float("inf")).to(tl.float32) * LOG2_E
+            gradient = tl.exp2(x - log_total) - tl.where(at == target, 1.0, 0.0)
+            tl.store(base + at, gradient.to(logits.dtype.element_ty), mask=at < columns)
+
+    return kernel
