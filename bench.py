@@ -1,6 +1,8 @@
 """Speed and memory of this repository's parts, beside their peers, measured in one run.
 
     python bench.py optimizer [--official PATH] [--models 124M,355M,774M]
+    python bench.py train [--nanogpt PATH] [--official PATH] [--models 124M,355M]
+    python bench.py losses HEAD~1 HEAD ["HEAD~1 --batch_size=32"]
     python bench.py table assets/bench/optimizer.json
 
 A subcommand prints its rows as it goes and writes them as JSON: {"device", "torch", "commit", "command", "rows":
@@ -9,13 +11,15 @@ A subcommand prints its rows as it goes and writes them as JSON: {"device", "tor
 
 import argparse
 
-from benchmarks import optimizer
+from benchmarks import losses, optimizer, train
 from benchmarks.report import markdown_table
 from training.errors import command
 from training.tracking import git_commit
 
 BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
+    "train": (train, "tokens/s and memory of training, against peers; what curvature costs; several GPUs"),
+    "losses": (losses, "how far apart the losses of two settings, or two commits, are over a short run"),
 }
 
 

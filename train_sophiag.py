@@ -50,6 +50,8 @@ class SophiaConfig(TrainConfig):
             self.hess_bs = min(32, self.total_bs) if hutchinsons else max(1, self.total_bs // 4)
         if self.sophia_start_iter and self.init_from.startswith("import:"):
             raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
+        if hutchinsons and self.fp8:
+            raise UserError("fp8 cannot be differentiated twice, as sophiah has to; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
 

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.util
 import itertools
 import statistics
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 import sophia
-from benchmarks.report import GPT2_SIZES, Report, alternate, model_names
+from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from training.errors import UserError
 
 
@@ -26,19 +25,9 @@ def add_arguments(parser):
 
 def gpt2_shapes(name):
     """GPT-2's parameters: tied head, vocabulary padded to 50304, 1024 positions, no biases."""
-    layers, width = GPT2_SIZES[name]
+    layers, _, width = GPT2_SIZES[name]
     block = [(width,), (3 * width, width), (width, width), (width,), (4 * width, width), (width, 4 * width)]
     return [(50304, width), (1024, width), *block * layers, (width,)]
-
-
-def load_official(path):
-    """The class SophiaG of the official repository's checkout."""
-    if not (Path(path) / "sophia.py").is_file():
-        raise UserError(f"--official {path} has no sophia.py: name a checkout of the official repository.")
-    spec = importlib.util.spec_from_file_location("official_sophia", Path(path) / "sophia.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SophiaG
 
 
 def optimizer_contenders(args):
@@ -60,7 +49,7 @@ def optimizer_contenders(args):
         contenders["adamw_foreach"] = with_groups(torch.optim.AdamW, foreach=True)
         contenders["sophia_foreach"] = with_groups(sophia.SophiaG, foreach=True)
     if args.official:
-        contenders["official"] = with_groups(load_official(args.official))
+        contenders["official"] = with_groups(load_module(Path(args.official) / "sophia.py", "official_sophia").SophiaG)
     return contenders
 
 

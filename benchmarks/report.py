@@ -1,6 +1,7 @@
 """What every benchmark needs: rows that are kept as they come, and contenders that take turns on the device's clock."""
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -11,7 +12,13 @@ import torch
 
 from training.errors import UserError
 
-GPT2_SIZES = {"30M": (6, 384), "124M": (12, 768), "355M": (24, 1024), "774M": (36, 1280)}  # layers, width
+GPT2_SIZES = {  # layers, heads, width
+    "30M": (6, 6, 384),
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1.5B": (48, 25, 1600),
+}
 
 
 class Report:
@@ -82,6 +89,16 @@ def alternate(functions, rounds, calls, device, failed=None):
                 if failed is not None:
                     failed(name, error)
     return {name: statistics.median(values) for name, values in times.items() if values}
+
+
+def load_module(path, name):
+    """A peer's file as a module of its own."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: name a checkout of the peer's repository.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def markdown_table(path):

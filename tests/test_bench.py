@@ -1,18 +1,21 @@
 """bench.py: its rows, its table, its errors; the times themselves mean something on a GPU only."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 import bench
-from benchmarks import report
-from training.errors import command
+import model
+from benchmarks import report, train
+from tests.conftest import ROOT, tiny_words
+from training.errors import UserError, command
 
 
 def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
     """A tiny model on the CPU: every contender is timed, the floors are what they are defined to be."""
-    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 64))
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 64))
     out = tmp_path / "o.json"
     bench.main(f"optimizer --device cpu --models 30M --rounds 3 --calls 2 --commit abc --out {out}".split())
     result = json.loads(out.read_text())
@@ -32,7 +35,7 @@ def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("optimizer --official /no/such --device cpu --models 30M --out OUT", "has no sophia.py"),
+        ("optimizer --official /no/such --device cpu --models 30M --out OUT", "sophia.py is missing"),
         ("table /no/such.json", "is no result of this script"),
         ("table EMPTY", "is no result of this script"),
         ("optimizer --out OUT", "no CUDA device"),
@@ -47,3 +50,59 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
     assert not (tmp_path / "o.json").exists(), "nothing half-written"
+
+
+PEER = '''
+from dataclasses import dataclass
+import torch
+from model_of_ours import GPT as Ours, GPTConfig as Shape
+
+@dataclass
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool
+    dropout: float
+
+class GPT(Ours):
+    def __init__(self, config):
+        super().__init__(Shape(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+'''
+
+
+def test_train_rows(tmp_path, monkeypatch):
+    """Toy models on the CPU: every part gives its rows, on one process and two."""
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
+    monkeypatch.setitem(train.MICRO_BATCH, "30M", 2)
+    monkeypatch.setitem(sys.modules, "model_of_ours", model)
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer" / "model.py").write_text(PEER)
+    out = tmp_path / "t.json"
+    words = f"train --device cpu --models 30M --rounds 1 --steps 2 --block_size 16 --compile False --out {out}"
+    bench.main([*words.split(), f"--nanogpt={tmp_path / 'peer'}", "--commit=abc"])
+    result = json.loads(out.read_text())
+    assert result["errors"] == []
+    value = {(row["contender"], row["metric"]): row["value"] for row in result["rows"]}
+    for contender in ("ours", "nanogpt", "ours_checkpointing", "ours_fsdp", "ours_fsdp_checkpointing"):
+        assert value[contender, "tokens_per_second"] > 0, contender
+    assert value["ours", "scaling_2gpu"] > 0
+    assert {("sophiag", "curvature_overhead"), ("sophiah", "curvature_overhead")} <= set(value)
+    assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 2
+
+
+def test_losses(tmp_path, corpus, capsys):
+    """Two seeds differ, a micro-batch hardly, nothing not at all; a checkout elsewhere is a run too."""
+    base = " ".join(tiny_words(corpus, tmp_path / "unused")) + " --max_iters=12"
+    out = tmp_path / "l.json"
+    words = ["losses", "--seed=1", "--seed=2", f"{ROOT} --seed=1", "--seed=1 --batch_size=6"]
+    bench.main([*words, "--base", base, "--device=cpu", f"--out={out}"])
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["metric"] == "largest_loss_difference"]
+    other, same, micro_batch = (row["value"] for row in rows)
+    assert other > 1e-3 and same == 0 and micro_batch < 1e-5
+    with pytest.raises(UserError, match="neither a folder nor a commit"):
+        bench.main(["losses", "--seed=1", "nothing", "--base", base, "--device=cpu", f"--out={out}"])

@@ -442,6 +442,6 @@ def test_activation_checkpointing_keeps_one_tensor_a_block():
 
 
 def test_compiled_gelu_is_the_same_function():
-    mlp = MLP(GPTConfig(n_embd=16)).double()
+    mlp = MLP(GPTConfig(n_head=2, n_embd=16)).double()
     x = torch.randn(4, 16, dtype=torch.float64) * 3
     torch.testing.assert_close(torch.compile(mlp, backend="eager")(x), mlp(x), rtol=1e-12, atol=1e-14)

@@ -106,6 +106,7 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
+    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
     activation_checkpointing: bool = setting(False, "keep only a block's input and compute it again: less memory")
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
@@ -129,6 +130,8 @@ class TrainConfig:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
+        if self.fp8 and self.dtype not in ("auto", "bfloat16"):
+            raise UserError(f"fp8 goes with dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size

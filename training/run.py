@@ -28,6 +28,7 @@ from training import data
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
+from training.fp8 import to_fp8
 from training.loss import LinearLoss
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
@@ -83,6 +84,8 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
+        if config.fp8:
+            to_fp8(self.model, world.device)
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64

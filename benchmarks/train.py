@@ -1,0 +1,327 @@
+"""Training steps of whole models beside nanoGPT's and the official repository's: one process, in turns, median times.
+
+What is timed is the training loop: reading the batch, forward, backward, clipping at 1.0 and the optimizer's step, with
+bf16 autocast and torch.compile for all. Compilation, which comes before, is reported beside.
+"""
+
+import contextlib
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_adam
+import train_sophiag
+from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
+from model import GPT, GPTConfig, peak_flops
+from training.config import load_config
+from training.errors import UserError
+from training.run import Run
+from training.tracking import METRICS, read_metrics
+
+# Each contender's best of those that were tried (12, 32, 64, 128), on an H200.
+MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
+OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # more does not fit, or is slower
+ACCUMULATION = 4  # micro-batches in a step where the cost of the curvature is measured
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_arguments(parser):
+    parser.add_argument("--nanogpt", metavar="PATH", help="checkout of karpathy/nanoGPT")
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
+    parser.add_argument("--models", type=model_names, default="124M,355M", help=f"of {', '.join(GPT2_SIZES)}")
+    parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="what to measure")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every contender; the median counts")
+    parser.add_argument("--steps", type=int, default=10, help="steps in a row that one turn times")
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--compile", type=lambda word: word == "True", default=True, help="True or False")
+
+
+def run(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device: use --device cpu, to try it out.")
+    parts = {"speed": speed, "curvature": curvature, "checkpointing": checkpointing, "scaling": scaling, "fsdp": fsdp}
+    chosen = args.parts.split(",")
+    if unknown := sorted(set(chosen) - set(parts)):
+        raise UserError(f"--parts {','.join(unknown)}: expected some of {','.join(parts)}.")
+    for path in (args.nanogpt, args.official):
+        if path and not (Path(path) / "model.py").is_file():
+            raise UserError(f"{path} has no model.py: name a checkout of the peer's repository.")
+    report = Report(args)
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        write_tokens(args.folder)
+        for model in args.models:
+            for part in chosen:
+                parts[part](report, model, args)
+
+
+def write_tokens(folder, count=4_000_000):
+    """Random tokens, common ones often: the speed does not depend on the text."""
+    tokens = (np.random.default_rng(0).zipf(1.2, count) - 1) % 50257
+    for split in ("train", "val"):
+        tokens.astype("<u2").tofile(folder / f"{split}.bin")
+
+
+def settings(model, args, micro_batch, **more):
+    """Command-line words of a run of `model`, as a person would type them."""
+    layers, heads, width = GPT2_SIZES[model]
+    words = {
+        "dataset": args.folder, "n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size,
+        "batch_size": micro_batch, "total_bs": micro_batch, "max_iters": 10**6, "warmup_iters": 10,
+        "learning_rate": 3e-4, "eval_interval": 10**9, "eval_tokens": args.block_size, "log_interval": 10**9,
+        "device": args.device, "compile": args.compile,
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in (words | more).items()]
+
+
+class Ours:
+    """A run of train_adam.py or train_sophiag.py whose steps are done one by one."""
+
+    def __init__(self, words, out_dir, sophia=False):
+        kind = train_sophiag.SophiaConfig if sophia else train_adam.AdamConfig
+        self.config = load_config(kind, [*words, f"--out_dir={out_dir}"])
+        self.run = Run(self.config)
+        self.arguments = {}
+        if sophia:
+            self.optimizer, self.arguments = train_sophiag.make_optimizer(self.config, self.run)
+        else:
+            self.optimizer = train_adam.make_optimizer(self.config, self.run.parameter_groups(), fused=True)
+        self.run.attach(self.optimizer)
+        self.sophia, self.steps = sophia, self.run.steps()
+
+    def __call__(self):
+        step, run = next(self.steps), self.run
+        if self.sophia and step % self.config.hess_interval == 0:
+            train_sophiag.update_hessian(self.config, run, self.optimizer, step)
+        run.backward(run.train_batch(step))
+        run.clip_gradients()
+        run.apply(self.optimizer.step, **self.arguments)
+
+    def close(self):
+        self.steps.close()
+        self.run.__exit__(None, None, None)
+
+
+class Peer:
+    """A peer's model in nanoGPT's training loop: the next batch is fetched while the device works."""
+
+    def __init__(self, model, optimizer, micro_batch, args):
+        self.model, self.optimizer, self.shape = model, optimizer, (micro_batch, args.block_size)
+        self.compiled = torch.compile(model) if args.compile else model
+        self.tokens, self.device = np.memmap(args.folder / "train.bin", dtype=np.uint16, mode="r"), args.device
+        self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+        self.batch = self.fetch()
+
+    def fetch(self):
+        rows, length = self.shape
+        starts = torch.randint(len(self.tokens) - length, (rows,)).tolist()
+        pair = (
+            torch.stack(
+                [torch.from_numpy(self.tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
+            )
+            for shift in (0, 1)
+        )
+        if self.device == "cuda":
+            return [batch.pin_memory().to("cuda", non_blocking=True) for batch in pair]
+        return list(pair)
+
+    def __call__(self):
+        with self.autocast:
+            _, loss = self.compiled(*self.batch)
+        self.batch = self.fetch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def close(self):
+        self.model = self.compiled = self.optimizer = None
+
+
+def make_nanogpt(model, args):
+    module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
+    layers, heads, width = GPT2_SIZES[model]
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size, "vocab_size": 50304}
+    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
+    return Peer(gpt, optimizer, MICRO_BATCH[model], args)
+
+
+def make_official(model, args):
+    """Its model and its SophiaG.step; the curvature pass of its script, every 10th step, is left out."""
+    ours = sys.modules["sophia"]
+    try:  # its model imports its own sophia.py by this name
+        sys.modules["sophia"] = load_module(Path(args.official) / "sophia.py", "official_sophia")
+        module = load_module(Path(args.official) / "model.py", "official_model")
+    finally:
+        sys.modules["sophia"] = ours
+    layers, heads, width = GPT2_SIZES[model]
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size, "vocab_size": 50304}
+    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    optimizer = gpt.configure_optimizers("sophiag", 0.2, 3e-4, (0.965, 0.99), 0.05, args.device)
+    return Peer(gpt, optimizer, OFFICIAL_MICRO_BATCH[model], args)
+
+
+def start(report, name, model, make, args):
+    """A contender after its first steps, or None where it failed. Its compilation and its memory are reported."""
+    gc.collect()
+    base = 0
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        base = torch.cuda.memory_allocated()
+    try:
+        contender = make()
+        begun = time.perf_counter()
+        contender()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        report.add(name, model, "compile_seconds", time.perf_counter() - begun, "s")
+        contender()
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            contender()
+            torch.cuda.synchronize()
+            report.add(name, model, "peak_gib", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
+        return contender
+    except Exception as error:  # one contender's failure must not cost the others their rows
+        report.error(name, model, "start", error)
+        return None
+
+
+@contextlib.contextmanager
+def started(report, model, makers, args):
+    contenders = {name: start(report, name, model, make, args) for name, make in makers.items()}
+    contenders = {name: contender for name, contender in contenders.items() if contender}
+    try:
+        yield contenders
+    finally:
+        for contender in contenders.values():
+            contender.close()
+        contenders.clear()
+        torch._dynamo.reset()
+
+
+def compare(report, model, contenders, tokens, args):
+    """name -> milliseconds of a step; tokens/s and MFU are reported. tokens: in a step of each contender."""
+    failed = partial(lambda name, error: report.error(name, model, "step", error))
+    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
+    layers, heads, width = GPT2_SIZES[model]
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=args.block_size))
+    peak = peak_flops(report.content["device"], "bfloat16")
+    for name, milliseconds in times.items():
+        report.add(name, model, "tokens_per_second", tokens[name] / milliseconds * 1e3, "tokens/s")
+        if peak:
+            flops = gpt.flops_per_token(args.block_size) * tokens[name] / milliseconds * 1e3
+            report.add(name, model, "mfu", flops / peak, "share")
+    return times
+
+
+def speed(report, model, args):
+    micro = MICRO_BATCH[model]
+    sizes = {"ours": micro, "ours_fp8": micro, "nanogpt": micro, "official": OFFICIAL_MICRO_BATCH[model]}
+    makers = {"ours": lambda: Ours(settings(model, args, micro), args.folder / f"ours_{model}")}
+    if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        makers["ours_fp8"] = lambda: Ours(settings(model, args, micro, fp8=True), args.folder / f"fp8_{model}")
+    if args.nanogpt:
+        makers["nanogpt"] = lambda: make_nanogpt(model, args)
+    if args.official:
+        makers["official"] = lambda: make_official(model, args)
+    with started(report, model, makers, args) as contenders:
+        for name in contenders:
+            report.add(name, model, "micro_batch", sizes[name], "sequences")
+        compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
+    for name in ("nanogpt", "official", "ours_fp8"):
+        metrics = ("tokens_per_second", "peak_gib")
+        ratios = [
+            (metric, report.value("ours", model, metric), report.value(name, model, metric)) for metric in metrics
+        ]
+        said = ", ".join(f"{metric} {ours / theirs:.3f}" for metric, ours, theirs in ratios if ours and theirs)
+        if said:
+            print(f"{model:>6}  ours over {name}: {said}", flush=True)
+
+
+def curvature(report, model, args):
+    """What Sophia costs over AdamW, its estimates every 10 steps included: a share of AdamW's time."""
+    micro = MICRO_BATCH[model]
+    words = settings(model, args, micro, total_bs=ACCUMULATION * micro)
+    out_dir = args.folder / f"curvature_{model}"
+    makers = {"adamw": lambda: Ours(words, f"{out_dir}_adamw")}
+    for name in ("sophiag", "sophiah"):
+        own = [*words, f"--optimizer_name={name}"]
+        makers[name] = partial(Ours, own, f"{out_dir}_{name}", sophia=True)
+    with started(report, model, makers, args) as contenders:
+        steps = {**vars(args), "steps": 10}  # one estimate in each turn
+        tokens = ACCUMULATION * micro * args.block_size
+        times = compare(report, model, contenders, dict.fromkeys(contenders, tokens), type(args)(**steps))
+    for name in set(times) & {"sophiag", "sophiah"} if "adamw" in times else ():
+        report.add(name, model, "curvature_overhead", times[name] / times["adamw"] - 1, "share")
+
+
+def checkpointing(report, model, args):
+    micro = MICRO_BATCH[model]
+    words = settings(model, args, micro, activation_checkpointing=True)
+    makers = {"ours_checkpointing": lambda: Ours(words, args.folder / f"checkpointing_{model}")}
+    with started(report, model, makers, args) as contenders:
+        compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
+
+
+def ended_run(ranks, script, words, out_dir, **numbers):
+    """(tokens/s, GiB) of a run of 60 steps under torchrun, from its metrics."""
+    words = [*words, f"--out_dir={out_dir}", *(f"--{key}={value}" for key, value in numbers.items())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*command, str(ROOT / script), *words], capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))
+    lines = read_metrics(Path(out_dir) / METRICS)
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    memory = [line["memory_gib"] for line in lines if "memory_gib" in line]
+    return statistics.median(speeds[1:]), max(memory, default=0.0)
+
+
+SHORT = {"max_iters": 61, "log_interval": 10, "eval_interval": 10**6}
+
+
+def scaling(report, model, args):
+    """Tokens/s of two GPUs over that of one, at the same micro-batch: the same script, one rank and two."""
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
+        return print("  scaling: left out, one GPU here", flush=True)
+    micro, speeds = MICRO_BATCH[model], []
+    for ranks in (1, 2):
+        words = settings(model, args, micro, total_bs=micro * ranks, **SHORT)
+        try:
+            tokens, _ = ended_run(ranks, "train_adam.py", words, args.folder / f"scaling_{model}_{ranks}")
+        except Exception as error:
+            return report.error("ours", model, "scaling_2gpu", error)
+        speeds.append(tokens)
+        print(f"{model:>6}  {ranks} ranks: {tokens:,.0f} tokens/s", flush=True)
+    report.add("ours", model, "scaling_2gpu", speeds[1] / speeds[0], "times one GPU")
+
+
+def fsdp(report, model, args):
+    """Sophia-G with parameters, gradients and states sharded over two GPUs, and beside it with checkpointing."""
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
+        return print("  fsdp: left out, one GPU here", flush=True)
+    micro = MICRO_BATCH[model]
+    for name, again in (("ours_fsdp", False), ("ours_fsdp_checkpointing", True)):
+        words = settings(model, args, micro, total_bs=micro * 2, fsdp=True, activation_checkpointing=again, **SHORT)
+        try:
+            tokens, memory = ended_run(2, "train_sophiag.py", words, args.folder / f"{name}_{model}")
+        except Exception as error:
+            report.error(name, model, "tokens_per_second", error)
+            continue
+        report.add(name, model, "tokens_per_second", tokens, "tokens/s")
+        report.add(name, model, "micro_batch", micro, "sequences")
+        if memory:
+            report.add(name, model, "peak_gib", memory, "GiB")

@@ -1,0 +1,76 @@
+"""fp8: which layers it takes, what stays as it was, how far its losses are off, and its refusals."""
+
+import copy
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from tests.conftest import read_lines, tiny_words
+from train_sophiag import main
+from training import run as run_module
+from training.errors import UserError
+from training.fp8 import to_fp8
+
+CPU = torch.device("cpu")
+
+
+def test_only_the_blocks_linear_layers(monkeypatch):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    plain, names = copy.deepcopy(model), [name for name, _ in model.named_parameters()]
+    parameters = list(model.parameters())
+    to_fp8(model, CPU, emulate=True)
+    converted = [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
+    assert converted == [f"transformer.h.{i}.{x}" for i in (0, 1) for x in
+                         ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]  # fmt: skip
+    assert [name for name, _ in model.named_parameters()] == names, "checkpoints and parameter groups fit"
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    idx = torch.randint(64, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [m(idx, idx.roll(1))[1] for m in (plain, model)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() != losses[1].item() and abs(losses[0].item() - losses[1].item()) < 0.05
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() < 0.2 * a.grad.norm()
+
+
+def test_a_run(tiny, tmp_path, monkeypatch):
+    """Emulated on the CPU: Sophia-G with it learns, writes the same kind of checkpoint, and is resumed without it."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(run_module, "to_fp8", lambda model, device: to_fp8(model, device, emulate=True))
+    main([*tiny, "--dtype=bfloat16", "--fp8=True"])
+    losses = [line["train/loss"] for line in read_lines(tmp_path / "out") if "train/loss" in line]
+    assert losses[-1] < losses[0]
+    main([*tiny, "--dtype=bfloat16", "--max_iters=32", "--init_from=resume"])
+    assert read_lines(tmp_path / "out")[-1]["step"] == 32
+
+
+def test_refusals(corpus, tmp_path):
+    words = tiny_words(corpus, tmp_path / "out")
+    with pytest.raises(UserError, match=r"fp8 needs an NVIDIA GPU with FP8 products .* this is cpu"):
+        main([*words, "--dtype=bfloat16", "--fp8=True"])
+    with pytest.raises(UserError, match="fp8 goes with dtype = 'bfloat16'"):
+        main([*words, "--dtype=float32", "--fp8=True"])
+    with pytest.raises(UserError, match="cannot be differentiated twice"):
+        main([*words, "--optimizer_name=sophiah", "--fp8=True"])
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_loss_is_that_of_bf16():
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=512)).cuda()
+    plain = copy.deepcopy(model)
+    to_fp8(model, torch.device("cuda"))
+    idx = torch.randint(512, (8, 128), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = [torch.compile(m)(idx, idx.roll(1))[1] for m in (plain, model)]
+    losses[1].backward()
+    assert abs(losses[0].item() - losses[1].item()) < 0.01
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
