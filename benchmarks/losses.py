@@ -1,10 +1,10 @@
 """How far the losses of training are apart under two settings, or at two commits: the same seed, the same tokens.
 
     python bench.py losses HEAD~1 HEAD "HEAD~1 --batch_size=32"
-    python bench.py losses "--fp8=False" "--fp8=True" --base "config/train_gpt2_medium_sophiag.py --max_iters=300"
+    python bench.py losses . ". --fp8=True" --base "config/train_gpt2_medium_sophiag.py --max_iters=300"
 
-Each word is a run: a commit or a folder with a checkout (this one if none is named), and settings. The first is what
-the others are compared with. A yardstick is a run that differs in nothing but its micro-batch.
+Each word is a run: a commit, or a folder with a checkout (. is this one), and settings after it. The first is what the
+others are compared with. A yardstick is a run that differs in nothing but its micro-batch.
 """
 
 import os
@@ -26,7 +26,7 @@ EVERY_STEP = ["--log_interval=1", "--eval_interval=1000000"]
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="[COMMIT|FOLDER] [--key=value ...], in quotes")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="COMMIT or FOLDER [--key=value ...], in quotes")
     parser.add_argument("--base", default=BASE, help="what all runs share; default: %(default)s")
     parser.add_argument("--script", default="train_sophiag.py", choices=("train_sophiag.py", "train_adam.py"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -66,11 +66,9 @@ def run(args):
 
 def place_of(words, tree):
     """(checkout, settings) of a run; a commit is checked out into `tree`."""
-    words = shlex.split(words)
-    if not words or words[0].startswith("--"):
-        return ROOT, words
+    words = shlex.split(words) or ["."]
     if Path(words[0]).is_dir():
-        return Path(words[0]).resolve(), words[1:]
+        return (ROOT if words[0] == "." else Path(words[0]).resolve()), words[1:]
     done = subprocess.run(
         ["git", "-C", ROOT, "worktree", "add", "--detach", tree, words[0]], capture_output=True, text=True
     )

@@ -99,10 +99,10 @@ def test_losses(tmp_path, corpus, capsys):
     """Two seeds differ, a micro-batch hardly, nothing not at all; a checkout elsewhere is a run too."""
     base = " ".join(tiny_words(corpus, tmp_path / "unused")) + " --max_iters=12"
     out = tmp_path / "l.json"
-    words = ["losses", "--seed=1", "--seed=2", f"{ROOT} --seed=1", "--seed=1 --batch_size=6"]
+    words = ["losses", ". --seed=1", ". --seed=2", f"{ROOT} --seed=1", ". --seed=1 --batch_size=6"]
     bench.main([*words, "--base", base, "--device=cpu", f"--out={out}"])
     rows = [row for row in json.loads(out.read_text())["rows"] if row["metric"] == "largest_loss_difference"]
     other, same, micro_batch = (row["value"] for row in rows)
     assert other > 1e-3 and same == 0 and micro_batch < 1e-5
     with pytest.raises(UserError, match="neither a folder nor a commit"):
-        bench.main(["losses", "--seed=1", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+        bench.main(["losses", ".", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
