@@ -401,13 +401,12 @@ class Run:
         """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
         config, world = self.config, self.world
         world.everywhere(self.corpus.check_unchanged)
-        starts = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)[
-            world.rank :: world.size
-        ]
+        windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
+        starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
-        for first in range(0, len(starts), config.batch_size):
+        for first in range(0, most, config.batch_size):  # as often on every rank: FSDP has all take part in each
             piece = starts[first : first + config.batch_size]
             inputs, targets = data.take_windows(self.corpus.val, piece, config.block_size)
             missing = config.batch_size - len(piece)  # fill up: another shape would be compiled anew
@@ -417,7 +416,8 @@ class Run:
             )
             with self._autocast:
                 loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
-            total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
+            if len(piece):
+                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
         self.model.train()
         loss, tokens = world.sum(total).tolist()
         return loss / tokens
