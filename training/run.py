@@ -12,6 +12,7 @@ with Run(config) as run:
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -24,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
-from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
+from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
+from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +59,8 @@ class Run:
         config, world = self.config, self.world
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
         config.gradient_accumulation_steps = _accumulation(config, world.size)
+        if config.fsdp:
+            check_sharding(config, world)
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.same({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
@@ -79,14 +83,19 @@ class Run:
         self.model = GPT(self._model_config(checkpoint))
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
+        if config.fsdp:
+            shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
-        loss = _Loss(self.model)
-        self._forward = torch.compile(loss, dynamic=False) if config.compile else loss
-        if world.distributed:
+        compiled = functools.cache(functools.partial(torch.compile, dynamic=False)) if config.compile else _as_it_is
+        if config.fsdp:  # its blocks are compiled one by one, since they gather their parameters in between
+            self._forward = _Loss(self.model, compiled)
+        else:
+            self._forward = compiled(_Loss(self.model))
+        if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(
@@ -198,6 +207,8 @@ class Run:
         `statistics()` gives more numbers to log, by metric name; it is called only where a line is logged.
         """
         self.optimizer, self._statistics = optimizer, statistics
+        if self.config.fsdp:
+            optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             optimizer.load_state_dict(self._resumed["optimizer"])
             self._scaler.load_state_dict(self._resumed["scaler"])
@@ -345,6 +356,8 @@ class Run:
 
     def _sync(self, last):
         """The ranks exchange gradients in the backward pass of the last piece only."""
+        if self.config.fsdp:
+            self.model.set_requires_gradient_sync(last)
         return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
 
     def _piece_loss(self, inputs, targets, loss):
@@ -355,7 +368,8 @@ class Run:
         """Compile the graphs of `loss` by a pass that leaves nothing behind, outside of the training time."""
         inputs, targets, _ = piece
         devices = _rng_devices(self.world.device)
-        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last=False):
+        last = self.config.fsdp  # what FSDP has not exchanged it keeps, where zero_grad does not reach it
+        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last):
             self._piece_loss(inputs, targets, loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         self._compiled.add((loss, inputs.shape))
@@ -365,7 +379,7 @@ class Run:
 
     def _measure_gradients(self):
         if self._grad_norm is None:
-            self._grad_norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
+            self._grad_norm = total_norm(self._gradients(), self.world)
         return self._grad_norm
 
     def clip_gradients(self):
@@ -406,7 +420,7 @@ class Run:
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
-        for first in range(0, most, config.batch_size):  # as often on every rank: FSDP has all take part in each
+        for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp all take part in each pass
             piece = starts[first : first + config.batch_size]
             inputs, targets = data.take_windows(self.corpus.val, piece, config.block_size)
             missing = config.batch_size - len(piece)  # fill up: another shape would be compiled anew
@@ -432,12 +446,12 @@ class Run:
             "train/clip_rate": self._counts["clipped"] / (step + 1),
             "train/skipped": self._counts["skipped"],
             "skipped_in_a_row": self._counts["skipped_in_a_row"],
-            "param_norm": torch.nn.utils.get_total_norm(parameters, foreach=True),
+            "param_norm": total_norm(parameters, world),
         }
         states = self.optimizer.state.values()
         momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
         if momenta:
-            numbers["momentum_norm"] = torch.nn.utils.get_total_norm(momenta, foreach=True)
+            numbers["momentum_norm"] = total_norm(momenta, world)
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
@@ -472,10 +486,10 @@ class Run:
         """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(_rng_state(self.world))
         self._saved = step
-        if not self.world.is_main:
+        if not self.world.is_main and not self.config.fsdp:
             return
         checkpoint = {
-            "model": self.model.state_dict(),
+            "model": self.model.state_dict(keep_vars=True),  # so that the tied matrix is one object
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "step": step,
@@ -487,20 +501,27 @@ class Run:
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "rng": rng,
-            "wandb_id": self._tracker.wandb_id,
+            "wandb_id": self._tracker and self._tracker.wandb_id,
         }
-        self._writer.save(checkpoint)
+        if self._writer:
+            self._writer.save(checkpoint)
+        else:
+            copy_to_host(checkpoint, keep=False)  # this rank's part of what rank 0 gathers
+
+
+def _as_it_is(function):
+    return function
 
 
 class _Loss(torch.nn.Module):
     """The model without its logits: a compiled graph that returns them has to keep them all (12 GiB at 124M x 64)."""
 
-    def __init__(self, model):
+    def __init__(self, model, compiled=_as_it_is):
         super().__init__()
-        self.model = model
+        self.model, self.compiled = model, compiled
 
     def forward(self, inputs, targets, loss=cross_entropy):
-        return self.model(inputs, targets, loss)[1]
+        return self.model(inputs, targets, self.compiled(loss))[1]
 
 
 def _resolve_dtype(dtype, device):
