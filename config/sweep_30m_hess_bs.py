@@ -1,4 +1,4 @@
-# Sophia-G's curvature from a quarter of the batch (the default) and from all of it: 30M, 1000 steps of 128 x 512 tokens,
+# Curvature from a quarter of the batch (the default) and from all of it: 30M, 1000 steps of 128 x 512 tokens,
 # three seeds each.
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_hess_bs.py --out_dir=out/sweep_30m_hess_bs

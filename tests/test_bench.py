@@ -78,7 +78,7 @@ class GPT(Ours):
 def test_train_rows(tmp_path, monkeypatch):
     """Toy models on the CPU: every part gives its rows, on one process and two."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
-    monkeypatch.setitem(train.MICRO_BATCH, "30M", 2)
+    monkeypatch.setitem(train.MICRO_BATCH, "30M", 4)
     monkeypatch.setitem(sys.modules, "model_of_ours", model)
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer" / "model.py").write_text(PEER)
@@ -92,7 +92,7 @@ def test_train_rows(tmp_path, monkeypatch):
         assert value[contender, "tokens_per_second"] > 0, contender
     assert value["ours", "scaling_2gpu"] > 0
     assert {("sophiag", "curvature_overhead"), ("sophiah", "curvature_overhead")} <= set(value)
-    assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 2
+    assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
 
 
 def test_losses(tmp_path, corpus, capsys):

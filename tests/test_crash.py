@@ -90,9 +90,9 @@ def same_end(first, second):
     assert [line.get(key) for line in read_lines(first)] == [line.get(key) for line in read_lines(second)]
 
 
-def killed_run(corpus, tmp_path, kills, seed):
+def killed_run(corpus, tmp_path, kills, seed, *words):
     """Kill a 2-rank run `kills` times at random moments, then let it end; compare with one that was let alone."""
-    run = [*RUN, f"--max_iters={20 * kills}"]
+    run = [*RUN, f"--max_iters={20 * kills}", *words]
     done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "whole"), *run])
     assert done.returncode == 0, done.stderr
     draw, words = random.Random(seed), [*tiny_words(corpus, tmp_path / "killed"), *run, "--init_from=auto"]
@@ -116,6 +116,10 @@ def killed_run(corpus, tmp_path, kills, seed):
 
 def test_killed_six_times(corpus, tmp_path):
     killed_run(corpus, tmp_path, kills=6, seed=0)
+
+
+def test_a_sharded_run_killed_twice(corpus, tmp_path):
+    killed_run(corpus, tmp_path, 2, 2, "--fsdp=True")
 
 
 @pytest.mark.slow

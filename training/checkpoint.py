@@ -109,18 +109,29 @@ class CheckpointWriter:
             self._thread = None
 
 
-def copy_to_host(thing, seen=None):
-    """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one."""
+def copy_to_host(thing, seen=None, keep=True):
+    """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one.
+
+    A tensor that is sharded over the ranks is gathered whole, one at a time: then every rank has to call this, those
+    that do not want the copy with keep=False.
+    """
     seen = {} if seen is None else seen
+    if hasattr(thing, "full_tensor"):  # a DTensor
+        if id(thing) not in seen:
+            whole = thing.detach().full_tensor()
+            seen[id(thing)] = whole.to("cpu", copy=True) if keep else None
+        return seen[id(thing)]
     if isinstance(thing, torch.Tensor):
+        if not keep:
+            return None
         key = (thing.device, thing.data_ptr(), thing.dtype, thing.shape, thing.stride())
         if key not in seen:
             seen[key] = thing.detach().to("cpu", copy=True)
         return seen[key]
     if isinstance(thing, dict):
-        return {key: copy_to_host(value, seen) for key, value in thing.items()}
+        return {key: copy_to_host(value, seen, keep) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)):
-        return type(thing)(copy_to_host(value, seen) for value in thing)
+        return type(thing)(copy_to_host(value, seen, keep) for value in thing)
     return thing
 
 

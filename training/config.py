@@ -108,6 +108,7 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile the model")
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
     activation_checkpointing: bool = setting(False, "keep only a block's input and compute it again: less memory")
+    fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2) instead of a copy on each")
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )

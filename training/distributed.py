@@ -87,6 +87,10 @@ class World:
             dist.destroy_process_group()
             self.distributed = False
 
+    def mesh(self):
+        """All ranks in a row, over which `sharding` splits a model."""
+        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+
     def sum(self, tensor):
         """The sum of `tensor` over the ranks, in place."""
         if self.distributed:

@@ -25,13 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
-from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, kept_checkpoints, load_checkpoint
+from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
 from training.fp8 import to_fp8
 from training.loss import LinearLoss
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
+from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,6 +61,8 @@ class Run:
         config, world = self.config, self.world
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
         config.gradient_accumulation_steps = _accumulation(config, world.size)
+        if config.fsdp:
+            check_sharding(config, world)
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.same({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
@@ -82,15 +85,17 @@ class Run:
         self.model = GPT(self._model_config(checkpoint))
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
-        self.model.to(world.device)
-        self.model.activation_checkpointing = config.activation_checkpointing
         if config.fp8:
             to_fp8(self.model, world.device)
+        if config.fsdp:
+            shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
+        self.model.to(world.device)
+        self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
-        self._forward = _Loss(self.model, config.compile)
-        if world.distributed:
+        self._forward = _Loss(self.model, config.compile, config.fsdp)
+        if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(
@@ -202,6 +207,8 @@ class Run:
         `statistics()` gives more numbers to log, by metric name; it is called only where a line is logged.
         """
         self.optimizer, self._statistics = optimizer, statistics
+        if self.config.fsdp:
+            optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             optimizer.load_state_dict(self._resumed["optimizer"])
             self._scaler.load_state_dict(self._resumed["scaler"])
@@ -350,6 +357,8 @@ class Run:
 
     def _sync(self, last):
         """The ranks exchange gradients in the backward pass of the last piece only."""
+        if self.config.fsdp:
+            self.model.set_requires_gradient_sync(last)
         return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
 
     def _piece_loss(self, inputs, targets, loss):
@@ -360,7 +369,8 @@ class Run:
         """Compile the graphs of `loss` by a pass that leaves nothing behind, outside of the training time."""
         inputs, targets, _ = piece
         devices = _rng_devices(self.world.device)
-        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last=False):
+        last = self.config.fsdp  # what FSDP has not exchanged it keeps, where zero_grad does not reach it
+        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last):
             self._piece_loss(inputs, targets, loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         self._compiled.add((loss, inputs.shape))
@@ -370,7 +380,7 @@ class Run:
 
     def _measure_gradients(self):
         if self._grad_norm is None:
-            self._grad_norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
+            self._grad_norm = total_norm(self._gradients(), self.world)
         return self._grad_norm
 
     def clip_gradients(self):
@@ -414,13 +424,12 @@ class Run:
         """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
         config, world = self.config, self.world
         world.everywhere(self.corpus.check_unchanged)
-        starts = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)[
-            world.rank :: world.size
-        ]
+        windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
+        starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
-        for first in range(0, len(starts), config.batch_size):
+        for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp all take part in each pass
             piece = starts[first : first + config.batch_size]
             inputs, targets = data.take_windows(self.corpus.val, piece, config.block_size)
             missing = config.batch_size - len(piece)  # fill up: another shape would be compiled anew
@@ -430,7 +439,8 @@ class Run:
             )
             with self._autocast:
                 loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
-            total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
+            if len(piece):
+                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
         self.model.train()
         loss, tokens = world.sum(total).tolist()
         return loss / tokens
@@ -445,12 +455,12 @@ class Run:
             "train/clip_rate": self._counts["clipped"] / (step + 1),
             "train/skipped": self._counts["skipped"],
             "skipped_in_a_row": self._counts["skipped_in_a_row"],
-            "param_norm": torch.nn.utils.get_total_norm(parameters, foreach=True),
+            "param_norm": total_norm(parameters, world),
         }
         states = self.optimizer.state.values()
         momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
         if momenta:
-            numbers["momentum_norm"] = torch.nn.utils.get_total_norm(momenta, foreach=True)
+            numbers["momentum_norm"] = total_norm(momenta, world)
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
@@ -485,10 +495,10 @@ class Run:
         """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(_rng_state(self.world))
         self._saved = step
-        if not self.world.is_main:
+        if not self.world.is_main and not self.config.fsdp:
             return
         checkpoint = {
-            "model": self.model.state_dict(),
+            "model": self.model.state_dict(keep_vars=True),  # so that the tied matrix is one object
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "step": step,
@@ -500,32 +510,41 @@ class Run:
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "rng": rng,
-            "wandb_id": self._tracker.wandb_id,
+            "wandb_id": self._tracker and self._tracker.wandb_id,
         }
-        self._writer.save(checkpoint)
+        if self._writer:
+            self._writer.save(checkpoint)
+        else:
+            copy_to_host(checkpoint, keep=False)  # this rank's part of what rank 0 gathers
+
+
+def _as_it_is(function):
+    return function
 
 
 class _Loss(torch.nn.Module):
     """The model's loss without its logits, which would take most of the memory (12 GiB at 124M x 64). Compiled or not.
 
-    Where a gradient is wanted `LinearLoss` gives it; without, the model does all.
+    Where a gradient is wanted `LinearLoss` gives it; without, or where the model is sharded and has to gather its
+    parameters itself, block by block, the model does all.
     """
 
-    def __init__(self, model, compiled):
+    def __init__(self, model, compiled, sharded):
         super().__init__()
-        self.model = model
-        self._compile = functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
-        self._hidden = self._compile(model.hidden)
-        self._whole = self._compile(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
-        self._losses = {cross_entropy: cross_entropy}  # that one has a kernel of its own
+        self.model, self._sharded = model, sharded
+        compiled = functools.partial(torch.compile, dynamic=False) if compiled else _as_it_is
+        self._hidden = compiled(model.hidden)
+        self._whole = compiled(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
+        self._compiled_loss = functools.cache(lambda loss: compiled(loss))
 
     def forward(self, inputs, targets, loss=cross_entropy):
+        if self._sharded:
+            return self.model(inputs, targets, self._compiled_loss(loss))[1]
         if not torch.is_grad_enabled():
             return self._whole(inputs, targets, loss)
-        if loss not in self._losses:
-            self._losses[loss] = self._compile(loss)
         hidden = self._hidden(inputs).flatten(0, 1)
-        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), self._losses[loss])
+        loss = loss if loss is cross_entropy else self._compiled_loss(loss)  # that one has a kernel
+        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
 
 
 def _resolve_dtype(dtype, device):

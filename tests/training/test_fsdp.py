@@ -1,0 +1,245 @@
+"""fsdp=True against DistributedDataParallel: the same losses, the same checkpoints, a share of the memory."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+import sample
+import train_adam
+import train_sophiag
+from tests.conftest import ROOT, read_lines, tiny_words, torchrun, write_corpus
+from tests.training.test_run import losses, refused
+from training.checkpoint import read_checkpoint
+from training.errors import UserError
+from training.sharding import check_sharding
+
+# 3 passes a step on 2 ranks, 2 on 3; every step is clipped, a good part of the coordinates is not
+RUN = ["--batch_size=4", "--grad_clip=0.2", "--lr_decay_iters=16", "--eval_interval=4", "--eval_tokens=560"]
+SOPHIA = [*RUN, "--hess_interval=5", "--rho=1.0"]
+
+
+def train(ranks, script, corpus, out_dir, *words):
+    done = torchrun(ranks, script, [*tiny_words(corpus, out_dir), *words], timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+def tensors(thing, path=""):
+    """(path, tensor or number) of everything in nested dicts and lists."""
+    if isinstance(thing, (dict, list, tuple)):
+        items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        return [pair for key, value in items for pair in tensors(value, f"{path}/{key}")]
+    return [(path, thing)]
+
+
+def same_run(sharded, copied, loss=1e-5, weights=1e-4):
+    ours, theirs = read_lines(sharded), read_lines(copied)
+    assert [line.keys() - {"tokens_per_second"} for line in ours] == [
+        line.keys() - {"tokens_per_second"} for line in theirs
+    ]
+    for key in ("train/loss", "val/loss", "grad_norm", "hessian_norm", "param_norm", "momentum_norm", "train/win_rate"):
+        a, b = ([line[key] for line in lines if key in line] for lines in (ours, theirs))
+        coordinate = 2e-4 if key == "train/win_rate" else None  # a few of 27,000 are that close to the threshold
+        assert a == pytest.approx(b, rel=loss if "loss" in key else max(1e-4, 10 * loss), abs=coordinate), key
+    a, b = (read_checkpoint(folder / "ckpt.pt") for folder in (sharded, copied))
+    for part in ("model", "optimizer"):
+        a_part, b_part = (dict(tensors(checkpoint[part])) for checkpoint in (a, b))
+        assert a_part.keys() == b_part.keys()
+        for name, value in a_part.items():
+            if isinstance(value, torch.Tensor):
+                assert type(value) is torch.Tensor and value.shape == b_part[name].shape, name
+                torch.testing.assert_close(value, b_part[name], rtol=0, atol=weights, msg=name)
+            elif not isinstance(value, float):
+                assert value == b_part[name], name
+    assert a["model"]["lm_head.weight"].data_ptr() == a["model"]["transformer.wte.weight"].data_ptr()
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Folders of 2-rank runs of Sophia-G over 16 steps, sharded ("True") and copied ("False")."""
+    folder = tmp_path_factory.mktemp("runs")
+    for fsdp in (True, False):
+        words = [*SOPHIA, "--max_iters=16", "--keep_checkpoints=4", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, folder / str(fsdp), *words)
+    return folder
+
+
+def test_sophia_takes_the_same_steps(runs):
+    same_run(runs / "True", runs / "False")
+    lines = read_lines(runs / "True")
+    assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer):
+    for fsdp in (True, False):
+        biases = optimizer != "lion"  # the keys' biases have no gradient, but for rounding, and Lion takes its sign
+        words = [*RUN, "--max_iters=8", f"--bias={biases}", f"--optimizer_name={optimizer}", f"--fsdp={fsdp}"]
+        train(2, "train_adam.py", corpus, tmp_path / str(fsdp), *words)
+    same_run(tmp_path / "True", tmp_path / "False", weights=1e-3)  # the bias of the keys has no gradient but rounding
+
+
+@pytest.mark.parametrize("before, ranks, fsdp", [(True, 3, True), (True, 1, False), (False, 2, True), (True, 1, True)])
+def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before, ranks, fsdp):
+    out_dir = shutil.copytree(runs / str(before), tmp_path / "run")
+    os.replace(out_dir / "ckpt_8.pt", out_dir / "ckpt.pt")
+    words = [*SOPHIA, "--max_iters=16", "--init_from=resume", f"--fsdp={fsdp}"]
+    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, out_dir), *words])
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 8" in done.stdout
+    changed = done.stdout.partition("changed since the checkpoint: ")[2].splitlines()[0].split(", ")
+    assert ("fsdp" in changed) == (before != fsdp)
+    assert losses(out_dir) == pytest.approx(losses(runs / "False"), abs=1e-4)
+
+
+def test_adamw_becomes_sophia(corpus, tmp_path):
+    for fsdp in (True, False):
+        words = [*SOPHIA, "--max_iters=8", "--sophia_start_iter=4", "--hess_warmup=2", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+    same_run(tmp_path / "True", tmp_path / "False")
+
+
+def test_bfloat16_with_activation_checkpointing_and_dropout(corpus, tmp_path):
+    """Copies that keep their activations against shards that compute them again."""
+    for fsdp in (True, False):
+        words = [*SOPHIA, "--max_iters=8", "--dtype=bfloat16", "--dropout=0.1"]
+        words += [f"--fsdp={fsdp}", f"--activation_checkpointing={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+    same_run(tmp_path / "True", tmp_path / "False", loss=1e-3, weights=1e-2)
+    assert losses(tmp_path / "True")[0] == losses(tmp_path / "False")[0]
+
+
+def test_compiled_blocks(corpus, tmp_path):
+    for fsdp in (True, False):
+        words = [*SOPHIA, "--max_iters=4", f"--fsdp={fsdp}", f"--compile={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+    same_run(tmp_path / "True", tmp_path / "False")
+
+
+PROBE = f"""
+import json, math, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist, train_sophiag
+from training.run import Run
+
+out, exchanges, calls = sys.argv[1], [], []
+name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
+def count(*arguments, exchange=getattr(dist, name), **more):
+    exchanges.append(1)
+    return exchange(*arguments, **more)
+setattr(dist, name, count)
+
+def poisoned(run, *arguments, piece_loss=Run._piece_loss):
+    calls.append(1)
+    bad = os.environ["RANK"] == "1" and len(calls) == {{}}
+    return piece_loss(run, *arguments) * (math.inf if bad else 1.0)
+Run._piece_loss = poisoned
+
+def watched(run, steps=Run.steps):
+    yield from steps(run)
+    local = lambda ts: [getattr(t, "_local_tensor", t).numel() for t in ts]
+    parameters = list(run.parameter_groups()[0]["params"]) + list(run.parameter_groups()[1]["params"])
+    states = [run.optimizer.state[p] for p in parameters]
+    found = {{{{
+        "whole": [p.numel() for p in parameters], "parameters": local(parameters),
+        "exp_avg": local(s["exp_avg"] for s in states), "hessian": local(s["hessian"] for s in states),
+        "exchanges": len(exchanges), "passes": len(calls),
+    }}}}
+    open(out + os.environ["RANK"], "w").write(json.dumps(found))
+Run.steps = watched
+train_sophiag.main(sys.argv[2:])
+"""
+
+
+def probe(corpus, tmp_path, name, fsdp, poison=None):
+    """A 2-rank run of 6 steps; what each rank held at its end. poison: the pass in which rank 1's loss is infinite."""
+    (tmp_path / "probe.py").write_text(PROBE.format(poison))
+    words = [*tiny_words(corpus, tmp_path / name), *SOPHIA, "--max_iters=6", f"--fsdp={fsdp}"]
+    done = torchrun(2, tmp_path / "probe.py", [str(tmp_path / f"{name}."), *words])
+    assert done.returncode == 0, done.stderr
+    return [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
+
+
+def test_each_rank_holds_its_half_and_exchanges_gradients_once_a_step(corpus, tmp_path):
+    for found in probe(corpus, tmp_path, "sharded", fsdp=True):
+        half = [n // 2 for n in found["whole"]]
+        assert found["parameters"] == found["exp_avg"] == found["hessian"] == half
+        # in 6 steps of 3 passes and 2 curvature estimates of 1: two blocks and the rest, each once a backward()
+        assert found["passes"] == 6 * 3 + 2 and found["exchanges"] == (6 + 2) * 3
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_alike(corpus, tmp_path):
+    for fsdp in (True, False):
+        probe(corpus, tmp_path, str(fsdp), fsdp, poison=9)  # in step 2
+    assert [line["train/skipped"] for line in read_lines(tmp_path / "True")[:-1]] == [0, 0, 1, 1, 1, 1]
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5, nan_ok=True)
+    a, b = (read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("True", "False"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_its_checkpoint_is_read_by_the_other_scripts(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "corpus", vocab_size=12)
+    meta = {"vocab_size": 12, "tokenizer": {"characters": "\n abcdefghij"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    out_dir = train(2, "train_adam.py", folder, tmp_path / "run", *RUN, "--max_iters=8", "--fsdp=True")
+    words = [f"--out_dir={out_dir}", "--device=cpu"]
+    found = evaluate.main([*words, f"--dataset={folder}"])
+    assert found["loss"] == pytest.approx(read_lines(out_dir)[-1]["val/loss"], abs=0.05)
+    sample.main([*words, "--start=abba", "--max_new_tokens=5"])
+    assert "abba" in capsys.readouterr().out
+
+
+# ----- bad input
+
+
+def test_one_process_is_told_of_torchrun(tiny, tmp_path, capsys):
+    assert "start it with torchrun" in refused(capsys, train_sophiag.main, [*tiny, "--fsdp=True"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "script, words, said",
+    [
+        (train_sophiag, ["--optimizer_name=sophiah"], "'sophiah' does not work with fsdp = True, .* use sophiag"),
+        (train_adam, ["--optimizer_name=muon"], "'muon' does not work .* whole; use sophiag, adamw or lion"),
+        (train_adam, ["--optimizer_name=sgd"], "'sgd' does not work"),
+        (train_sophiag, ["--hess_bs=7"], "hess_bs = 7 is not divisible by the 4 ranks, .* use --hess_bs=4"),
+        (train_sophiag, ["--hess_bs=3"], "use --hess_bs=4"),
+    ],
+)
+def test_what_does_not_work_is_refused(tiny, script, words, said):
+    cls = train_adam.AdamConfig if script is train_adam else train_sophiag.SophiaConfig
+    config = script.load_config(cls, [*tiny, *words, "--fsdp=True"])
+    with pytest.raises(UserError, match=said):
+        check_sharding(config, SimpleNamespace(distributed=True, size=4))
+
+
+def test_two_ranks_refuse_once(tiny, tmp_path):
+    done = torchrun(2, "train_sophiag.py", [*tiny, "--optimizer_name=sophiah", "--fsdp=True"])
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr
+    assert done.stderr.count("error: optimizer_name = 'sophiah'") == 1 and not (tmp_path / "out").exists()
+
+
+# ----- on GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_like_copies(corpus, tmp_path):
+    """NCCL, bfloat16, compiled; then the sharded checkpoint goes on in one process."""
+    for fsdp in (True, False):
+        words = [*SOPHIA, "--device=cuda", "--dtype=bfloat16", "--n_embd=256", "--n_layer=4", "--n_head=4"]
+        words += ["--max_iters=16", "--compile=True", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=0.03)
+    words = [*words, "--init_from=resume", "--max_iters=20", "--fsdp=False"]
+    shutil.copytree(tmp_path / "True", tmp_path / "alone")
+    shutil.copytree(tmp_path / "True", tmp_path / "together")
+    train(1, "train_sophiag.py", corpus, tmp_path / "alone", *words)
+    train(2, "train_sophiag.py", corpus, tmp_path / "together", *words, "--fsdp=True")
+    assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), abs=0.03)
