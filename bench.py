@@ -1,6 +1,7 @@
 """Speed and memory of this repository's parts, beside their peers, measured in one run.
 
     python bench.py optimizer [--official PATH] [--models 124M,355M,774M]
+    python bench.py data [--device cuda]
     python bench.py table assets/bench/optimizer.json
 
 A subcommand prints its rows as it goes and writes them as JSON: {"device", "torch", "commit", "command", "rows":
@@ -9,13 +10,14 @@ A subcommand prints its rows as it goes and writes them as JSON: {"device", "tor
 
 import argparse
 
-from benchmarks import optimizer
+from benchmarks import data, optimizer
 from benchmarks.report import markdown_table
 from training.errors import command
 from training.tracking import git_commit
 
 BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
+    "data": (data, "prepare.py beside bare tiktoken, and what the input pipeline adds to a training step"),
 }
 
 
