@@ -3,6 +3,7 @@
     python bench.py optimizer [--official PATH] [--models 124M,355M,774M]
     python bench.py train [--nanogpt PATH] [--official PATH] [--models 124M,355M]
     python bench.py losses HEAD~1 HEAD ["HEAD~1 --batch_size=32"]
+    python bench.py data [--device cuda]
     python bench.py table assets/bench/optimizer.json
 
 A subcommand prints its rows as it goes and writes them as JSON: {"device", "torch", "commit", "command", "rows":
@@ -11,7 +12,7 @@ A subcommand prints its rows as it goes and writes them as JSON: {"device", "tor
 
 import argparse
 
-from benchmarks import losses, optimizer, train
+from benchmarks import data, losses, optimizer, train
 from benchmarks.report import markdown_table
 from training.errors import command
 from training.tracking import git_commit
@@ -20,6 +21,7 @@ BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
     "train": (train, "tokens/s and memory of training, against peers; what curvature costs; several GPUs"),
     "losses": (losses, "how far apart the losses of two settings, or two commits, are over a short run"),
+    "data": (data, "prepare.py beside bare tiktoken, and what the input pipeline adds to a training step"),
 }
 
 

@@ -4,7 +4,7 @@
     if not corpus.is_prepared(args, source):
         corpus.write(args, documents, "gpt2", source)    # documents: pairs like ("train", "To be, or not to be")
 
-No process holds more than a few megabytes of text, or one document where that is larger.
+A few megabytes of text for each thread are in memory, or one document where that is larger.
 """
 
 import argparse
@@ -12,14 +12,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +23,7 @@ import numpy as np
 from training.errors import UserError
 from training.tokenizer import get_tokenizer
 
-TASK = 1 << 20  # characters that a process tokenizes at a time: enough to hide the transfer, small enough to share out
+TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +36,7 @@ def arguments(description, script):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="default: %(default)s")
-    parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing processes (default: %(default)s)")
+    parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser
 
@@ -192,12 +188,7 @@ def _encode(tokenizer, task):
 
 def _in_parallel(tasks, tokenizer, num_proc):
     """Yield (task, its tokens) in order; at most 2 * num_proc tasks are in memory."""
-    if num_proc == 1:
-        yield from ((task, _encode(tokenizer, task)) for task in tasks)
-        return
-    # Spawned, not forked: a fork beside the threads of pyarrow or datasets can hang.
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending = deque()
+    pool, pending = ThreadPoolExecutor(num_proc), deque()  # tiktoken works without the interpreter's lock
     try:
         for task in tasks:
             pending.append((task, pool.submit(_encode, tokenizer, task)))
@@ -205,17 +196,8 @@ def _in_parallel(tasks, tokenizer, num_proc):
                 task, future = pending.popleft()
                 yield task, future.result()
         yield from ((task, future.result()) for task, future in pending)
-    except BrokenProcessPool as error:
-        raise UserError("a tokenizing process was killed; if memory ran out, use a smaller --num_proc") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_worker():
-    """Leave Ctrl-C to the parent, and end with it even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _sha256(path):

@@ -8,7 +8,8 @@ import torch
 
 import bench
 import model
-from benchmarks import report, train
+from benchmarks import data, report, train
+from data import sources
 from tests.conftest import ROOT, tiny_words
 from training.errors import UserError, command
 
@@ -32,6 +33,38 @@ def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
     assert f"| step, ms | sophia | {value['sophia', 'step_ms']:.4g} |" in lines
 
 
+def test_data_rows(tmp_path, monkeypatch):
+    """A little text and the tiny model: every prepare.py is timed, and a step with and without the pipeline."""
+
+    def split(documents, fraction):
+        return (("train" if i % 5 else "val", text) for i, text in enumerate(documents))
+
+    monkeypatch.setattr(data, "TEXT_BYTES", 300_000)
+    monkeypatch.setattr(data, "ROUNDS", 1)
+    monkeypatch.setattr(sources, "split_by_hash", split)
+    out = tmp_path / "o.json"
+    bench.main(f"data --device cpu --commit abc --out {out}".split())
+    result = json.loads(out.read_text())
+    assert result["errors"] == []
+    value = {(row["contender"], row["model"], row["metric"]): row["value"] for row in result["rows"]}
+    rates = {name: value[name, "gpt2", "tokens_per_second"] for name in ("tiktoken", "text", "python")}
+    for name in ("text", "python"):
+        assert value[name, "gpt2", "share_of_tiktoken"] == pytest.approx(rates[name] / rates["tiktoken"])
+    assert value["shakespeare_char", "characters", "tokens_per_second"] > 0
+    times = [value[name, "tiny", "train_step_ms"] for name in ("pipeline", "resident batch")]
+    overhead = value["pipeline", "tiny", "input_pipeline_overhead"]
+    assert overhead == pytest.approx(times[0] / times[1] - 1)
+
+
+def test_what_is_tokenized_is_each_source_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TEXT_BYTES", 300_000)
+    texts = data.write_sources(tmp_path / "source")
+    assert 300_000 <= sum(len(text.encode()) for text in texts) < 1_400_000
+    for kind in ("py", "txt"):
+        assert [path.read_bytes().decode("utf-8-sig") for path in sorted(tmp_path.rglob(f"*.{kind}"))] == texts
+    assert len(set(texts)) == len(texts) and all(text.strip() for text in texts)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -39,6 +72,7 @@ def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
         ("table /no/such.json", "is no result of this script"),
         ("table EMPTY", "is no result of this script"),
         ("optimizer --out OUT", "no CUDA device"),
+        ("data --device cuda --out OUT", "no CUDA device"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):

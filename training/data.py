@@ -11,6 +11,9 @@ import functools
 import hashlib
 import json
 import os
+import queue
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,12 +208,11 @@ def evaluation_starts(n_tokens, eval_tokens, block_size):
 
 def take_windows(tokens, starts, block_size):
     """inputs and targets, (len(starts), block_size) int64: the targets are the inputs one token on, in the ring."""
-    windows = np.empty((len(starts), block_size + 1), np.int64)
-    for row, start in zip(windows, starts, strict=True):
-        head = tokens[start : start + block_size + 1]
-        row[: len(head)] = head
-        row[len(head) :] = tokens[: block_size + 1 - len(head)]
-    return windows[:, :-1], windows[:, 1:]
+    windows = np.empty((len(starts), block_size + 1), tokens.dtype)
+    inside = starts + block_size < len(tokens)
+    windows[inside] = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[starts[inside]]
+    windows[~inside] = tokens[(starts[~inside, None] + np.arange(block_size + 1)) % len(tokens)]
+    return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
 
 def label_uniforms(seed, step, sequences, block_size):
@@ -220,3 +222,58 @@ def label_uniforms(seed, step, sequences, block_size):
     """
     raw = np.stack([_raw(seed, _LABELS, step, block_size, sequence) for sequence in sequences])
     return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32)
+
+
+class Prefetcher:
+    """Prepares the batch that is expected next in one thread, while the device works on the one before.
+
+        batch = prefetcher.get(prepare, step, *others)    # what prepare(step, *others) returns, a pure function
+        prefetcher.close()
+
+    Expected is the same call as many steps on as it moved last, at first one; what then is not asked for is dropped.
+    What `prepare` raises ahead is raised by the `get` that asks for it.
+    """
+
+    def __init__(self):
+        self._tasks, self._thread = queue.SimpleQueue(), None
+        self._ahead, self._last = {}, {}  # by (prepare, *others): (step, its future); the last step
+
+    def get(self, prepare, step, *others):
+        key = (prepare, *others)
+        expected, future = self._ahead.pop(key, (None, None))
+        if future and not future.cancel() and expected == step:  # what has not begun is done here
+            batch = future.result()
+        else:
+            batch = prepare(step, *others)
+        following = step + max(1, step - self._last.get(key, step))
+        self._last[key], self._ahead[key] = step, (following, self._submit(prepare, following, *others))
+        return batch
+
+    def _submit(self, function, *arguments):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+            self._thread.start()
+        future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def _work(self):
+        while task := self._tasks.get():
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future, function, arguments  # a batch that nobody wants any more is freed
+
+    def close(self):
+        """End the thread."""
+        for _, future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+        self._last.clear()
+        if self._thread:
+            self._tasks.put(None)
+            self._thread.join(timeout=2)  # a daemon: where the file system hangs, the process still ends
+            self._thread = None

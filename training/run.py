@@ -49,6 +49,7 @@ class Run:
     def __init__(self, config):
         self.config = config
         self._tracker = self._writer = self._ddp = None
+        self._prefetcher = data.Prefetcher()
         self.world = World(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
         try:
@@ -179,6 +180,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         explained = self.world.explain(error)
+        self._prefetcher.close()
         if self._writer:
             self._writer.wait()
         if self._tracker:
@@ -282,40 +284,45 @@ class Run:
         config = self.config
         return data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
 
-    def _tensor(self, array):
-        tensor = torch.from_numpy(array)
-        if self.world.device.type == "cuda":
-            tensor = tensor.pin_memory()
+    def _pinned(self, tensor):
+        """In memory from which the device copies while the host goes on; torch reuses it when the copy is done."""
+        return tensor.pin_memory() if self.world.device.type == "cuda" else tensor
+
+    def _to_device(self, tensor):
         return tensor.to(self.world.device, non_blocking=True)
 
     def train_batch(self, step, sequences=None):
         """This rank's share of the step's batch, or its first `sequences`: (inputs, targets, weight), (B, T) each."""
-        self.corpus.check_whole()
-        starts = self._windows(step)
-        pieces, weight = self._pieces(sequences or self.config.total_bs)
-        return [(*self._inputs_and_targets(step, starts[piece]), weight) for piece in pieces]
-
-    def _inputs_and_targets(self, step, starts):
-        inputs, targets = data.take_windows(self.corpus.train, starts, self.config.block_size)
-        return self._cut(step, inputs), self._cut(step, targets)
-
-    def _cut(self, step, windows):
-        """(B, block_size) on the host -> (B * block_size / T, T) on the device, T the sequence length of the step."""
-        return self._tensor(windows.reshape(-1, sequence_length(step, self.config)))
+        return self._batch(step, sequences or self.config.total_bs, False)
 
     def curvature_batch(self, step, sequences):
         """This rank's share of the first `sequences` of the step's own batch: (inputs, uniforms, weight), (B, T) each.
 
         The uniforms draw the labels of `sophia.sampled_label_loss`; they belong to the sequence, whatever rank has it.
         """
-        starts, config = self._windows(step), self.config
+        return self._batch(step, sequences, True)
+
+    def _batch(self, *request):
+        batch = self._prefetcher.get(self._prepare, *request)
+        return [(self._to_device(inputs), self._to_device(labels), weight) for inputs, labels, weight in batch]
+
+    def _prepare(self, step, sequences, curvature):
+        """A batch on the host. It runs in the prefetcher's thread: it reads the run and changes nothing."""
+        config = self.config
+        self.corpus.check_whole()
+        starts = self._windows(step)
         pieces, weight = self._pieces(sequences)
         batch = []
         for piece in pieces:
-            inputs, _ = self._inputs_and_targets(step, starts[piece])
-            uniforms = data.label_uniforms(config.seed, step, piece, config.block_size)
-            batch.append((inputs, self._cut(step, uniforms), weight))
+            inputs, labels = data.take_windows(self.corpus.train, starts[piece], config.block_size)
+            if curvature:
+                labels = data.label_uniforms(config.seed, step, piece, config.block_size)
+            batch.append((self._cut(step, inputs), self._cut(step, labels), weight))
         return batch
+
+    def _cut(self, step, windows):
+        """(B, block_size) -> (B * block_size / T, T), T the sequence length of the step."""
+        return self._pinned(torch.from_numpy(windows.reshape(-1, sequence_length(step, self.config))))
 
     def backward(self, batch, loss=cross_entropy):
         """Leave in `.grad` the gradient of the mean of `loss(logits, targets)` over the batch of all ranks.
@@ -438,7 +445,7 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             with self._autocast:
-                loss = self._forward(self._tensor(inputs.numpy()), self._tensor(targets.numpy()))
+                loss = self._forward(*(self._to_device(self._pinned(tensor)) for tensor in (inputs, targets)))
             if len(piece):
                 total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
         self.model.train()

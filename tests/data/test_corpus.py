@@ -114,8 +114,8 @@ def test_the_split_of_a_document_does_not_depend_on_the_others(tmp_path):
     assert set(read_corpus(tmp_path / "some")[1]["val"]) == held_out & set(texts[::-3])
 
 
-def test_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
-    """Small tasks, so that three processes finish out of order, and a document of many pieces in their midst."""
+def test_same_bytes_whatever_the_number_of_threads(tmp_path, monkeypatch):
+    """Small tasks, so that three threads finish out of order, and a document of many pieces in their midst."""
     monkeypatch.setattr(corpus, "TASK", 5_000)
     texts = documents(300)
     texts.insert(100, "word \n" * 200_000)
@@ -225,13 +225,10 @@ if __name__ == "__main__":
     process = subprocess.Popen([sys.executable, tmp_path / "stalling.py"])
     try:
         wait_for(lambda: (folder / "train.bin.tmp").exists() and (folder / "train.bin.tmp").stat().st_size > 0)
-        workers = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(workers) == 2
     finally:
         process.kill()
         process.wait()
     assert not FILES & {path.name for path in folder.iterdir()}
-    wait_for(lambda: not any(map(is_running, workers)))
     for out in (folder, tmp_path / "clean"):
         assert prepare("text", "--source", source, "--val_fraction", 0.2, "--out_dir", out).returncode == 0
     assert {path.name for path in folder.iterdir()} == FILES
@@ -243,17 +240,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_two_at_once_in_one_folder_do_not_mix(tmp_path):

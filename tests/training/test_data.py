@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import queue
+import threading
 
 import numpy as np
 import pytest
@@ -64,6 +66,65 @@ def test_label_uniforms_belong_to_the_sequence():
     assert abs(many.mean() - 0.5) < 4e-3
     assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 0.014
     assert not np.array_equal(together, data.label_uniforms(7, 6, [0, 1, 2, 3], 64))
+
+
+class Recorded:
+    """A `prepare` that notes what the thread did, and fails at step 3."""
+
+    def __init__(self):
+        self.ahead = queue.SimpleQueue()
+
+    def __call__(self, step, *others):
+        if threading.current_thread().name == "prefetch":
+            self.ahead.put(step)
+        if step == 3:
+            raise UserError("step 3")
+        return step, others
+
+
+@pytest.fixture
+def prefetcher():
+    prefetcher = data.Prefetcher()
+    yield prefetcher
+    prefetcher.close()
+
+
+def test_what_is_prepared_ahead_is_the_next_step_at_the_same_distance(prefetcher):
+    prepare = Recorded()
+    for step, expected in ((10, 11), (20, 30), (30, 40), (12, 13), (50, 88)):
+        assert prefetcher.get(prepare, step, "x") == (step, ("x",))
+        assert prepare.ahead.get(timeout=5) == expected
+    assert prefetcher.get(prepare, 12, "y") == (12, ("y",)), "another request does not disturb"
+    assert prepare.ahead.get(timeout=5) == 13
+
+
+def test_an_error_ahead_is_raised_where_its_batch_is_asked_for(prefetcher):
+    prepare = Recorded()
+    for step in (1, 2):
+        prefetcher.get(prepare, step)
+        assert prepare.ahead.get(timeout=5) == step + 1
+    with pytest.raises(UserError, match="step 3"):
+        prefetcher.get(prepare, 3)
+    assert prefetcher.get(prepare, 4) == (4, ())
+    prefetcher.get(prepare, 2)
+    assert prefetcher.get(prepare, 7) == (7, ()), "an error that nobody asked for is nobody's"
+
+
+def test_nothing_waits_behind_a_wrong_guess(prefetcher):
+    """The thread is stuck in a guess: what is asked for meanwhile is done in place, and no guesses pile up."""
+    stuck, calls = threading.Event(), []
+
+    def prepare(step):
+        calls.append(step)
+        if threading.current_thread().name == "prefetch":
+            stuck.wait(10)
+        return step
+
+    assert [prefetcher.get(prepare, step) for step in (0, 5, 6, 8, 9)] == [0, 5, 6, 8, 9]
+    stuck.set()
+    prefetcher.close()
+    assert sorted(calls) in ([0, 1, 5, 6, 8, 9], [0, 5, 6, 8, 9]), "at most one guess had begun"
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """The training loop as a person runs it: the same losses however it is split, exact resume, one-sentence errors."""
 
+import contextlib
 import json
 import math
 import os
+import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 import train_adam
 import train_sophiag
 from tests.conftest import read_lines, tiny_words, torchrun, write_corpus
+from training import data
 from training.checkpoint import read_checkpoint
 from training.errors import command
 from training.run import Run
@@ -64,7 +68,6 @@ def test_the_number_of_ranks_does_not_matter(corpus, one_process, tmp_path, rank
 def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
     """Three steps of AdamW by hand on the step's global batch, with torch alone."""
     from model import GPT
-    from training import data
 
     words = [*tiny_words(corpus, tmp_path), "--max_iters=3", "--batch_size=6"]
     train_adam.main(words)
@@ -262,7 +265,8 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
     words = tiny_words(folder, tmp_path / "out")
     error = refused(capsys, train_adam.main, words)
     assert ("was changed while" if how == "replaced" else "was cut short") in error
-    assert change.calls == (10 if how == "replaced" else 5)
+    # At the evaluation, and at the first step that was not read already when the file was cut.
+    assert change.calls == 10 if how == "replaced" else change.calls in (5, 6)
 
 
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
@@ -299,6 +303,48 @@ def test_shorter_sequences_read_the_same_tokens(tiny):
             assert inputs.shape == (6 * 16 // length, length) and weight == all_weight
             assert torch.equal(inputs.flatten(), all_inputs.flatten())
             assert torch.equal(targets.flatten(), all_targets.flatten())
+
+
+@pytest.mark.parametrize("start", [0, 13])
+def test_batches_prepared_ahead_are_those_prepared_in_place(tiny, monkeypatch, start):
+    """Every kind of request in the order of a run, over two epochs and two phases, from step 0 or as after a resume."""
+    words = ["--block_size_schedule=0:4,20:16", "--batch_size=6", "--seed=5"]  # an epoch is 15 steps and 5/8
+    ahead, prepare = [], Run._prepare
+
+    def batches():
+        config = train_adam.load_config(train_adam.AdamConfig, [*tiny, *words, "--overwrite=True"])
+        with Run(config) as run:
+            for step in range(start, 32):
+                if step % 3 == 0:
+                    yield run.curvature_batch(step, 8)
+                    yield run.train_batch(step, 4)
+                yield run.train_batch(step)
+                wait(future for _, future in run._prefetcher._ahead.values())  # as long as a step takes
+
+    def counted(run, *request):
+        ahead.append(threading.current_thread().name == "prefetch")
+        return prepare(run, *request)
+
+    monkeypatch.setattr(Run, "_prepare", counted)
+    found = list(batches())
+    assert ahead.count(False) <= 5, "in place: three first ones, and two of which nobody knew how far apart they are"
+    monkeypatch.setattr(data.Prefetcher, "get", lambda prefetcher, prepare, *request: prepare(*request))
+    expected = list(batches())
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        for (inputs, labels, weight), (their_inputs, their_labels, their_weight) in zip(ours, theirs, strict=True):
+            assert weight == their_weight and inputs.is_contiguous() and labels.is_contiguous()
+            assert torch.equal(inputs, their_inputs) and torch.equal(labels, their_labels)
+
+
+@pytest.mark.parametrize("how", ["finished", "failed"])
+def test_the_prefetching_thread_ends_with_the_run(tiny, how):
+    with contextlib.suppress(Interrupted), Run(train_adam.load_config(train_adam.AdamConfig, tiny)) as run:
+        run.train_batch(0)
+        assert any(thread.name == "prefetch" and thread.daemon for thread in threading.enumerate())
+        if how == "failed":
+            raise Interrupted
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 PHASES = {

@@ -1,0 +1,139 @@
+"""Tokens a second of prepare.py beside bare tiktoken, and what the input pipeline adds to a training step.
+
+The text is Python's standard library, some 20 MB. "tiktoken" is `encode_ordinary_batch` on the same documents in
+memory, with as many threads; prepare.py also reads, hashes and splits them, and writes train.bin and val.bin.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import sysconfig
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import tiktoken
+import torch
+
+from benchmarks.report import Report, alternate
+from data import corpus
+from data.python import prepare as python
+from data.shakespeare_char import prepare as shakespeare_char
+from data.text import prepare as text
+from train_adam import AdamConfig, make_optimizer
+from training.config import load_config
+from training.errors import UserError
+from training.run import Run
+from training.tokenizer import GPT2Tokenizer
+
+TEXT_BYTES = 20_000_000
+CONFIG_124M = Path(__file__).resolve().parent.parent / "config/train_gpt2_small_adam.py"
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "total_bs": 16, "batch_size": 16}
+ROUNDS = 5
+
+
+def add_arguments(parser):
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="trains (default: %(default)s)")
+
+
+def run(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device: use --device cpu, which trains a tiny model.")
+    GPT2Tokenizer()  # tiktoken has its vocabulary from here on
+    report = Report(args)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        measure_tokenizing(report, write_sources(folder / "source"), folder)
+        measure_training(report, folder, args.device)
+
+
+def write_sources(folder):
+    """The standard library's files as NAME.py and as NAME.txt in `folder`, each content once; their texts."""
+    folder.mkdir()
+    texts, size = {}, 0
+    for path in python._python_files([sysconfig.get_path("stdlib")]):
+        content = path.read_bytes()
+        if size < TEXT_BYTES and len(content) <= python.MAX_BYTES and content.strip() and python._is_utf8(content):
+            texts[content.decode("utf-8-sig")] = content
+            size += len(content)
+    for i, content in enumerate(texts.values()):
+        for kind in ("py", "txt"):
+            (folder / f"{i:05}.{kind}").write_bytes(content)
+    return list(texts)
+
+
+def measure_tokenizing(report, texts, folder):
+    threads = corpus.arguments("", __file__).parse_args([]).num_proc
+    source, counts = folder / "source", {}
+    size = sum(len(text.encode()) for text in texts)
+    print(f"{size / 1e6:.1f} MB in {len(texts)} documents, {threads} threads", flush=True)
+
+    def bare_tiktoken():
+        encoded = tiktoken.get_encoding("gpt2").encode_ordinary_batch(texts, num_threads=threads)
+        counts["tiktoken"] = sum(map(len, encoded))
+
+    def prepare(module, *words):
+        """What the command line `prepare.py WORDS` does."""
+        name = module.__name__.split(".")[1]
+        words = ["prepare.py", *words, "--out_dir", folder / name, "--num_proc", threads, "--force"]
+        argv, unseen = mock.patch("sys.argv", list(map(str, words))), io.StringIO()
+        with argv, contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+            module.main()
+        meta = json.loads((folder / name / "meta.json").read_text())
+        counts[name] = meta["train_tokens"] + meta["val_tokens"]
+
+    def prepare_python():
+        with mock.patch.object(python.sysconfig, "get_path", return_value=str(source)):
+            prepare(python)
+
+    def prepare_characters():
+        documents = [("val" if i % 100 == 0 else "train", text) for i, text in enumerate(texts)]
+        with mock.patch.object(shakespeare_char, "splits", return_value=documents):
+            prepare(shakespeare_char)
+
+    contenders = {"tiktoken": bare_tiktoken, "text": lambda: prepare(text, "--source", source, "--val_fraction", 0.01)}
+    contenders |= {"python": prepare_python, "shakespeare_char": prepare_characters}
+
+    def failed(name, error):
+        report.error(name, "gpt2", "tokens_per_second", error)
+
+    for name, milliseconds in alternate(contenders, ROUNDS, 1, "cpu", failed).items():
+        tokens = "characters" if name == "shakespeare_char" else "gpt2"
+        report.add(name, tokens, "tokens_per_second", counts[name] / milliseconds * 1e3, "tokens/s")
+    bare = report.value("tiktoken", "gpt2", "tokens_per_second")
+    for name in ("text", "python"):
+        if bare and (ours := report.value(name, "gpt2", "tokens_per_second")):
+            report.add(name, "gpt2", "share_of_tiktoken", ours / bare, "share")
+
+
+def measure_training(report, folder, device):
+    """The same steps of AdamW with the run's own batches and with one that stays on the device."""
+    if device == "cuda":
+        model, words = "124M", [str(CONFIG_124M)]
+        settings = {"total_bs": 64, "batch_size": 64, "dataset": folder / "text"}
+    else:
+        model, words, settings = "tiny", [], TINY | {"dataset": folder / "shakespeare_char"}
+    settings |= {"out_dir": folder / "out", "device": device}
+    config = load_config(AdamConfig, words + [f"--{key}={value}" for key, value in settings.items()])
+    with Run(config) as run:
+        run.attach(make_optimizer(config, run.parameter_groups(), fused=True))
+        resident, steps = run.train_batch(0), itertools.count(1)
+
+        def step(batch):
+            run.backward(batch)
+            run.clip_gradients()
+            run.apply(run.optimizer.step)
+
+        contenders = {"resident batch": lambda: step(resident), "pipeline": lambda: step(run.train_batch(next(steps)))}
+
+        def failed(name, error):
+            report.error(name, model, "train_step_ms", error)
+
+        times = alternate(contenders, 3 * ROUNDS, 5, device, failed)
+        for name, milliseconds in times.items():
+            report.add(name, model, "train_step_ms", milliseconds, "ms")
+        if len(times) == 2:
+            overhead = times["pipeline"] / times["resident batch"] - 1
+            report.add("pipeline", model, "input_pipeline_overhead", overhead, "share")
