@@ -35,6 +35,7 @@ from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
+TWICE = 8  # times the memory of a pass that is differentiated twice, against one that is differentiated once; roughly
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -345,17 +346,19 @@ class Run:
     def average(self, batch, estimate):
         """Mean over the batch of all ranks of the lists of tensors that `estimate(loss)` gives; `loss()` is a piece's.
 
-        The loss is that of the uncompiled model, which can be differentiated twice.
+        The loss is that of the uncompiled model, which can be differentiated twice, of a part of batch_size at a time.
         """
-        total = None
+        total, at_a_time = None, max(1, self.config.batch_size // TWICE)
         for inputs, targets, weight in batch:
+            for part in zip(inputs.split(at_a_time), targets.split(at_a_time), strict=True):
 
-            def loss(inputs=inputs, targets=targets):
-                with self._autocast:
-                    return self.model(inputs, targets)[1]
+                def loss(part=part):
+                    with self._autocast:
+                        return self.model(*part)[1]
 
-            piece = torch._foreach_mul(estimate(loss), weight / self.world.size)
-            total = piece if total is None else torch._foreach_add(total, piece)
+                share = weight * len(part[0]) / len(inputs) / self.world.size
+                estimates = torch._foreach_mul(estimate(loss), share)
+                total = estimates if total is None else torch._foreach_add(total, estimates)
         for tensor in total:
             self.world.sum(tensor)
         self._grad_norm = torch.nn.utils.get_total_norm(total, foreach=True)  # what `apply` then looks at
