@@ -56,6 +56,9 @@ def run(args):
         if list(theirs) != list(losses[0]):
             raise UserError(f"{name!r} and {args.runs[0]!r} do not log the same steps; give both as many.")
         difference = {step: abs(theirs[step] - loss) for step, loss in losses[0].items()}
+        for steps in (5, 20, 50):  # rounding grows from step to step: what is more than that differs at once
+            early = max((value for step, value in difference.items() if step < steps), default=0.0)
+            print(f"{name}: largest difference in the first {steps} steps {early:.6f}", flush=True)
         worst = max(difference, key=difference.get)
         print(f"{name}: largest difference at step {worst}, {losses[0][worst]:.5f} and {theirs[worst]:.5f}")
         model, last = args.runs[0], list(difference)[-20:]

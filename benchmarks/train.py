@@ -30,7 +30,7 @@ from training.tracking import METRICS, read_metrics
 # Each contender's best of those that were tried (12, 32, 64, 128), on an H200.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
 OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # more does not fit, or is slower
-ACCUMULATION = 4  # micro-batches in a step where the cost of the curvature is measured
+ACCUMULATION = 8  # micro-batches in a step where curvature and scaling are measured: at 124M x 64 half a million tokens
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -277,7 +277,7 @@ def checkpointing(report, model, args):
 
 
 def ended_run(ranks, script, words, out_dir, **numbers):
-    """(tokens/s, GiB) of a run of 60 steps under torchrun, from its metrics."""
+    """(tokens/s, GiB) of a short run under torchrun, from its metrics."""
     words = [*words, f"--out_dir={out_dir}", *(f"--{key}={value}" for key, value in numbers.items())]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run([*command, str(ROOT / script), *words], capture_output=True, text=True, env=os.environ)
@@ -290,23 +290,31 @@ def ended_run(ranks, script, words, out_dir, **numbers):
     return statistics.median(speeds[1:]), max(memory, default=0.0)
 
 
-SHORT = {"max_iters": 61, "log_interval": 10, "eval_interval": 10**6}
+SHORT = {"max_iters": 26, "log_interval": 5, "eval_interval": 10**6}
 
 
 def scaling(report, model, args):
-    """Tokens/s of two GPUs over that of one, at the same micro-batch: the same script, one rank and two."""
+    """Tokens/s of two GPUs over that of one, at the same micro-batch: the same script, one rank and two.
+
+    Once with the same batch of ACCUMULATION micro-batches, and once with one micro-batch a rank and step, where every
+    backward pass waits for an exchange of the gradients.
+    """
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         return print("  scaling: left out, one GPU here", flush=True)
-    micro, speeds = MICRO_BATCH[model], []
-    for ranks in (1, 2):
-        words = settings(model, args, micro, total_bs=micro * ranks, **SHORT)
-        try:
-            tokens, _ = ended_run(ranks, "train_adam.py", words, args.folder / f"scaling_{model}_{ranks}")
-        except Exception as error:
-            return report.error("ours", model, "scaling_2gpu", error)
-        speeds.append(tokens)
-        print(f"{model:>6}  {ranks} ranks: {tokens:,.0f} tokens/s", flush=True)
-    report.add("ours", model, "scaling_2gpu", speeds[1] / speeds[0], "times one GPU")
+    micro = MICRO_BATCH[model]
+    for metric, batches in (("scaling_2gpu", (ACCUMULATION, ACCUMULATION)), ("scaling_2gpu_one_pass", (1, 2))):
+        speeds = []
+        for ranks, batch in zip((1, 2), batches, strict=True):
+            words = settings(model, args, micro, total_bs=micro * batch, **SHORT)
+            try:
+                tokens, _ = ended_run(ranks, "train_adam.py", words, args.folder / f"{metric}_{model}_{ranks}")
+            except Exception as error:
+                report.error("ours", model, metric, error)
+                break
+            speeds.append(tokens)
+            print(f"{model:>6}  {ranks} ranks, {batch} micro-batches: {tokens:,.0f} tokens/s", flush=True)
+        else:
+            report.add("ours", model, metric, speeds[1] / speeds[0], "times one GPU")
 
 
 def fsdp(report, model, args):
