@@ -113,11 +113,21 @@ def markdown_table(path):
         values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
     lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]
     for (metric, contender, unit), cells in values.items():
-        scale, unit = (2**-30, "GiB") if unit == "bytes" else (1, unit)
-        name = metric.removesuffix("_ms").removesuffix("_bytes").removesuffix("_gb_per_s").replace("_", " ")
-        numbers = [f"{cells[model] * scale:.4g}" if model in cells else "" for model in models]
-        lines.append(f"| {name}, {unit} | {contender} | {' | '.join(numbers)} |")
+        unit = "GiB" if unit == "bytes" else unit
+        name = metric
+        for suffix in ("_ms", "_bytes", "_gb_per_s", "_gib", "_seconds", "_per_second"):
+            name = name.removesuffix(suffix)
+        name = "" if name in unit else f"{name.replace('_', ' ')}, "
+        numbers = [_number(cells[model], metric, unit) if model in cells else "" for model in models]
+        lines.append(f"| {name}{unit} | {contender} | {' | '.join(numbers)} |")
     return "\n".join(lines)
+
+
+def _number(value, metric, unit):
+    if unit == "share":
+        return f"{value:.2%}"
+    value = value * 2**-30 if metric.endswith("_bytes") else value
+    return f"{value:,.0f}" if value >= 10_000 else f"{value:.4g}"
 
 
 def model_names(text):

@@ -181,6 +181,8 @@ def start(report, name, model, make, args):
         base = torch.cuda.memory_allocated()
     try:
         contender = make()
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         contender()
         if args.device == "cuda":
@@ -188,8 +190,6 @@ def start(report, name, model, make, args):
         report.add(name, model, "compile_seconds", time.perf_counter() - begun, "s")
         contender()
         if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            contender()
             torch.cuda.synchronize()
             report.add(name, model, "peak_gib", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
         return contender
@@ -256,16 +256,16 @@ def curvature(report, model, args):
     micro = MICRO_BATCH[model]
     words = settings(model, args, micro, total_bs=ACCUMULATION * micro)
     out_dir = args.folder / f"curvature_{model}"
-    makers = {"adamw": lambda: Ours(words, f"{out_dir}_adamw")}
+    makers = {"ours_adamw": lambda: Ours(words, f"{out_dir}_adamw")}
     for name in ("sophiag", "sophiah"):
         own = [*words, f"--optimizer_name={name}"]
-        makers[name] = partial(Ours, own, f"{out_dir}_{name}", sophia=True)
+        makers[f"ours_{name}"] = partial(Ours, own, f"{out_dir}_{name}", sophia=True)
     with started(report, model, makers, args) as contenders:
         steps = {**vars(args), "steps": 10}  # one estimate in each turn
         tokens = ACCUMULATION * micro * args.block_size
         times = compare(report, model, contenders, dict.fromkeys(contenders, tokens), type(args)(**steps))
-    for name in set(times) & {"sophiag", "sophiah"} if "adamw" in times else ():
-        report.add(name, model, "curvature_overhead", times[name] / times["adamw"] - 1, "share")
+    for name in set(times) - {"ours_adamw"} if "ours_adamw" in times else ():
+        report.add(name, model, "curvature_overhead", times[name] / times["ours_adamw"] - 1, "share")
 
 
 def checkpointing(report, model, args):

@@ -125,7 +125,7 @@ def test_train_rows(tmp_path, monkeypatch):
     for contender in ("ours", "nanogpt", "ours_checkpointing", "ours_fsdp", "ours_fsdp_checkpointing"):
         assert value[contender, "tokens_per_second"] > 0, contender
     assert value["ours", "scaling_2gpu"] > 0
-    assert {("sophiag", "curvature_overhead"), ("sophiah", "curvature_overhead")} <= set(value)
+    assert {("ours_sophiag", "curvature_overhead"), ("ours_sophiah", "curvature_overhead")} <= set(value)
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
 
 
