@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from training.combined import Combined
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.run import Run
@@ -50,7 +51,7 @@ def make_optimizer(config, groups, fused):
     return MuonAndAdamW(groups, config.momentum, betas, fused)
 
 
-class MuonAndAdamW:
+class MuonAndAdamW(Combined):
     """Muon (torch.optim.Muon) for the group "matrices", AdamW for the other groups, as one optimizer.
 
     Both follow one rate: Muon's update is scaled to the root mean square of AdamW's (arXiv:2502.16982, section 2.2),
@@ -63,37 +64,25 @@ class MuonAndAdamW:
         rest = [group for group in groups if group is not self.matrices]
         self.pieces = [torch.nn.Parameter(piece) for p in self.matrices["params"] for piece in thirds(p.detach())]
         settings = {"momentum": momentum, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-        self.muon = torch.optim.Muon(self.pieces, weight_decay=self.matrices["weight_decay"], **settings)
-        self.adamw = torch.optim.AdamW(rest, betas=betas, fused=fused)
+        muon = torch.optim.Muon(self.pieces, weight_decay=self.matrices["weight_decay"], **settings)
+        super().__init__(muon=muon, adamw=torch.optim.AdamW(rest, betas=betas, fused=fused))
 
     @property
     def param_groups(self):
-        return [self.matrices, *self.adamw.param_groups]
-
-    @property
-    def state(self):
-        return {**self.muon.state, **self.adamw.state}
+        return [self.matrices, *self.parts["adamw"].param_groups]
 
     def step(self):
-        self.muon.param_groups[0]["lr"] = self.matrices["lr"]
+        self.parts["muon"].param_groups[0]["lr"] = self.matrices["lr"]
         gradients = [piece for p in self.matrices["params"] for piece in thirds(p.grad)]
         for piece, gradient in zip(self.pieces, gradients, strict=True):
             piece.grad = gradient  # pieces and their gradients are views, nothing is copied
-        self.muon.step()
-        self.muon.zero_grad()
-        self.adamw.step()
+        super().step()
+        self.parts["muon"].zero_grad()
 
     def zero_grad(self, set_to_none=True):
-        self.adamw.zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
         for p in self.matrices["params"]:
             p.grad = None
-
-    def state_dict(self):
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, states):
-        self.muon.load_state_dict(states["muon"])
-        self.adamw.load_state_dict(states["adamw"])
 
 
 def thirds(matrix):

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from sophia import SophiaG, SophiaH, hutchinson, sampled_label_loss
+from training.combined import Combined
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.run import Run
@@ -36,6 +37,12 @@ class SophiaConfig(TrainConfig):
         None, "sequences in a curvature estimate; default a quarter of total_bs, sophiah 32", at_least=1
     )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
+    adamw_for: str = setting(
+        "none",
+        "groups that AdamW (betas 0.9, 0.95) updates instead",
+        choices=("none", "embeddings", "vectors", "embeddings+vectors"),
+    )
+    adamw_lr: float | None = setting(None, "AdamW's peak rate for these groups; default learning_rate", above=0.0)
     sophia_start_iter: int = setting(
         0, "AdamW (betas 0.9, 0.95, the same rate) before this step, then Sophia", at_least=0
     )
@@ -50,6 +57,8 @@ class SophiaConfig(TrainConfig):
             self.hess_bs = min(32, self.total_bs) if hutchinsons else max(1, self.total_bs // 4)
         if self.sophia_start_iter and self.init_from.startswith("import:"):
             raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
+        if self.adamw_for != "none" and (self.sophia_start_iter or self.init_from.startswith("import:")):
+            raise UserError("adamw_for goes with neither sophia_start_iter nor an import; leave it at none.")
         if hutchinsons and self.fp8:
             raise UserError("fp8 cannot be differentiated twice, as sophiah has to; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
@@ -67,10 +76,10 @@ def main(words=None):
         optimizer, bs = make_optimizer(config, run)
         statistics = partial(sophia_statistics, optimizer, bs)
         if 0 < config.sophia_start_iter >= run.step:  # a checkpoint of that very step is still AdamW's
-            adam = torch.optim.AdamW(run.parameter_groups(), betas=(0.9, 0.95), fused=run.world.device.type != "mps")
+            adam = torch.optim.AdamW(run.parameter_groups(), betas=(0.9, 0.95), fused=can_fuse(run))
             run.attach(adam)
         else:
-            run.attach(optimizer, statistics)
+            run.attach(with_adamw(config, run, optimizer), statistics)
         for step in run.steps():
             if step == config.sophia_start_iter > 0:
                 run.attach(optimizer, statistics)
@@ -79,7 +88,7 @@ def main(words=None):
                 update_hessian(config, run, optimizer, step)
             run.backward(run.train_batch(step))
             run.clip_gradients()
-            run.apply(run.optimizer.step, **(bs if run.optimizer is optimizer else {}))
+            run.apply(run.optimizer.step, **(bs if step >= config.sophia_start_iter else {}))
 
 
 def update_hessian(config, run, optimizer, step):
@@ -88,7 +97,8 @@ def update_hessian(config, run, optimizer, step):
         run.backward(run.curvature_batch(step, config.hess_bs), loss=label_loss)
         run.apply(optimizer.update_hessian, scale=config.hess_bs / config.total_bs)
     else:
-        estimates = run.average(run.train_batch(step, config.hess_bs), partial(hutchinsons_estimate, run, step))
+        batch = run.train_batch(step, config.hess_bs)
+        estimates = run.average(batch, partial(hutchinsons_estimate, run, optimizer, step))
         run.apply(optimizer.update_hessian, estimates=estimates)
 
 
@@ -107,7 +117,7 @@ def make_optimizer(config, run):
     """The optimizer, and what its step() and statistics() take: for SophiaG the labels in a step, else nothing."""
     kind, bs = (SophiaG, {"bs": run.tokens_per_step}) if config.optimizer_name == "sophiag" else (SophiaH, {})
     optimizer = kind(
-        run.parameter_groups(),
+        [group for group in run.parameter_groups() if group["name"] not in config.adamw_for],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         rho=config.rho,
@@ -118,10 +128,24 @@ def make_optimizer(config, run):
     return optimizer, bs
 
 
-def hutchinsons_estimate(run, step, loss):
+def with_adamw(config, run, sophia):
+    """`sophia`, and AdamW for the groups of `adamw_for`, as one optimizer."""
+    groups = [group for group in run.parameter_groups() if group["name"] in config.adamw_for]
+    if not groups:
+        return sophia
+    for group in groups:
+        group["lr_scale"] = (config.adamw_lr or config.learning_rate) / config.learning_rate
+    return Combined(sophia=sophia, adamw=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=can_fuse(run)))
+
+
+def can_fuse(run):
+    return run.world.device.type != "mps"
+
+
+def hutchinsons_estimate(run, optimizer, step, loss):
     """Hutchinson's estimate with random vectors that belong to the step: the same in every piece and on every rank."""
     generator = torch.Generator(run.world.device).manual_seed((run.config.seed << 32) + step)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return hutchinson(loss, parameters, generator)
 
 

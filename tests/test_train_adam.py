@@ -130,8 +130,8 @@ def test_muon_has_the_matrices_and_frees_all_gradients():
         group["lr"] = 0.1
     optimizer.step()
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "vectors"]
-    assert [list(p.shape) for p in optimizer.muon.state] == [[8, 8]] * 3 + [[32, 8], [8, 8]]
-    assert [sorted(optimizer.state[p]) for p in optimizer.muon.state] == [["momentum_buffer"]] * 5
+    assert [list(p.shape) for p in optimizer.parts["muon"].state] == [[8, 8]] * 3 + [[32, 8], [8, 8]]
+    assert [sorted(optimizer.state[p]) for p in optimizer.parts["muon"].state] == [["momentum_buffer"]] * 5
     others = [sorted(optimizer.state[p]) for group in made[1:] for p in group["params"]]
     assert others == [["exp_avg", "exp_avg_sq", "step"]] * 2
     optimizer.zero_grad()

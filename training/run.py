@@ -249,7 +249,7 @@ class Run:
                 return
             rate = learning_rate(step, config)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             yield step
             if step % config.log_interval == 0 or "val/loss" in metrics:
                 self._log(metrics | self._training_metrics(step))
@@ -420,9 +420,12 @@ class Run:
         self._counts["skipped_in_a_row"] += 1
         self._counts["skipped_in_a_row"] *= found_inf
         if self._scales_gradients():
-            self.optimizer.grad_scale, self.optimizer.found_inf = self._grad_scale, found_inf
+            optimizers = list(getattr(self.optimizer, "parts", {"": self.optimizer}).values())
+            for optimizer in optimizers:
+                optimizer.grad_scale, optimizer.found_inf = self._grad_scale, found_inf
             method(**arguments)
-            del self.optimizer.grad_scale, self.optimizer.found_inf
+            for optimizer in optimizers:
+                del optimizer.grad_scale, optimizer.found_inf
         elif not found_inf.item():
             method(**arguments)
         self.optimizer.zero_grad(set_to_none=True)
