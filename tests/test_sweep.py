@@ -14,6 +14,7 @@ import pytest
 import figures
 import sweep
 from tests.conftest import ROOT, read_lines, tiny_words
+from training.config import load_config
 from training.errors import command
 
 STUB = """
@@ -292,7 +293,7 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6}
+RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 80, "30m_books": 80}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -301,6 +302,19 @@ def test_ready_sweeps(tmp_path, monkeypatch):
     for name, runs in RUNS.items():
         trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
         assert len(trials) == runs == len({trial.folder for trial in trials}), name
+
+
+@pytest.mark.parametrize("corpus", ["python", "books"])
+def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus):
+    """What a run of it really gets, in all that the comparison rests on."""
+    monkeypatch.chdir(ROOT)
+    for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
+        config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
+        assert (config.optimizer_name, config.dataset, config.n_layer) == (trial.optimizer, corpus, 6)
+        assert (config.max_iters, config.total_bs, config.block_size) == (780, 128, 512)
+        assert config.min_lr == config.learning_rate / 20 and config.grad_clip == 1.0 and config.compile
+        assert {key: getattr(config, key) for key in trial.swept} == trial.swept
+        assert "sophia" not in trial.optimizer or (config.bias_correction and config.hess_bs == 32)
 
 
 def refused(capsys, words, said):
