@@ -230,23 +230,40 @@ def draw_scaling(groups, prefix, unit):
 def draw_sweep(trials, out_dir):
     """A figure for each swept setting and a heat map for each optimizer that sweeps two; the names of the PNGs.
 
+    A whole grid gets a line through the best over the other settings. A random search gets a star at its best run: in
+    such a line the value that was drawn most often would look best. A heat map of one leaves cells empty.
     trials: sweep.py's, each with `optimizer`, `swept` (setting -> value) and `loss`, inf where it failed or diverged.
     """
+    from matplotlib.transforms import ScaledTranslation
+
     written, optimizers = [], list(dict.fromkeys(trial.optimizer for trial in trials))
     for key in dict.fromkeys(key for trial in trials for key in trial.swept):
         figure, (axes,) = new_figure(1, 1, width=7.5, height=4.8)
         here = [trial for trial in trials if key in trial.swept]
         losses = [trial.loss for trial in here if math.isfinite(trial.loss)] or [0, 1]
         above = max(losses) + 0.06 * ((max(losses) - min(losses)) or 1)  # where those without a loss are drawn
+        notes = {}
         for i, optimizer in enumerate(optimizers):
             own = [trial for trial in here if trial.optimizer == optimizer]
-            style = {"color": COLOURS[i % len(COLOURS)]}
-            for trial in own:
-                lost = math.isinf(trial.loss)
-                axes.plot(trial.swept[key], above if lost else trial.loss, "x" if lost else "o", alpha=0.35, **style)
+            if not own:
+                continue
             finite = [trial for trial in own if math.isfinite(trial.loss)]
-            best = best_of_each(finite, lambda trial, key=key: trial.swept[key], lambda trial: trial.loss)
-            axes.plot(list(best), [trial.loss for trial in best.values()], "o-", label=optimizer, **style)
+            style, strong = {"color": COLOURS[i % len(COLOURS)]}, {"marker": "o"}
+            if is_grid(own):
+                best = best_of_each(finite, lambda trial, key=key: trial.swept[key], lambda trial: trial.loss).values()
+                notes["line: best over the other settings"] = True
+            else:
+                best = sorted(finite, key=lambda trial: trial.loss)[:1]
+                strong = {"marker": "*", "markersize": 13, "markeredgecolor": "black", "linestyle": "none"}
+                notes["star: best run"] = True
+            lines = axes.plot([t.swept[key] for t in best], [t.loss for t in best], label=optimizer, **style, **strong)
+            for trial in own:
+                place = trial.swept[key], above if math.isinf(trial.loss) else trial.loss
+                lines += axes.plot(*place, "x" if math.isinf(trial.loss) else "o", alpha=0.35, **style)
+            if not is_grid(own):  # all optimizers have the same few values: side by side
+                points = 4 * (i - (len(optimizers) - 1) / 2)
+                for line in lines:
+                    line.set_transform(axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans))
         if any(math.isinf(trial.loss) for trial in here):
             axes.plot([], [], "x", color="gray", label="failed or diverged")
         places = sorted({trial.swept[key] for trial in here})
@@ -255,7 +272,7 @@ def draw_sweep(trials, out_dir):
             axes.set_xscale("log")
             axes.xaxis.minorticks_off()
         axes.set_xticks(places, [tick(place) for place in places], rotation=45 if len(places) > 3 else 0)
-        axes.set(xlabel=key, ylabel="final val/loss\n(line: best over the other settings)")
+        axes.set(xlabel=key, ylabel=f"final val/loss\n({'; '.join(notes)})")
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
         written.append(save(figure, f"{out_dir}/sweep_{key}"))
     for optimizer in optimizers:
@@ -265,24 +282,28 @@ def draw_sweep(trials, out_dir):
     return written
 
 
+def is_grid(trials):
+    """Whether one optimizer's trials are all combinations of the values they have."""
+    return len(trials) == math.prod(len({trial.swept[key] for trial in trials}) for key in trials[0].swept)
+
+
 def tick(value):
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def heat_map(trials, prefix):
-    """Loss over two swept settings, the value in every cell."""
+    """Loss over two swept settings, the value in every cell; empty where a random search has no run."""
     down, across = trials[0].swept
-    rows, columns = (list(dict.fromkeys(trial.swept[key] for trial in trials)) for key in (down, across))
+    rows, columns = (sorted({trial.swept[key] for trial in trials}) for key in (down, across))
     losses = np.full((len(rows), len(columns)), np.nan)
     for trial in trials:
-        place = rows.index(trial.swept[down]), columns.index(trial.swept[across])
-        losses[place] = trial.loss if math.isfinite(trial.loss) else math.nan
+        losses[rows.index(trial.swept[down]), columns.index(trial.swept[across])] = trial.loss
     figure, (axes,) = new_figure(1, 1, width=2.5 + 1.0 * len(columns), height=1.5 + 0.7 * len(rows))
     axes.grid(False)
-    shown = axes.imshow(losses, cmap="viridis_r", aspect="auto")
+    shown = axes.imshow(np.ma.masked_invalid(losses), cmap="viridis_r", aspect="auto")
     for (i, j), loss in np.ndenumerate(losses):
         dark = math.isfinite(loss) and shown.norm(loss) > 0.5
-        text = f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+        text = "" if math.isnan(loss) else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
     axes.set(xlabel=across, ylabel=down, title=trials[0].optimizer)
     axes.set_xticks(range(len(columns)), [tick(value) for value in columns])

@@ -1,7 +1,7 @@
-"""The same tuning budget for every optimizer: grids over settings, the best of each again with fresh seeds.
+"""The same tuning budget for every optimizer: a grid or a random search, the best of each again with fresh seeds.
 
 python sweep.py config/sweep_30m_lr.py --out_dir=out/sweep_30m_lr --seeds=3
-python compare.py out/sweep_30m_lr/best_* --out=out/sweep_30m_lr/best
+python compare.py out/sweep_30m_lr/best_*_seed* --out=out/sweep_30m_lr/best
 
 A sweep file is Python; it assigns
 
@@ -10,11 +10,12 @@ A sweep file is Python; it assigns
         "adamw": {"config": "config/train_gpt2_30m_adam.py", "learning_rate": [5e-4, 1e-3, 2e-3, 4e-3]},
         "sophiag": {"config": "config/train_gpt2_30m_sophiag.py", "learning_rate": [...], "beta1": 0.9},
     }
+    runs = 16                                                      # optional: random search, so many runs each
 
-where what is a list is swept (all combinations), and what is not is fixed. Every optimizer must get as many runs as
-the others, of as many tokens. Runs go one after another, or one on each GPU. Killed and started again it does what is
-missing: a run that was cut off goes on from its checkpoint. A run that fails or diverges counts as loss inf; to have
-it run again, remove its folder.
+where what is a list is swept (all combinations, or `runs` of them drawn at random, the same ones each time), and what
+is not is fixed. Every optimizer must get as many runs as the others, of as many tokens. Runs go one after another, or
+one on each GPU. Killed and started again it does what is missing: a run that was cut off goes on from its checkpoint.
+A run that fails or diverges counts as loss inf; to have it run again, remove its folder.
 Writes sweep.json and a figure for each swept setting; an optimizer with two of them gets a heat map.
 """
 
@@ -32,6 +33,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -51,7 +53,8 @@ STATE = "sweep.json"
 
 @dataclass
 class Trial:
-    """One run of a sweep. swept: its values of the swept settings; seed: None in the grid; loss: None until it ends."""
+    """One run of a sweep. swept: its values of the swept settings; seed: the fresh one of a repeat of the best, else
+    None; loss: None until it ends."""
 
     optimizer: str
     swept: dict
@@ -95,7 +98,7 @@ def main(words=None):
     with locked(out_dir) as lock:
         failed = read_state(out_dir, definition)
         devices = visible_gpus()[: arguments.jobs] or [None] * (arguments.jobs or 1)
-        seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the grid's runs
+        seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the others
         total = round(sum(trial.max_iters for trial in trials) * (1 + seeds))
         with tqdm(total=total, initial=steps_done(trials), unit="step", smoothing=0.1) as bar:
             run_all(trials, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials))
@@ -110,7 +113,10 @@ def main(words=None):
 
 
 def read_sweep(path):
-    """{"common": settings, "optimizers": {name: settings}} of a sweep file. UserError where it cannot be one."""
+    """{"common": settings, "optimizers": {name: settings}} of a sweep file, and its "runs" where it assigns them.
+
+    UserError where it cannot be one.
+    """
     try:
         names = runpy.run_path(path)
     except OSError as error:
@@ -122,6 +128,10 @@ def read_sweep(path):
     parts = [*definition.values(), *(named.values() if isinstance(named, dict) else ())]
     if not named or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: a sweep file assigns dicts, `common` and `optimizers` (--help shows one).")
+    if (runs := names.get("runs")) is not None:
+        if type(runs) is not int or runs < 1:
+            raise UserError(f"{path}: runs = {runs!r}, wants a whole number from 1 on, or leave it away for all.")
+        definition["runs"] = runs
     try:
         return json.loads(json.dumps(definition))  # as it will be read back from sweep.json
     except TypeError as error:
@@ -129,7 +139,10 @@ def read_sweep(path):
 
 
 def grid(definition, out_dir):
-    """The trials of every optimizer's grid. UserError for settings that a script would refuse and unequal budgets."""
+    """The trials of every optimizer: its grid, or `runs` drawn from it.
+
+    UserError for settings that a script would refuse, drawn or not, and for unequal budgets.
+    """
     trials, budgets = [], {}
     for optimizer, own in definition["optimizers"].items():
         settings = {"optimizer_name": optimizer, **definition["common"], **own}
@@ -149,11 +162,24 @@ def grid(definition, out_dir):
         raise UserError("an optimizer sweeps an empty list, or one with a value twice; every run is done once.")
     other, theirs = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
-        if len(tokens) != len(theirs):
+        if len(tokens) != len(theirs) and "runs" not in definition:
             raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(theirs)}; all must get as many.")
         if odd := [n for n in tokens if n != theirs[0]]:
             raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {theirs[0]:,}; make them as long.")
-    return trials
+    return list(draw(trials, definition["runs"])) if "runs" in definition else trials
+
+
+def draw(trials, runs):
+    """`runs` trials of each optimizer, drawn without replacement: random search (Bergstra & Bengio, JMLR 13, 2012).
+
+    An optimizer's name is the seed of its draw, which so depends on nothing but its own grid.
+    """
+    for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
+        own, random = [trial for trial in trials if trial.optimizer == optimizer], Random(optimizer)
+        if len(own) < runs:
+            raise UserError(f"{optimizer} has {len(own)} combinations, fewer than runs = {runs}; give it more values.")
+        order = [random.random() for _ in own]  # not sample(): Pythons differ in it
+        yield from (own[i] for i in sorted(range(len(own)), key=order.__getitem__)[:runs])
 
 
 def best_again(trials, seeds, out_dir):
@@ -261,7 +287,13 @@ def write_state(out_dir, definition, trials):
         }
         for trial in trials
     ]  # fmt: skip
-    write_atomically(out_dir / STATE, json.dumps({"sweep": definition, "runs": runs}, indent=2) + "\n")
+    write_atomically(out_dir / STATE, state_text({"sweep": definition, "runs": runs}))
+
+
+def state_text(state):
+    """sweep.json with a line for each run."""
+    runs = ",\n".join(json.dumps(run) for run in state["runs"])
+    return f'{{"sweep": {json.dumps(state["sweep"])},\n"runs": [\n{runs}\n]}}\n'
 
 
 # ----- what came out

@@ -1,6 +1,8 @@
 """sweep.py: equal budgets, what it runs and what it does not run again, kills, failures. Most with a stub for runs."""
 
+import collections
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,8 +11,10 @@ import time
 
 import pytest
 
+import figures
 import sweep
 from tests.conftest import ROOT, read_lines, tiny_words
+from training.config import load_config
 from training.errors import command
 
 STUB = """
@@ -44,9 +48,9 @@ def stub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_sweep(tmp_path, optimizers, **common):
+def write_sweep(tmp_path, optimizers, runs=None, **common):
     path = tmp_path / "sweep_file.py"
-    path.write_text(f"common = {COMMON | common!r}\noptimizers = {optimizers!r}\n")
+    path.write_text(f"common = {COMMON | common!r}\noptimizers = {optimizers!r}\nruns = {runs!r}\n")
     return str(path)
 
 
@@ -92,6 +96,74 @@ def test_a_sweep(stub, capsys):
     assert len(started(out)) == 18 and state(out) == runs, "what was removed runs again"
     capsys.readouterr()
     refused(capsys, [write_sweep(stub, optimizers, max_iters=6), f"--out_dir={out}"], "holds another sweep")
+
+
+def test_a_random_search(stub, capsys):
+    rates = [0.1, 0.2, 0.3, 0.4, 0.6, 0.7]
+    optimizers = {
+        "adamw": {"learning_rate": rates, "beta1": [0.8, 0.9, 0.95]},
+        "sophiag": {"learning_rate": [*rates, 8.0], "rho": [0.01, 0.1, 1.0]},
+    }
+    path, out = write_sweep(stub, optimizers, runs=7), stub / "out"
+    sweep.main([path, f"--out_dir={out}", "--seeds=1", "--jobs=2"])
+    runs = [run for run in state(out).values() if run["seed"] is None]
+    assert [run["optimizer"] for run in runs] == ["adamw"] * 7 + ["sophiag"] * 7
+    assert len({run["run"] for run in runs}) == 14 and len(started(out)) == 16
+    assert "adamw: best of 7 runs" in capsys.readouterr().out
+    figure = (out / "sweep_learning_rate.svg").read_text()
+    assert "star: best run" in figure and "line" not in figure.split("final val/loss")[1].split("-->")[0]
+    assert (out / "sweep_sophiag.png").exists(), "the heat map, with empty cells"
+    refused(capsys, [write_sweep(stub, optimizers, runs=8), f"--out_dir={out}"], "holds another sweep")
+    impossible = optimizers | {"adamw": {"learning_rate": [*rates, -1.0, 0.5]}}
+    refused(capsys, [write_sweep(stub, impossible, runs=1), f"--out_dir={out}"], "learning_rate = -1.0 is not possible")
+
+
+def test_the_draw_belongs_to_the_optimizer(tmp_path):
+    """It is the same beside others, a longer one starts with it, all combinations come, and none more often."""
+
+    def names(**definition):
+        trials = sweep.grid({"common": COMMON} | definition, tmp_path)
+        return [trial.folder.name for trial in trials if trial.optimizer == "adamw"]
+
+    adamw = {"learning_rate": [0.1, 0.2, 0.3, 0.4], "beta1": [0.8, 0.9], "beta2": [0.9, 0.95, 0.99]}
+    drawn = names(optimizers={"adamw": adamw}, runs=6)
+    assert drawn == names(optimizers={"lion": adamw, "adamw": adamw, "sophiag": adamw | {"rho": [1, 2]}}, runs=6)
+    assert names(optimizers={"adamw": adamw}, runs=24)[:6] == drawn
+    assert sorted(names(optimizers={"adamw": adamw}, runs=24)) == sorted(names(optimizers={"adamw": adamw}))
+    assert drawn != names(optimizers={"adamw": adamw})[:6]
+    assert drawn[0] == "adamw_learning_rate=0.4_beta1=0.9_beta2=0.95", "on any machine"
+
+
+def test_every_combination_is_as_likely():
+    """Of 6 trials 2 are drawn for 3000 names: each 1000 times, give or take 4 standard deviations."""
+    counts = collections.Counter()
+    for i in range(3000):
+        trials = [sweep.Trial(f"name {i}", {"lr": lr}, [], None, 1) for lr in range(6)]
+        counts.update(trial.swept["lr"] for trial in sweep.draw(trials, 2))
+    assert set(counts) == set(range(6)) and all(abs(n - 1000) < 4 * (3000 * 2 / 9) ** 0.5 for n in counts.values())
+
+
+def test_figures_of_grids_and_of_random_searches(tmp_path):
+    """A line is drawn only through a whole grid; a run that was not drawn has no cell, one that diverged says so."""
+
+    def trials(name, places, values):
+        return [
+            sweep.Trial(name, {"lr": i, "rho": j}, [], None, 1, loss=loss)
+            for (i, j), loss in zip(places, values, strict=True)
+        ]
+
+    grid = trials("whole", [(1, 1), (1, 2), (2, 1), (2, 2)], [1.0, 2.0, 3.0, math.inf])
+    part = trials("part", [(2, 1), (1, 2), (1, 3)], [1.5, math.inf, 2.5])
+    figures.draw_sweep(grid, tmp_path / "grid")
+    figures.draw_sweep(part, tmp_path / "part")
+    figures.draw_sweep(grid + part, tmp_path / "both")
+    texts = {path.parent.name: path.read_text() for path in tmp_path.glob("*/sweep_lr.svg")}
+    assert {name: ("<!-- (line: best over" in text, "star: best" in text) for name, text in texts.items()} == {
+        "grid": (True, False), "part": (False, True), "both": (True, True),
+    }  # fmt: skip
+    cells = {name: (tmp_path / "both" / f"sweep_{name}.svg").read_text() for name in ("whole", "part")}
+    assert cells["whole"].count("diverged") == cells["part"].count("diverged") == 1
+    assert "<!-- nan" not in cells["part"] and "<!-- 1.500 -->" in cells["part"] and "<!-- 2.500 -->" in cells["part"]
 
 
 def test_one_run_on_each_gpu(stub, monkeypatch):
@@ -172,6 +244,22 @@ def test_with_the_real_script(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "runs, said",
+    [
+        (5, "lion has 4 combinations, fewer than runs = 5"),
+        (0, "runs = 0, wants a whole number from 1 on"),
+        (2.0, "runs = 2.0, wants a whole number"),
+        (True, "runs = True, wants a whole number"),
+    ],
+)
+def test_impossible_numbers_of_runs(tmp_path, capsys, runs, said):
+    optimizers = {"adamw": {"learning_rate": [1, 2, 3, 4, 5]}, "lion": {"learning_rate": [1, 2, 3, 4]}}
+    refused(capsys, [write_sweep(tmp_path, optimizers, runs), f"--out_dir={tmp_path / 'out'}"], said)
+    twice = {"adamw": {"learning_rate": [1, 2, 3, 1]}}
+    refused(capsys, [write_sweep(tmp_path, twice, 1), f"--out_dir={tmp_path / 'out'}"], "a value twice")
+
+
+@pytest.mark.parametrize(
     "optimizers, said",
     [
         ({"adamw": {"learning_rate": [1, 2]}, "lion": {"learning_rate": [1]}}, "lion has 1 runs and adamw 2"),
@@ -205,11 +293,28 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-@pytest.mark.parametrize("name, runs", [("sweep_30m_lr", 32), ("sweep_rho_beta2", 16)])
-def test_ready_sweeps(tmp_path, monkeypatch, name, runs):
+RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 80, "30m_books": 80}
+
+
+def test_ready_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    trials = sweep.grid(sweep.read_sweep(f"config/{name}.py"), tmp_path)
-    assert len(trials) == runs == len({trial.folder for trial in trials})
+    assert {path.stem for path in ROOT.glob("config/sweep_*.py")} == {f"sweep_{name}" for name in RUNS}
+    for name, runs in RUNS.items():
+        trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
+        assert len(trials) == runs == len({trial.folder for trial in trials}), name
+
+
+@pytest.mark.parametrize("corpus", ["python", "books"])
+def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus):
+    """What a run of it really gets, in all that the comparison rests on."""
+    monkeypatch.chdir(ROOT)
+    for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
+        config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
+        assert (config.optimizer_name, config.dataset, config.n_layer) == (trial.optimizer, corpus, 6)
+        assert (config.max_iters, config.total_bs, config.block_size) == (780, 128, 512)
+        assert config.min_lr == config.learning_rate / 20 and config.grad_clip == 1.0 and config.compile
+        assert {key: getattr(config, key) for key in trial.swept} == trial.swept
+        assert "sophia" not in trial.optimizer or (config.bias_correction and config.hess_bs == 32)
 
 
 def refused(capsys, words, said):

@@ -1,0 +1,46 @@
+# Equal tuning of five optimizers at 30M on Python source text: a random search of 16 runs each, of 780 steps of
+# 128 x 512 tokens (51M tokens), over rate, decay, momentum and warm-up, for Sophia rho too.
+#   python data/python/prepare.py
+#   python sweep.py config/sweep_30m_python.py --out_dir=out/sweep_30m_python --seeds=3
+#   python compare.py out/sweep_30m_python/best_*_seed* --out=out/sweep_30m_python/best
+
+runs = 16
+common = {
+    "dataset": "python",
+    "total_bs": 128,
+    "batch_size": 128,
+    "block_size": 512,
+    "max_iters": 780,
+    "warmup_iters": [39, 78, 156],
+    "eval_interval": 390,
+    "grad_clip": 1.0,
+}
+sophia = {
+    "config": "config/train_gpt2_30m_sophiag.py",
+    "learning_rate": [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    "weight_decay": [0.1, 0.2, 0.4, 1.0],
+    "beta1": [0.8, 0.9, 0.95, 0.965],
+    "bias_correction": True,  # h remembers 1000 steps, more than there are
+}
+optimizers = {
+    "adamw": {
+        "config": "config/train_gpt2_30m_adam.py",
+        "learning_rate": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        "weight_decay": [0.05, 0.1, 0.2, 0.4],
+        "beta1": [0.8, 0.9, 0.95],
+    },
+    "lion": {
+        "config": "config/train_gpt2_30m_lion.py",
+        "learning_rate": [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3],
+        "weight_decay": [0.1, 0.2, 0.4, 1.0],
+        "beta1": [0.9, 0.95],
+    },
+    "muon": {
+        "config": "config/train_gpt2_30m_muon.py",
+        "learning_rate": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        "weight_decay": [0.05, 0.1, 0.2, 0.4],
+        "momentum": [0.9, 0.95],
+    },
+    "sophiag": sophia | {"rho": [0.01, 0.03, 0.1, 0.3]},
+    "sophiah": sophia | {"rho": [0.003, 0.01, 0.03, 0.1]},
+}
