@@ -12,7 +12,7 @@ A sweep file is Python; it assigns
     }
     runs = 16                                                      # optional: random search, so many runs each
 
-where what is a list is swept (all combinations, or `runs` of them drawn at random, the same ones each time), and what
+where what is a list is swept (all combinations, or `runs` of them drawn at random, each value about as often as the others, the same ones each time), and what
 is not is fixed. Every optimizer must get as many runs as the others, of as many tokens. Runs go one after another, or
 one on each GPU. Killed and started again it does what is missing: a run that was cut off goes on from its checkpoint.
 A run that fails or diverges counts as loss inf; to have it run again, remove its folder.
@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,14 +173,25 @@ def grid(definition, out_dir):
 def draw(trials, runs):
     """`runs` trials of each optimizer, drawn without replacement: random search (Bergstra & Bengio, JMLR 13, 2012).
 
+    Each next one is drawn among those whose values came least often so far, so that no value of a setting is left out.
     An optimizer's name is the seed of its draw, which so depends on nothing but its own grid.
     """
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         own, random = [trial for trial in trials if trial.optimizer == optimizer], Random(optimizer)
         if len(own) < runs:
             raise UserError(f"{optimizer} has {len(own)} combinations, fewer than runs = {runs}; give it more values.")
-        order = [random.random() for _ in own]  # not sample(): Pythons differ in it
-        yield from (own[i] for i in sorted(range(len(own)), key=order.__getitem__)[:runs])
+        luck = {trial.folder: random.random() for trial in own}  # not sample(): Pythons differ in it
+        shares = {key: 1 / len({trial.swept[key] for trial in own}) for key in own[0].swept}
+        drawn = Counter()  # how often each value of each setting
+
+        def excess(trial, shares=shares, drawn=drawn):
+            return round(sum(drawn[item] / shares[item[0]] for item in trial.swept.items()), 6)
+
+        for _ in range(runs):
+            trial = min(own, key=lambda trial: (excess(trial), luck[trial.folder]))
+            own.remove(trial)
+            drawn.update(trial.swept.items())
+            yield trial
 
 
 def best_again(trials, seeds, out_dir):

@@ -1,9 +1,11 @@
 """sweep.py: equal budgets, what it runs and what it does not run again, kills, failures. Most with a stub for runs."""
 
 import collections
+import itertools
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -138,9 +140,22 @@ def test_every_combination_is_as_likely():
     """Of 6 trials 2 are drawn for 3000 names: each 1000 times, give or take 4 standard deviations."""
     counts = collections.Counter()
     for i in range(3000):
-        trials = [sweep.Trial(f"name {i}", {"lr": lr}, [], None, 1) for lr in range(6)]
+        trials = [sweep.Trial(f"name {i}", {"lr": lr}, [], pathlib.Path(str(lr)), 1) for lr in range(6)]
         counts.update(trial.swept["lr"] for trial in sweep.draw(trials, 2))
     assert set(counts) == set(range(6)) and all(abs(n - 1000) < 4 * (3000 * 2 / 9) ** 0.5 for n in counts.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sophiag"])
+def test_the_draw_leaves_no_value_out(name):
+    grid = {"lr": range(5), "decay": range(4), "beta1": range(3), "rho": range(4)}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    trials = [sweep.Trial(name, point, [], pathlib.Path(str(point)), 1) for point in points]
+    drawn = list(sweep.draw(trials, 16))
+    assert len({trial.folder for trial in drawn}) == 16
+    for key, values in grid.items():
+        counts = collections.Counter(trial.swept[key] for trial in drawn)
+        assert min(counts[value] for value in values) >= 16 // len(values) - 1
+        assert max(counts.values()) <= 16 // len(values) + 2
 
 
 def test_figures_of_grids_and_of_random_searches(tmp_path):
