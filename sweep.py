@@ -14,8 +14,9 @@ A sweep file is Python; it assigns
 
 where what is a list is swept (all combinations, or `runs` of them drawn at random, the same ones each time, each value
 about as often as the others), and what is not is fixed. Every optimizer must get as many runs as the others, of as
-many tokens. Runs go one after another, or one on each GPU. Killed and started again it does what is missing: a run that was cut off goes on from its checkpoint.
-A run that fails or diverges counts as loss inf; to have it run again, remove its folder.
+many tokens. Runs go one after another, or one on each GPU. Killed and started again it does what is missing: a run
+that was cut off goes on from its checkpoint. A run that fails or diverges counts as loss inf; to have it run again,
+remove its folder.
 Writes sweep.json and a figure for each swept setting; an optimizer with two of them gets a heat map.
 """
 
