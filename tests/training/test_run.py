@@ -203,6 +203,24 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp
     assert math.isfinite(read_lines(tmp_path / "out")[-1]["val/loss"])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+def test_a_first_step_that_is_skipped_leaves_nothing_behind(tiny, tmp_path, monkeypatch, optimizer):
+    """As under fp16, whose first scale is often too large. What torch does not initialize holds NaN here."""
+    piece_loss = Run._piece_loss
+
+    def infinite_at_first(run, *arguments):
+        infinite_at_first.calls += 1
+        return piece_loss(run, *arguments) * (math.inf if infinite_at_first.calls == 1 else 1.0)
+
+    infinite_at_first.calls = 0
+    monkeypatch.setattr(Run, "_piece_loss", infinite_at_first)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **more: torch.full_like(tensor, math.nan, **more))
+    train_adam.main([*tiny, "--max_iters=5", f"--optimizer_name={optimizer}"])
+    lines = read_lines(tmp_path / "out")
+    assert [line["train/skipped"] for line in lines[:-1]] == [1] * 5
+    assert math.isfinite(lines[-1]["val/loss"])
+
+
 def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
     """A label of probability 0 gives that: the loss is infinite, its gradient p - onehot is not."""
     piece_loss = Run._piece_loss
