@@ -40,10 +40,10 @@ def run(args):
         raise UserError("this machine has no CUDA device: use --device cpu and a small --base.")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        places = [place_of(run, folder / f"tree{i}") for i, run in enumerate(args.runs)]
-        report = Report(args)
         free = list(gpus) or [None]
         try:
+            places = [place_of(run, folder / f"tree{i}") for i, run in enumerate(args.runs)]
+            report = Report(args)
             with ThreadPoolExecutor(len(free)) as pool:
                 jobs = [
                     pool.submit(losses_of, args, *place, folder / f"run{i}", free) for i, place in enumerate(places)

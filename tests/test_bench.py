@@ -1,6 +1,7 @@
 """bench.py: its rows, its table, its errors; the times themselves mean something on a GPU only."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -140,3 +141,12 @@ def test_losses(tmp_path, corpus, capsys):
     assert other > 1e-3 and same == 0 and micro_batch < 1e-5
     with pytest.raises(UserError, match="neither a folder nor a commit"):
         bench.main(["losses", ".", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+    before = worktrees()
+    with pytest.raises(UserError, match="neither a folder nor a commit"):
+        bench.main(["losses", "HEAD", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+    assert worktrees() == before, "the checkout of HEAD is gone from git's list too"
+
+
+def worktrees():
+    words = ["git", "-C", str(ROOT), "worktree", "list", "--porcelain"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
