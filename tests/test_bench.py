@@ -74,6 +74,7 @@ def test_what_is_tokenized_is_each_source_once(tmp_path, monkeypatch):
         ("table EMPTY", "is no result of this script"),
         ("optimizer --out OUT", "no CUDA device"),
         ("data --device cuda --out OUT", "no CUDA device"),
+        ("losses it's . --device cpu --out OUT", "cannot be read as a run"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
@@ -110,6 +111,16 @@ class GPT(Ours):
 '''
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["optimizer --rounds 0", "optimizer --calls 0", "train --steps 0", "train --block_size 0", "train --compile true"],
+)
+def test_numbers_and_switches_are_checked(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        bench.main([*words.split(), "--device=cpu"])
+    assert ended.value.code == 2 and words.split()[1] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_train_rows(tmp_path, monkeypatch):
     """Toy models on the CPU: every part gives its rows, on one process and two."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
@@ -141,6 +152,8 @@ def test_losses(tmp_path, corpus, capsys):
     assert other > 1e-3 and same == 0 and micro_batch < 1e-5
     with pytest.raises(UserError, match="neither a folder nor a commit"):
         bench.main(["losses", ".", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+    with pytest.raises(UserError, match="do not log losses at the same steps"):
+        bench.main(["losses", ".", ". --learning_rate=1e30", "--base", base, "--device=cpu", f"--out={out}"])
     before = worktrees()
     with pytest.raises(UserError, match="neither a folder nor a commit"):
         bench.main(["losses", "HEAD", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
