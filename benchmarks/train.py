@@ -180,6 +180,7 @@ def start(report, name, model, make, args):
     if args.device == "cuda":
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
+    contender = None
     try:
         contender = make()
         if args.device == "cuda":
@@ -196,6 +197,8 @@ def start(report, name, model, make, args):
         return contender
     except Exception as error:  # one contender's failure must not cost the others their rows
         report.error(name, model, "start", error)
+        if contender:
+            contender.close()  # its thread would keep its model in memory
         return None
 
 
@@ -206,7 +209,7 @@ def started(report, model, makers, args):
     try:
         yield contenders
     finally:
-        for contender in contenders.values():
+        for contender in reversed(contenders.values()):  # each gives the signals back to the one before
             contender.close()
         contenders.clear()
         torch._dynamo.reset()

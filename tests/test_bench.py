@@ -1,8 +1,10 @@
 """bench.py: its rows, its table, its errors; the times themselves mean something on a GPU only."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from benchmarks import data, report, train
 from data import sources
 from tests.conftest import ROOT, tiny_words
 from training.errors import UserError, command
+from training.run import Run
 
 
 def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
@@ -139,6 +142,28 @@ def test_train_rows(tmp_path, monkeypatch):
     assert value["ours", "scaling_2gpu"] > 0
     assert {("ours_sophiag", "curvature_overhead"), ("ours_sophiah", "curvature_overhead")} <= set(value)
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
+
+
+@pytest.mark.parametrize("broken", ["ours", "ours_adamw"])
+def test_contenders_leave_nothing_behind(tmp_path, monkeypatch, broken):
+    """Whether they were timed or failed in their first step: no thread, which would keep their model, no handler."""
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
+    monkeypatch.setitem(train.MICRO_BATCH, "30M", 8)
+    step, calls, handler = Run.apply, [], signal.getsignal(signal.SIGINT)
+
+    def fails_at_first(run, *arguments, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return step(run, *arguments, **more)
+
+    monkeypatch.setattr(Run, "apply", fails_at_first)
+    part, out = "speed" if broken == "ours" else "curvature", tmp_path / "t.json"
+    words = f"train --parts {part} --device cpu --models 30M --rounds 1 --steps 1 --block_size 16 --compile False"
+    bench.main([*words.split(), f"--out={out}"])
+    assert json.loads(out.read_text())["errors"] == [f"{broken} 30M start: RuntimeError: out of memory"]
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_losses(tmp_path, corpus, capsys):
