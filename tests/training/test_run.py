@@ -499,6 +499,14 @@ def test_two_ranks_say_it_once(tiny):
     assert done.stderr.count("error: total_bs") == 1
 
 
+def test_fewer_curvature_sequences_than_ranks_are_refused_before_anything_is_overwritten(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("old")
+    done = torchrun(2, "train_sophiag.py", [*tiny, "--hess_bs=1", "--overwrite=True"])
+    assert done.returncode != 0 and done.stderr.count("error: hess_bs = 1 sequences are too few for 2 ranks") == 1
+    assert "--hess_bs=2" in done.stderr and (tmp_path / "out" / "metrics.jsonl").read_text() == "old"
+
+
 # ----- on a GPU
 
 
