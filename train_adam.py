@@ -41,7 +41,10 @@ def make_optimizer(config, groups, fused):
     if config.optimizer_name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, fused=fused)
     if config.optimizer_name == "sgd":  # its weight decay is in the gradient, not decoupled
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+        sgd = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+        for p in (p for group in groups for p in group["params"] if config.momentum):
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # what torch makes holds garbage after a skipped step
+        return sgd
     if config.optimizer_name == "lion":
         try:
             from lion_pytorch.foreach import Lion

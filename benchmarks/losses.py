@@ -40,10 +40,10 @@ def run(args):
         raise UserError("this machine has no CUDA device: use --device cpu and a small --base.")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        places = [place_of(run, folder / f"tree{i}") for i, run in enumerate(args.runs)]
-        report = Report(args)
         free = list(gpus) or [None]
         try:
+            places = [place_of(run, folder / f"tree{i}") for i, run in enumerate(args.runs)]
+            report = Report(args)
             with ThreadPoolExecutor(len(free)) as pool:
                 jobs = [
                     pool.submit(losses_of, args, *place, folder / f"run{i}", free) for i, place in enumerate(places)
@@ -53,8 +53,11 @@ def run(args):
             for tree in folder.glob("tree*"):
                 subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False)
     for name, theirs in zip(args.runs[1:], losses[1:], strict=True):
-        if list(theirs) != list(losses[0]):
-            raise UserError(f"{name!r} and {args.runs[0]!r} do not log the same steps; give both as many.")
+        if not theirs or list(theirs) != list(losses[0]):
+            raise UserError(
+                f"{name!r} and {args.runs[0]!r} do not log losses at the same steps; give both as many, and rates at "
+                "which they stay finite."
+            )
         difference = {step: abs(theirs[step] - loss) for step, loss in losses[0].items()}
         for steps in (5, 20, 50):  # rounding grows from step to step: what is more than that differs at once
             early = max((value for step, value in difference.items() if step < steps), default=0.0)
@@ -69,7 +72,10 @@ def run(args):
 
 def place_of(words, tree):
     """(checkout, settings) of a run; a commit is checked out into `tree`."""
-    words = shlex.split(words) or ["."]
+    try:
+        words = shlex.split(words) or ["."]
+    except ValueError as error:
+        raise UserError(f"{words!r} cannot be read as a run ({error}); quote it once more.") from None
     if Path(words[0]).is_dir():
         return (ROOT if words[0] == "." else Path(words[0]).resolve()), words[1:]
     done = subprocess.run(
@@ -91,4 +97,5 @@ def losses_of(args, checkout, words, out_dir, free):
     free.append(gpu)
     if done.returncode:
         raise UserError(f"{shlex.join(words) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-    return {line["step"]: line["train/loss"] for line in read_metrics(out_dir / METRICS) if "train/loss" in line}
+    lines = read_metrics(out_dir / METRICS)
+    return {line["step"]: line["train/loss"] for line in lines if line.get("train/loss") is not None}

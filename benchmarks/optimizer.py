@@ -11,6 +11,7 @@ from torch import nn
 
 import sophia
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
+from data.corpus import positive
 from training.errors import UserError
 
 
@@ -18,8 +19,8 @@ def add_arguments(parser):
     parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
     parser.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--rounds", type=int, default=11, help="turns of every contender; the median counts")
-    parser.add_argument("--calls", type=int, default=10, help="calls in a row that one turn times")
+    parser.add_argument("--rounds", type=positive, default=11, help="turns of every contender; the median counts")
+    parser.add_argument("--calls", type=positive, default=10, help="calls in a row that one turn times")
     parser.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
 
 

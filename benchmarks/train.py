@@ -21,6 +21,7 @@ import torch
 import train_adam
 import train_sophiag
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
+from data.corpus import positive
 from model import GPT, GPTConfig, peak_flops
 from training.config import load_config
 from training.errors import UserError
@@ -40,10 +41,10 @@ def add_arguments(parser):
     parser.add_argument("--models", type=model_names, default="124M,355M", help=f"of {', '.join(GPT2_SIZES)}")
     parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="what to measure")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every contender; the median counts")
-    parser.add_argument("--steps", type=int, default=10, help="steps in a row that one turn times")
-    parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--compile", type=lambda word: word == "True", default=True, help="True or False")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of every contender; the median counts")
+    parser.add_argument("--steps", type=positive, default=10, help="steps in a row that one turn times")
+    parser.add_argument("--block_size", type=positive, default=1024)
+    parser.add_argument("--compile", default="True", choices=("True", "False"))
 
 
 def run(args):
@@ -117,7 +118,7 @@ class Peer:
 
     def __init__(self, model, optimizer, micro_batch, args):
         self.model, self.optimizer, self.shape = model, optimizer, (micro_batch, args.block_size)
-        self.compiled = torch.compile(model) if args.compile else model
+        self.compiled = torch.compile(model) if args.compile == "True" else model
         self.tokens, self.device = np.memmap(args.folder / "train.bin", dtype=np.uint16, mode="r"), args.device
         self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
         self.batch = self.fetch()
@@ -179,6 +180,7 @@ def start(report, name, model, make, args):
     if args.device == "cuda":
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
+    contender = None
     try:
         contender = make()
         if args.device == "cuda":
@@ -195,6 +197,8 @@ def start(report, name, model, make, args):
         return contender
     except Exception as error:  # one contender's failure must not cost the others their rows
         report.error(name, model, "start", error)
+        if contender:
+            contender.close()  # its thread would keep its model in memory
         return None
 
 
@@ -205,7 +209,7 @@ def started(report, model, makers, args):
     try:
         yield contenders
     finally:
-        for contender in contenders.values():
+        for contender in reversed(contenders.values()):  # each gives the signals back to the one before
             contender.close()
         contenders.clear()
         torch._dynamo.reset()

@@ -1,7 +1,10 @@
 """bench.py: its rows, its table, its errors; the times themselves mean something on a GPU only."""
 
 import json
+import signal
+import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from benchmarks import data, report, train
 from data import sources
 from tests.conftest import ROOT, tiny_words
 from training.errors import UserError, command
+from training.run import Run
 
 
 def test_optimizer_rows_and_table(tmp_path, monkeypatch, capsys):
@@ -73,6 +77,7 @@ def test_what_is_tokenized_is_each_source_once(tmp_path, monkeypatch):
         ("table EMPTY", "is no result of this script"),
         ("optimizer --out OUT", "no CUDA device"),
         ("data --device cuda --out OUT", "no CUDA device"),
+        ("losses it's . --device cpu --out OUT", "cannot be read as a run"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
@@ -109,6 +114,16 @@ class GPT(Ours):
 '''
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["optimizer --rounds 0", "optimizer --calls 0", "train --steps 0", "train --block_size 0", "train --compile true"],
+)
+def test_numbers_and_switches_are_checked(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        bench.main([*words.split(), "--device=cpu"])
+    assert ended.value.code == 2 and words.split()[1] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_train_rows(tmp_path, monkeypatch):
     """Toy models on the CPU: every part gives its rows, on one process and two."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
@@ -129,6 +144,28 @@ def test_train_rows(tmp_path, monkeypatch):
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
 
 
+@pytest.mark.parametrize("broken", ["ours", "ours_adamw"])
+def test_contenders_leave_nothing_behind(tmp_path, monkeypatch, broken):
+    """Whether they were timed or failed in their first step: no thread, which would keep their model, no handler."""
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
+    monkeypatch.setitem(train.MICRO_BATCH, "30M", 8)
+    step, calls, handler = Run.apply, [], signal.getsignal(signal.SIGINT)
+
+    def fails_at_first(run, *arguments, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return step(run, *arguments, **more)
+
+    monkeypatch.setattr(Run, "apply", fails_at_first)
+    part, out = "speed" if broken == "ours" else "curvature", tmp_path / "t.json"
+    words = f"train --parts {part} --device cpu --models 30M --rounds 1 --steps 1 --block_size 16 --compile False"
+    bench.main([*words.split(), f"--out={out}"])
+    assert json.loads(out.read_text())["errors"] == [f"{broken} 30M start: RuntimeError: out of memory"]
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
 def test_losses(tmp_path, corpus, capsys):
     """Two seeds differ, a micro-batch hardly, nothing not at all; a checkout elsewhere is a run too."""
     base = " ".join(tiny_words(corpus, tmp_path / "unused")) + " --max_iters=12"
@@ -140,3 +177,14 @@ def test_losses(tmp_path, corpus, capsys):
     assert other > 1e-3 and same == 0 and micro_batch < 1e-5
     with pytest.raises(UserError, match="neither a folder nor a commit"):
         bench.main(["losses", ".", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+    with pytest.raises(UserError, match="do not log losses at the same steps"):
+        bench.main(["losses", ".", ". --learning_rate=1e30", "--base", base, "--device=cpu", f"--out={out}"])
+    before = worktrees()
+    with pytest.raises(UserError, match="neither a folder nor a commit"):
+        bench.main(["losses", "HEAD", "nothing", "--base", base, "--device=cpu", f"--out={out}"])
+    assert worktrees() == before, "the checkout of HEAD is gone from git's list too"
+
+
+def worktrees():
+    words = ["git", "-C", str(ROOT), "worktree", "list", "--porcelain"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout

@@ -7,12 +7,12 @@ with World(device="auto", backend="auto") as world:
 import contextlib
 import datetime
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -192,7 +192,8 @@ class Lifeline:
     def __init__(self, world):
         self.rank, self.dead, self.leaving, self.broken = world.rank, None, threading.Event(), threading.Event()
         self._closed, patience = False, 60
-        server = socket.create_server(("", 0), backlog=world.size) if world.is_main else None
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        server = socket.create_server(("", 0), backlog=world.size, **both) if world.is_main else None
         port = world.gather(server and server.getsockname()[1])[0]
         self._ranks = {}  # connection: the rank at its other end
         if server:
@@ -230,7 +231,7 @@ class Lifeline:
 
     def _watch(self):
         while not self._closed and self._ranks:
-            for connection in select.select(list(self._ranks), [], [], 0.2)[0]:
+            for connection in wait(list(self._ranks), 0.2):  # select.select() takes no file above 1023
                 try:
                     word = connection.recv(4, socket.MSG_WAITALL)
                 except OSError:

@@ -43,8 +43,8 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         d_hidden, d_weight = ctx.saved_tensors
-        grad_output = grad_output / len(d_hidden)
-        return d_hidden * grad_output, d_weight * grad_output, None, None
+        factor = (grad_output / len(d_hidden)).view(1, 1)  # without dimensions CUDA would round it to hidden's dtype
+        return torch.mul(d_hidden, factor, out=torch.empty_like(d_hidden)), d_weight * factor, None, None
 
 
 def loss_and_gradient(logits, targets, loss):

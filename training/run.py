@@ -65,6 +65,11 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
             check_sharding(config, world)
+        if getattr(config, "hess_bs", world.size) < world.size:
+            raise UserError(
+                f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one; "
+                f"use at least --hess_bs={world.size}."
+            )
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.same({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})

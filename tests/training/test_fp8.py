@@ -57,6 +57,10 @@ def test_refusals(corpus, tmp_path):
     with pytest.raises(UserError, match="cannot be differentiated twice"):
         main([*words, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
+    for name, size in (("n_embd", 40), ("block_size", 100)):
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}
+        with pytest.raises(UserError, match=f"{name} to be a multiple of 16, got {size}"):
+            to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
 
 
 @pytest.mark.gpu

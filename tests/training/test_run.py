@@ -203,6 +203,24 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp
     assert math.isfinite(read_lines(tmp_path / "out")[-1]["val/loss"])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+def test_a_first_step_that_is_skipped_leaves_nothing_behind(tiny, tmp_path, monkeypatch, optimizer):
+    """As under fp16, whose first scale is often too large. What torch does not initialize holds NaN here."""
+    piece_loss = Run._piece_loss
+
+    def infinite_at_first(run, *arguments):
+        infinite_at_first.calls += 1
+        return piece_loss(run, *arguments) * (math.inf if infinite_at_first.calls == 1 else 1.0)
+
+    infinite_at_first.calls = 0
+    monkeypatch.setattr(Run, "_piece_loss", infinite_at_first)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **more: torch.full_like(tensor, math.nan, **more))
+    train_adam.main([*tiny, "--max_iters=5", f"--optimizer_name={optimizer}"])
+    lines = read_lines(tmp_path / "out")
+    assert [line["train/skipped"] for line in lines[:-1]] == [1] * 5
+    assert math.isfinite(lines[-1]["val/loss"])
+
+
 def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
     """A label of probability 0 gives that: the loss is infinite, its gradient p - onehot is not."""
     piece_loss = Run._piece_loss
@@ -479,6 +497,14 @@ def test_two_ranks_say_it_once(tiny):
     done = torchrun(2, "train_adam.py", [*tiny, "--batch_size=7"])
     assert done.returncode != 0
     assert done.stderr.count("error: total_bs") == 1
+
+
+def test_fewer_curvature_sequences_than_ranks_are_refused_before_anything_is_overwritten(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("old")
+    done = torchrun(2, "train_sophiag.py", [*tiny, "--hess_bs=1", "--overwrite=True"])
+    assert done.returncode != 0 and done.stderr.count("error: hess_bs = 1 sequences are too few for 2 ranks") == 1
+    assert "--hess_bs=2" in done.stderr and (tmp_path / "out" / "metrics.jsonl").read_text() == "old"
 
 
 # ----- on a GPU
