@@ -247,6 +247,9 @@ class Lifeline:
         self._say(dead.to_bytes(4))  # rank 0 passes it on, for the others nobody is left to tell
         if not self.leaving.wait(NOTICE_TIME):
             print(f"error: {self.sentence()}", file=sys.stderr, flush=True)
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # what is being written may yet be finished
+                    thread.join(LEAVE_TIME)
             os._exit(RunError.exit_code)
         time.sleep(LEAVE_TIME)
         os._exit(RunError.exit_code)
