@@ -12,8 +12,9 @@ from model import cross_entropy
 
 
 class LinearLoss(torch.autograd.Function):
-    """loss(hidden @ weight.T, targets), scalar, for a `loss` that is a mean over all rows of the logits: every row has a
-    target, there is no ignore_index.
+    """loss(hidden @ weight.T, targets), scalar, for a `loss` that is a mean over all rows of the logits.
+
+    Every row has a target; there is no ignore_index.
 
     The gradients are computed in the forward pass, piece by piece, where a piece's logits are at hand; that of the
     weight is summed in the weight's precision.
