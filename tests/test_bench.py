@@ -129,7 +129,7 @@ def test_train_rows(tmp_path, monkeypatch):
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     monkeypatch.setitem(train.MICRO_BATCH, "30M", 4)
     monkeypatch.setattr(train, "ACCUMULATION", 2)
-    monkeypatch.setattr(train, "SHORT", train.SHORT | {"max_iters": 7, "log_interval": 2})
+    monkeypatch.setattr(train, "SHORT", train.SHORT | {"max_iters": 11, "log_interval": 4})
     monkeypatch.setitem(sys.modules, "model_of_ours", model)
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer" / "model.py").write_text(PEER)
