@@ -28,7 +28,7 @@ from training.errors import UserError
 from training.run import Run
 from training.tracking import METRICS, read_metrics
 
-# Sequences. On an H200 nanoGPT was fastest at 64 of 12, 32 and 64 (124M), ours as fast at 128; 355M: 32 alone was tried.
+# Sequences. On an H200 nanoGPT was fastest at 64 of 12, 32 and 64 (124M), ours as fast at 128; 355M: only 32 was run.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
 OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # more does not fit, or is slower
 ACCUMULATION = 8  # micro-batches in a step where curvature and scaling are measured: at 124M x 64 half a million tokens
