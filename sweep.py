@@ -182,11 +182,11 @@ def draw(trials, runs):
         if len(own) < runs:
             raise UserError(f"{optimizer} has {len(own)} combinations, fewer than runs = {runs}; give it more values.")
         luck = {trial.folder: random.random() for trial in own}  # not sample(): Pythons differ in it
-        shares = {key: 1 / len({trial.swept[key] for trial in own}) for key in own[0].swept}
+        values = {key: len({trial.swept[key] for trial in own}) for key in own[0].swept}
         drawn = Counter()  # how often each value of each setting
 
-        def excess(trial, shares=shares, drawn=drawn):
-            return round(sum(drawn[item] / shares[item[0]] for item in trial.swept.items()), 6)
+        def excess(trial, values=values, drawn=drawn):
+            return sum(drawn[item] * values[item[0]] for item in trial.swept.items())
 
         for _ in range(runs):
             trial = min(own, key=lambda trial: (excess(trial), luck[trial.folder]))

@@ -45,8 +45,11 @@ class Report:
         self.write()
 
     def write(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out={self.path} cannot be written ({error.strerror}); name another file.") from None
 
     def value(self, contender, model, metric):
         found = [r["value"] for r in self.content["rows"] if (contender, model, metric) == tuple(r.values())[:3]]
@@ -105,12 +108,12 @@ def markdown_table(path):
     """The rows of a result: a line a metric and contender, a column a model."""
     try:
         rows = json.loads(Path(path).read_text())["rows"]
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        values = {}
+        for row in rows:
+            values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of this script ({type(error).__name__}: {error}).") from None
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    values = {}
-    for row in rows:
-        values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
     lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]
     for (metric, contender, unit), cells in values.items():
         unit = "GiB" if unit == "bytes" else unit

@@ -30,7 +30,7 @@ from training.tracking import METRICS, read_metrics
 
 # Sequences. On an H200 nanoGPT was fastest at 64 of 12, 32 and 64 (124M), ours as fast at 128; 355M: only 32 was run.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
-OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # more does not fit, or is slower
+OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # only 32 was run with this script
 ACCUMULATION = 8  # micro-batches in a step where curvature and scaling are measured: at 124M x 64 half a million tokens
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,8 +217,9 @@ def started(report, model, makers, args):
 
 def compare(report, model, contenders, tokens, args):
     """name -> milliseconds of a step; tokens/s and MFU are reported. tokens: in a step of each contender."""
-    failed = partial(lambda name, error: report.error(name, model, "step", error))
-    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
+    times = alternate(
+        contenders, args.rounds, args.steps, args.device, lambda name, error: report.error(name, model, "step", error)
+    )
     layers, heads, width = GPT2_SIZES[model]
     with torch.device("meta"):
         gpt = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=args.block_size))

@@ -75,6 +75,8 @@ def test_what_is_tokenized_is_each_source_once(tmp_path, monkeypatch):
         ("optimizer --official /no/such --device cpu --models 30M --out OUT", "sophia.py is missing"),
         ("table /no/such.json", "is no result of this script"),
         ("table EMPTY", "is no result of this script"),
+        ("table NAMELESS", "is no result of this script"),
+        ("optimizer --device cpu --models 30M --out /proc/none/o.json", "cannot be written"),
         ("optimizer --out OUT", "no CUDA device"),
         ("data --device cuda --out OUT", "no CUDA device"),
         ("losses it's . --device cpu --out OUT", "cannot be read as a run"),
@@ -82,7 +84,10 @@ def test_what_is_tokenized_is_each_source_once(tmp_path, monkeypatch):
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     (tmp_path / "empty").write_text("{}")
+    (tmp_path / "nameless").write_text('{"rows": [{}]}')
+    words = words.replace("NAMELESS", str(tmp_path / "nameless"))
     words = words.replace("EMPTY", str(tmp_path / "empty")).replace("OUT", str(tmp_path / "o.json"))
     with pytest.raises(SystemExit) as ended:
         command(lambda: bench.main(words.split()))

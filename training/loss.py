@@ -1,4 +1,4 @@
-"""The loss at the output matrix, which needs no more than a piece of the logits at a time: 3 GiB instead of 12 at 124M.
+"""The loss at the output matrix, which needs no more than a piece of the logits at a time.
 
 loss = LinearLoss.apply(hidden, weight, targets, cross_entropy)       # (N, C), (V, C), (N,)
 loss.backward()

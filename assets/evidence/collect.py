@@ -36,9 +36,12 @@ def main(words=None, evidence=EVIDENCE):
     for folder in map(Path, arguments.runs):
         runs = [folder]
         if (folder / STATE).exists():
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            runs = [folder / run["run"] for run in state["runs"] if run["seed"] is not None]
-            files.append((target / STATE, state_text(portable(state))))
+            try:
+                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                runs = [folder / run["run"] for run in state["runs"] if run["seed"] is not None]
+                files.append((target / STATE, state_text(portable(state))))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{folder / STATE} is damaged ({error}); run the sweep again to mend it.") from None
         for run in runs:
             read_run(run)  # refuses what compare.py could not read
             facts, lines = json.loads((run / CONFIG).read_text(encoding="utf-8")), thinned(run)
