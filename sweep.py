@@ -14,9 +14,9 @@ A sweep file is Python; it assigns
 
 where what is a list is swept (all combinations, or `runs` of them drawn at random, the same ones each time, each value
 about as often as the others), and what is not is fixed. Every optimizer must get as many runs as the others, of as
-many tokens. Runs go one after another, or one on each GPU. Killed and started again it does what is missing: a run
-that was cut off goes on from its checkpoint. A run that fails or diverges counts as loss inf; to have it run again,
-remove its folder.
+many tokens. Runs go one after another, or one on each GPU, or --jobs of them at a time: small models fill a GPU better
+together, but then their times say nothing. Killed and started again it does what is missing: a run that was cut off
+goes on from its checkpoint. A run that fails or diverges counts as loss inf; to have it run again, remove its folder.
 Writes sweep.json and a figure for each swept setting; an optimizer with two of them gets a heat map.
 """
 
@@ -91,7 +91,7 @@ def main(words=None):
     parser.add_argument("sweep", metavar="SWEEP.py", help="what to sweep; it is run as code")
     parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
     parser.add_argument("--seeds", type=int, default=0, help="fresh seeds to run each optimizer's best with")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default the number of GPUs, or 1")
+    parser.add_argument("--jobs", type=int, help="runs at a time, spread over the GPUs; default one on each, or 1")
     arguments = parser.parse_args(words)
     if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
         raise UserError("--seeds is 0 or more, --jobs 1 or more.")
@@ -99,7 +99,8 @@ def main(words=None):
     trials = grid(definition, out_dir)
     with locked(out_dir) as lock:
         failed = read_state(out_dir, definition)
-        devices = visible_gpus()[: arguments.jobs] or [None] * (arguments.jobs or 1)
+        gpus = visible_gpus() or [None]
+        devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
         seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the others
         total = round(sum(trial.max_iters for trial in trials) * (1 + seeds))
         with tqdm(total=total, initial=steps_done(trials), unit="step", smoothing=0.1) as bar:
@@ -228,7 +229,7 @@ def steps_done(trials):
 
 
 def run_all(trials, devices, lock, bar, failed, save_state):
-    """Run what is not done, one on each of `devices` at a time.
+    """Run what is not done, one for each entry of `devices` at a time.
 
     failed: {folder: error} of runs that failed before. They stay failed, unless their folder was removed.
     """
