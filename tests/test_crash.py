@@ -288,11 +288,11 @@ def test_memory_and_files_do_not_grow(corpus, tmp_path):
     assert last[0] < first[0] * 1.03 + 5000 and last[1] <= first[1] + 1
 
 
-def soak(out_dir, gpus, kills):
+def soak(out_dir, kills):
     """A run of SOAK on two GPUs, ended `kills` times (a rank dies, all die, a signal) and started again each time."""
     draw, said, words = random.Random(0), [], [*SOAK, f"--out_dir={out_dir}", "--init_from=auto"]
     for kill in range(kills):
-        process = start(2, words, CUDA_VISIBLE_DEVICES=gpus)
+        process = start(2, words)
         said += wait_for_step(process, 60 * (kill + 1) + draw.randrange(30))
         how = ("one rank", "all ranks", "a signal")[kill % 3]
         if how == "all ranks":
@@ -304,7 +304,7 @@ def soak(out_dir, gpus, kills):
             assert ("rank 0 ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
             assert (process.returncode == 0) == (how == "a signal")
         print(f"{out_dir.name}: {how} ended, metrics up to step {read_lines(out_dir)[-1]['step']}", flush=True)
-    process = start(2, words, CUDA_VISIBLE_DEVICES=gpus)
+    process = start(2, words)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, "".join(said) + output
     return {line["step"]: line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line}
@@ -315,10 +315,9 @@ def soak(out_dir, gpus, kills):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_soak_on_two_gpus(tmp_path):
     """GPT-2 of 124M killed and resumed five times; two runs that were let alone say what bf16 and atomics differ by."""
-    pairs = ["0,1", "2,3"] if torch.cuda.device_count() >= 4 else ["0,1"]
-    with ThreadPoolExecutor(len(pairs)) as pool:  # at the same time where there are four
-        killed = pool.submit(soak, tmp_path / "killed", pairs[0], kills=5)
-        alone = pool.submit(lambda: [soak(tmp_path / name, pairs[-1], kills=0) for name in ("whole", "again")])
+    with ThreadPoolExecutor() as pool:  # they share the GPUs: most of a restart is the host's work
+        killed = pool.submit(soak, tmp_path / "killed", kills=5)
+        alone = pool.submit(lambda: [soak(tmp_path / name, kills=0) for name in ("whole", "again")])
     killed, (whole, again) = killed.result(), alone.result()
     assert list(killed) == list(whole) == list(again)
     noise, difference = ([abs(a[step] - b[step]) for step in whole] for a, b in ((again, whole), (killed, whole)))
