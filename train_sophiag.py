@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from sophia import SophiaG, SophiaH, hutchinson, sampled_label_loss
+from sophia import SophiaG, SophiaH
 from training.combined import Combined
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
+from training.loss import label_loss
 from training.run import Run
 
 
@@ -65,11 +66,6 @@ class SophiaConfig(TrainConfig):
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
 
 
-def label_loss(logits, uniforms):
-    """The loss of the curvature pass: cross-entropy against labels that `uniforms` draw from the model's softmax."""
-    return sampled_label_loss(logits, uniform=uniforms)
-
-
 def main(words=None):
     config = load_config(SophiaConfig, sys.argv[1:] if words is None else words)
     with Run(config) as run:
@@ -98,8 +94,9 @@ def update_hessian(config, run, optimizer, step):
         run.apply(optimizer.update_hessian, scale=config.hess_bs / config.total_bs)
     else:
         batch = run.train_batch(step, config.hess_bs)
-        estimates = run.average(batch, partial(hutchinsons_estimate, run, optimizer, step))
-        run.apply(optimizer.update_hessian, estimates=estimates)
+        parameters, vectors = random_vectors(run, optimizer, step)
+        products = run.hessian_vector_product(batch, parameters, vectors)
+        run.apply(optimizer.update_hessian, estimates=torch._foreach_mul(vectors, products))
 
 
 def hand_over(config, run, adam, optimizer):
@@ -142,11 +139,11 @@ def can_fuse(run):
     return run.world.device.type != "mps"
 
 
-def hutchinsons_estimate(run, optimizer, step, loss):
-    """Hutchinson's estimate with random vectors that belong to the step: the same in every piece and on every rank."""
+def random_vectors(run, optimizer, step):
+    """The optimizer's parameters and, for Hutchinson's estimate, u ~ N(0, I): the step's own, on every rank the same."""
     generator = torch.Generator(run.world.device).manual_seed((run.config.seed << 32) + step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return hutchinson(loss, parameters, generator)
+    return parameters, [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in parameters]
 
 
 def sophia_statistics(optimizer, bs):

@@ -7,6 +7,7 @@ with World(device="auto", backend="auto") as world:
 import contextlib
 import datetime
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -194,18 +195,24 @@ class Lifeline:
         self._closed, patience = False, 60
         both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
         server = socket.create_server(("", 0), backlog=world.size, **both) if world.is_main else None
-        port = world.gather(server and server.getsockname()[1])[0]
+        port, secret = world.gather((server and server.getsockname()[1], secrets.token_bytes(16)))[0]
         self._ranks = {}  # connection: the rank at its other end
         if server:
             server.settimeout(patience)
-            for _ in range(world.size - 1):
+            while len(self._ranks) < world.size - 1:
                 connection, _ = server.accept()
                 connection.settimeout(patience)
-                self._ranks[connection] = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
+                word = b""
+                with contextlib.suppress(OSError):
+                    word = connection.recv(20, socket.MSG_WAITALL)
+                if word[:16] == secret:
+                    self._ranks[connection] = int.from_bytes(word[16:])
+                else:  # a port scanner, say
+                    connection.close()
             server.close()
         else:
             connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=patience)
-            connection.sendall(self.rank.to_bytes(4))
+            connection.sendall(secret + self.rank.to_bytes(4))
             self._ranks[connection] = 0
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()

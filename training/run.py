@@ -26,17 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
+from training.curvature import hessian_vector_product
 from training.distributed import Signals, World
 from training.errors import RunError, UserError
 from training.fp8 import to_fp8
-from training.loss import LinearLoss
+from training.loss import LinearLoss, has_kernel
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
 
-# A pass that is differentiated twice takes so many times fewer sequences: at 124M 32 of them did not fit into 140 GiB.
-TWICE = 16
+PLAIN = 8  # a pass with plain attention, differentiated twice, takes so many times fewer sequences than another
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,9 +103,13 @@ class Run:
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
         self._forward = _Loss(self.model, config.compile, config.fsdp)
+        self._product = _compiler(config.compile)(functools.partial(hessian_vector_product, self.model))
         if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
+            megabytes = 10**6 if config.compile else None  # a compiled backward gives all gradients at its end: at once
+            self._ddp = DistributedDataParallel(
+                self._forward, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=megabytes
+            )
         self._autocast = torch.autocast(
             world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
         )
@@ -349,27 +353,38 @@ class Run:
             self._scaler.unscale_(self.optimizer)
             self._scaler.update()
 
-    def average(self, batch, estimate):
-        """Mean over the batch of all ranks of the lists of tensors that `estimate(loss)` gives; `loss()` is a piece's.
+    def hessian_vector_product(self, batch, parameters, vectors):
+        """[H @ vectors by each of `parameters`], H the Hessian of the mean loss over the batch of all ranks.
 
-        The loss is that of the uncompiled model, which can be differentiated twice, of a part of batch_size at a time.
+        H is that by these parameters alone. A piece is taken in parts, so that plain attention does not set the peak
+        of memory.
         """
-        total, at_a_time = None, max(1, self.config.batch_size // TWICE)
+        names = {p: name for name, p in self.model.named_parameters()}
+        vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
+        totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
         for inputs, targets, weight in batch:
-            for part in zip(inputs.split(at_a_time), targets.split(at_a_time), strict=True):
-
-                def loss(part=part):
-                    with self._autocast:
-                        return self.model(*part)[1]
-
-                share = weight * len(part[0]) / len(inputs) / self.world.size
-                estimates = torch._foreach_mul(estimate(loss), share)
-                total = estimates if total is None else torch._foreach_add(total, estimates)
-        for tensor in total:
-            self.world.sum(tensor)
-        self._grad_norm = torch.nn.utils.get_total_norm(total, foreach=True)  # what `apply` then looks at
+            n = next(n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0 and self._fits(len(inputs) // n))
+            for part in zip(inputs.chunk(n), targets.chunk(n), strict=True):
+                products = self._part_product(*part, vectors)
+                torch._foreach_add_(list(totals.values()), [products[k] for k in totals], alpha=weight / n)
+        products = [self.world.sum(total).div_(self.world.size) for total in totals.values()]
+        self._grad_norm = torch.nn.utils.get_total_norm(products, foreach=True)  # what `apply` then looks at
         self._grad_scale = None
-        return total
+        return products
+
+    def _fits(self, sequences):
+        return sequences * PLAIN <= max(self.config.batch_size, PLAIN)
+
+    def _part_product(self, inputs, targets, vectors):
+        if self.config.compile and ("product", inputs.shape) not in self._compiled:
+            self._compiled.add(("product", inputs.shape))
+            with self._clock.paused():
+                self._part_product(inputs, targets, vectors)
+        checkpointing, self.model.activation_checkpointing = self.model.activation_checkpointing, False
+        with self._autocast:
+            products = self._product(inputs, targets, vectors)
+        self.model.activation_checkpointing = checkpointing  # torch's cannot be differentiated forward
+        return products
 
     def _sync(self, last):
         """The ranks exchange gradients in the backward pass of the last piece only."""
@@ -418,7 +433,7 @@ class Run:
     def apply(self, method, **arguments):
         """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
 
-        Where the gradients, or what `average` gave, are not finite the call has no effect, on all ranks alike. An
+        Where the gradients, or the Hessian-vector products, are not finite the call has no effect, on all ranks alike. An
         optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
         """
         found_inf = (~torch.isfinite(self._measure_gradients())).float()
@@ -537,8 +552,8 @@ class Run:
             copy_to_host(checkpoint, keep=False)  # this rank's part of what rank 0 gathers
 
 
-def _as_it_is(function):
-    return function
+def _compiler(compiled):
+    return functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
 
 
 class _Loss(torch.nn.Module):
@@ -551,7 +566,7 @@ class _Loss(torch.nn.Module):
     def __init__(self, model, compiled, sharded):
         super().__init__()
         self.model, self._sharded = model, sharded
-        compiled = functools.partial(torch.compile, dynamic=False) if compiled else _as_it_is
+        compiled = _compiler(compiled)
         self._hidden = compiled(model.hidden)
         self._whole = compiled(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
         self._compiled_loss = functools.cache(lambda loss: compiled(loss))
@@ -562,7 +577,8 @@ class _Loss(torch.nn.Module):
         if not torch.is_grad_enabled():
             return self._whole(inputs, targets, loss)
         hidden = self._hidden(inputs).flatten(0, 1)
-        loss = loss if loss is cross_entropy else self._compiled_loss(loss)  # that one has a kernel
+        if loss is not cross_entropy and not has_kernel(loss, hidden.device):
+            loss = self._compiled_loss(loss)
         return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import resource
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -28,12 +29,20 @@ def many_files(count):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def two_lifelines():
-    """Those of ranks 0 and 1; both are marked as leaving, so that neither ends this process."""
-    port, made = queue.Queue(), {}
+def two_lifelines(before=lambda port: None):
+    """Those of ranks 0 and 1; both are marked as leaving, so that neither ends this process.
+
+    before: called with rank 0's port before rank 1 connects to it.
+    """
+    said, made = queue.Queue(), {}
+
+    def hear(_):
+        word = said.get(timeout=10)
+        before(word[0])
+        return [word]
 
     def make(rank):
-        gather = (lambda number: [port.put(number) or number]) if rank == 0 else lambda _: [port.get(timeout=10)]
+        gather = (lambda word: [said.put(word) or word]) if rank == 0 else hear
         made[rank] = Lifeline(SimpleNamespace(rank=rank, size=2, is_main=rank == 0, gather=gather))
         made[rank].leaving.set()
 
@@ -62,3 +71,18 @@ def test_a_rank_that_is_done_is_not(monkeypatch):
     theirs.close(well=True)
     ours._thread.join(5)
     assert not ours._thread.is_alive() and not ours.broken.is_set()
+
+
+@pytest.mark.parametrize("word", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", bytes(20)])
+def test_strangers_take_no_ranks_place(monkeypatch, word):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr("training.distributed.LEAVE_TIME", 10**6)
+
+    def stranger(port):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(word)
+
+    ours, theirs = two_lifelines(stranger)
+    assert list(ours._ranks.values()) == [1]
+    theirs.close(well=False)
+    assert ours.broken.wait(5) and ours.dead == 1

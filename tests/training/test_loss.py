@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from model import cross_entropy
-from sophia import sampled_label_loss
+from sophia import sample_labels
 from training import loss as module
-from training.loss import LinearLoss, fused_cross_entropy, loss_and_gradient
-
-
-def label_loss(logits, uniforms):
-    return sampled_label_loss(logits, uniform=uniforms)
+from training.loss import LinearLoss, fused_cross_entropy, label_loss, loss_and_gradient
 
 
 def case(rows=37, width=16, classes=203, dtype=torch.float64, device="cpu"):
@@ -48,15 +44,17 @@ def test_pieces_hold_the_limit(monkeypatch):
     assert max(seen) <= 1000 + weight.shape[0] and sum(seen) == hidden.shape[0] * weight.shape[0]
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-)  # on the CPU by Triton's interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernel(monkeypatch, device, dtype):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])  # on the CPU by Triton's interpreter
+def device(request, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(module, "LAUNCH", (128, 4))
-    if device == "cpu" and torch.cuda.is_available():
+    if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
+    monkeypatch.setattr(module, "LAUNCH", (16, 8, 4))  # three tiles a row, the last one not full
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel(device, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(19, 300, generator=generator) * 5).to(device, dtype)
     logits[3, 7] = 300.0  # a softmax that is all one class
@@ -68,6 +66,21 @@ def test_kernel(monkeypatch, device, dtype):
     assert got is place
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(got.double(), gradient, rtol=8e-3 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_kernel_draws_labels(device):
+    """Those that `sample_labels` draws with the same numbers, also at the ends; never a class of probability 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(64, 300, generator=generator) * 3).to(device)
+    logits[:, :5] = logits[:, 290:] = logits[::2, 100:150] = -float("inf")
+    uniforms = torch.rand(64, generator=generator).to(device)
+    uniforms[:4] = torch.tensor([0.0, 0.0, 1 - 2**-24, 1 - 2**-24])
+    labels = sample_labels(logits, uniform=uniforms)
+    assert labels[0] == 5 and len(labels.unique()) > 20
+    expected, gradient = loss_and_gradient(logits.double(), labels, cross_entropy)
+    value, got = fused_cross_entropy(logits.clone(), uniforms)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(got.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
