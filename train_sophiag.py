@@ -140,7 +140,7 @@ def can_fuse(run):
 
 
 def random_vectors(run, optimizer, step):
-    """The optimizer's parameters and, for Hutchinson's estimate, u ~ N(0, I): the step's own, on every rank the same."""
+    """The optimizer's parameters and, for Hutchinson's estimate, u ~ N(0, I): a step's own, on all ranks the same."""
     generator = torch.Generator(run.world.device).manual_seed((run.config.seed << 32) + step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return parameters, [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in parameters]

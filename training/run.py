@@ -433,8 +433,8 @@ class Run:
     def apply(self, method, **arguments):
         """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
 
-        Where the gradients, or the Hessian-vector products, are not finite the call has no effect, on all ranks alike. An
-        optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
+        Where the gradients, or the Hessian-vector products, are not finite the call has no effect, on all ranks alike.
+        An optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
         """
         found_inf = (~torch.isfinite(self._measure_gradients())).float()
         self._counts["skipped"] += found_inf
