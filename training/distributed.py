@@ -66,12 +66,13 @@ class World:
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise UserError("device = 'mps' is not available on this machine; use --device=cpu.")
         if device.type == "cuda":
-            index = self.local_rank if device.index is None else device.index
-            count = torch.cuda.device_count()
-            if index >= count:
+            index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
+            if max(index, ranks - 1) >= count:  # seen on every rank of the machine, of which one says it
+                wanted = f"ranks: {ranks}" if device.index is None else "the first is number 0"
                 raise UserError(
-                    f"device = {name!r}: rank {self.rank} wants GPU {index} and this machine has {count}; "
-                    "start fewer ranks, or use --device=cpu."
+                    f"device = {name!r}: this machine has too few GPUs ({count}, {wanted}); "
+                    f"start --nproc_per_node={max(1, count)}, or use --device=cpu."
                 )
             device = torch.device("cuda", index)
         return device

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.distributed import Lifeline
+from training.distributed import Lifeline, World
+from training.errors import UserError
 
 
 @contextlib.contextmanager
@@ -86,3 +87,19 @@ def test_strangers_take_no_ranks_place(monkeypatch, word):
     assert list(ours._ranks.values()) == [1]
     theirs.close(well=False)
     assert ours.broken.wait(5) and ours.dead == 1
+
+
+@pytest.mark.parametrize(
+    "device, ranks, gpus, said",
+    [
+        ("cuda", 4, 2, r"too few GPUs \(2, ranks: 4\); start --nproc_per_node=2, or"),
+        ("cuda", 1, 0, r"too few GPUs \(0, ranks: 1\)"),
+        ("cuda:3", 1, 2, r"too few GPUs \(2, the first is number 0\)"),
+    ],
+)
+def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, ranks, gpus, said):
+    """On local rank 0, which is the one that speaks; or it would wait for the others, who have left without a word."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    with pytest.raises(UserError, match=said):
+        World(device)
