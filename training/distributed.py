@@ -202,10 +202,10 @@ class Lifeline:
             server.settimeout(patience)
             while len(self._ranks) < world.size - 1:
                 connection, _ = server.accept()
-                connection.settimeout(patience)
+                connection.settimeout(5)  # one who says nothing must not hold up the others for long
                 word = b""
                 with contextlib.suppress(OSError):
-                    word = connection.recv(20, socket.MSG_WAITALL)
+                    word = _read(connection, 20)
                 if word[:16] == secret:
                     self._ranks[connection] = int.from_bytes(word[16:])
                 else:  # a port scanner, say
@@ -241,7 +241,7 @@ class Lifeline:
         while not self._closed and self._ranks:
             for connection in wait(list(self._ranks), 0.2):  # select.select() takes no file above 1023
                 try:
-                    word = connection.recv(4, socket.MSG_WAITALL)
+                    word = _read(connection, 4)
                 except OSError:
                     word = b""
                 rank = self._ranks.pop(connection)
@@ -289,6 +289,14 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def _read(connection, count):
+    """`count` bytes, or fewer where the other side has closed."""
+    word = b""
+    while len(word) < count and (more := connection.recv(count - len(word))):
+        word += more
+    return word
 
 
 def _first_line(error):

@@ -109,21 +109,23 @@ def _kernel():
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(x - higher[:, None]), axis=1)
             peak = higher
         highest = tl.max(peak)
-        log_total = highest + tl.log2(tl.sum(total * tl.exp2(peak - highest)))  # in base 2
+        whole = tl.sum(total * tl.exp2(peak - highest))
+        log_total = highest + tl.log2(whole)  # in base 2
         target = tl.load(targets + row)
-        if DRAWN:  # the first class of a positive probability at which the cumulative distribution is above the number
+        if DRAWN:  # the first class of a positive weight at which the cumulative weights exceed this share of the whole
+            share = target * whole
             below, label, likely = 0.0, columns, 0
             for first in range(0, columns, LANES * EACH):
                 at = first + tile
                 x = tl.load(base + at, mask=at < columns, other=-float("inf")).to(tl.float32) * LOG2_E
-                p = tl.exp2(x - log_total)
-                sums = tl.sum(p, axis=1)
+                weights = tl.exp2(x - highest)
+                sums = tl.sum(weights, axis=1)
                 ends = below + tl.cumsum(sums, axis=0)
-                cumulative = (ends - sums)[:, None] + tl.cumsum(p, axis=1)
-                label = tl.minimum(label, tl.min(tl.where((p > 0) & (cumulative > target), at, columns)))
-                likely = tl.maximum(likely, tl.max(tl.where(p > 0, at, 0)))
+                cumulative = (ends - sums)[:, None] + tl.cumsum(weights, axis=1)
+                label = tl.minimum(label, tl.min(tl.where((weights > 0) & (cumulative > share), at, columns)))
+                likely = tl.maximum(likely, tl.max(tl.where(weights > 0, at, 0)))
                 below += tl.sum(sums)
-            target = tl.minimum(label, likely)  # the sums may end a rounding below a number close to 1
+            target = tl.minimum(label, likely)  # the sums may end a rounding below the whole
         tl.store(losses + row, log_total / LOG2_E - tl.load(base + target).to(tl.float32))
         tl.debug_barrier()  # the logit of the target is read before its gradient takes its place
         for first in range(0, columns, LANES * EACH):

@@ -106,10 +106,7 @@ class Run:
         self._product = _compiler(config.compile)(functools.partial(hessian_vector_product, self.model))
         if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            megabytes = 10**6 if config.compile else None  # a compiled backward gives all gradients at its end: at once
-            self._ddp = DistributedDataParallel(
-                self._forward, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=megabytes
-            )
+            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(
             world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
         )
@@ -356,8 +353,7 @@ class Run:
     def hessian_vector_product(self, batch, parameters, vectors):
         """[H @ vectors by each of `parameters`], H the Hessian of the mean loss over the batch of all ranks.
 
-        H is that by these parameters alone. A piece is taken in parts, so that plain attention does not set the peak
-        of memory.
+        H is that by these parameters alone. A piece is taken in parts, because of what plain attention keeps.
         """
         names = {p: name for name, p in self.model.named_parameters()}
         vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
@@ -378,7 +374,7 @@ class Run:
     def _part_product(self, inputs, targets, vectors):
         if self.config.compile and ("product", inputs.shape) not in self._compiled:
             self._compiled.add(("product", inputs.shape))
-            with self._clock.paused():
+            with self._clock.paused(), torch.random.fork_rng(devices=_rng_devices(self.world.device)):
                 self._part_product(inputs, targets, vectors)
         checkpointing, self.model.activation_checkpointing = self.model.activation_checkpointing, False
         with self._autocast:

@@ -51,6 +51,18 @@ def test_hutchinson_does_not_depend_on_the_split(corpus, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
 
 
+@pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
+def test_compiling_anew_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
+    """What a graph is warmed up with leaves dropout's generator as it was. The compiler itself is left out here."""
+    monkeypatch.setattr("training.run._compiler", lambda compiled: lambda function: function)
+    words = [f"--optimizer_name={optimizer}", "--compile=True", "--dropout=0.2", "--hess_interval=2", "--hess_bs=8"]
+    schedule = ["--lr_decay_iters=8", "--eval_interval=4"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), *words, *schedule, "--max_iters=8"])
+    for more in (["--max_iters=4"], ["--max_iters=8", "--init_from=resume"]):
+        train_sophiag.main([*tiny_words(corpus, tmp_path / "resumed"), *words, *schedule, *more])
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_number_of_ranks_does_not_matter(corpus, one_process, tmp_path, ranks):
     done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, tmp_path), "--batch_size=4", *SPLIT])
