@@ -69,10 +69,11 @@ class World:
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
             if max(index, ranks - 1) >= count:  # seen on every rank of the machine, of which one says it
-                wanted = f"ranks: {ranks}" if device.index is None else "the first is number 0"
+                wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
+                if device.index is not None:
+                    wanted, remedy = "the first is number 0", "name another, or "
                 raise UserError(
-                    f"device = {name!r}: this machine has too few GPUs ({count}, {wanted}); "
-                    f"start --nproc_per_node={max(1, count)}, or use --device=cpu."
+                    f"device = {name!r}: this machine has too few GPUs ({count}, {wanted}); {remedy}use --device=cpu."
                 )
             device = torch.device("cuda", index)
         return device

@@ -93,8 +93,8 @@ def test_strangers_take_no_ranks_place(monkeypatch, word):
     "device, ranks, gpus, said",
     [
         ("cuda", 4, 2, r"too few GPUs \(2, ranks: 4\); start --nproc_per_node=2, or"),
-        ("cuda", 1, 0, r"too few GPUs \(0, ranks: 1\)"),
-        ("cuda:3", 1, 2, r"too few GPUs \(2, the first is number 0\)"),
+        ("cuda", 1, 0, r"too few GPUs \(0, ranks: 1\); use --device=cpu"),
+        ("cuda:3", 1, 2, r"too few GPUs \(2, the first is number 0\); name another, or use"),
     ],
 )
 def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, ranks, gpus, said):

@@ -502,7 +502,7 @@ def test_no_such_device(tiny, capsys):
     assert "allowed: auto, cuda" in refused(capsys, train_adam.main, [*tiny, "--device=abacus"])
     assert "float16" in refused(capsys, train_adam.main, [*tiny, "--dtype=float16"])
     if not torch.cuda.is_available():
-        assert "this machine has 0" in refused(capsys, train_adam.main, [*tiny, "--device=cuda"])
+        assert "this machine has too few GPUs (0" in refused(capsys, train_adam.main, [*tiny, "--device=cuda"])
 
 
 def test_two_ranks_say_it_once(tiny):
