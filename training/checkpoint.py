@@ -76,18 +76,43 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time. A write that fails leaves the last good one and warns.
 
+    Training waits for the copy to host memory and never for the disk: of checkpoints that come while one is being
+    written the newest is next, the others are passed over with a warning.
+
     step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it went well.
     """
 
     def __init__(self, out_dir, keep=0, step=None):
-        self.out_dir, self.keep, self.step, self.error, self._thread = out_dir, keep, step, None, None
+        self.out_dir, self.keep, self.step, self.error = out_dir, keep, step, None
+        self._lock, self._next, self._thread = threading.Lock(), None, None
 
     def save(self, checkpoint):
-        """Copy `checkpoint` to host memory, which training waits for, and write the copy while training goes on."""
+        """Copy `checkpoint` to host memory and leave it to the thread."""
+        with self._lock:
+            passed_over, self._next = self._next, None  # before its successor takes as much memory
+        if passed_over:
+            print(
+                f"warning: the checkpoint of step {passed_over['step']} is passed over, the disk has not finished the "
+                "one before; a larger --eval_interval would suit it.",
+                file=sys.stderr,
+            )
+            del passed_over
         copy = copy_to_host(checkpoint)
-        self.wait()
-        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
-        self._thread.start()
+        with self._lock:
+            self._next = copy
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoint")
+                self._thread.start()
+
+    def _work(self):
+        while True:
+            with self._lock:
+                checkpoint, self._next = self._next, None
+                if checkpoint is None:
+                    self._thread = None
+                    return
+            self._write(checkpoint)
+            del checkpoint
 
     def _write(self, checkpoint):
         try:
@@ -104,9 +129,8 @@ class CheckpointWriter:
 
     def wait(self):
         """Return when nothing is being written."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        while thread := self._thread:
+            thread.join()
 
 
 def copy_to_host(thing, seen=None, keep=True):

@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -83,26 +84,33 @@ def test_without_hard_links_copies_serve(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
 
 
-def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch):
-    written, gate = [], threading.Event()
+def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, capsys):
+    """However slow the disk is: of what comes meanwhile the newest is written, the others are passed over."""
+    written, gate, writing = [], threading.Event(), threading.Lock()
 
     def slow(out_dir, checkpoint, keep):
+        assert writing.acquire(blocking=False), "one at a time"
         gate.wait(5)
         written.append((checkpoint["step"], checkpoint["model"]["w"][0, 0].item()))
+        writing.release()
 
     monkeypatch.setattr("training.checkpoint.save_checkpoint", slow)
     writer, first = CheckpointWriter(tmp_path), checkpoint(1)
     writer.save(first)
     first["model"]["w"].zero_()  # training goes on and changes its weights: the copy is what is written
+    while writer._next:  # until the thread has it
+        time.sleep(0.01)
+    for step in (2, 3, 4):
+        writer.save(checkpoint(step))
     assert written == [], "save() did not wait for the disk"
-    second = threading.Thread(target=writer.save, args=(checkpoint(2),))
-    second.start()
-    second.join(0.2)
-    assert second.is_alive(), "the second waits for the first"
+    said = capsys.readouterr().err
+    assert "step 2 is passed over" in said and "step 3 is passed over" in said and "step 4" not in said
     gate.set()
-    second.join()
     writer.wait()
-    assert written == [(1, 1.0), (2, 2.0)] and writer.step == 2
+    assert written == [(1, 1.0), (4, 4.0)] and writer.step == 4
+    writer.save(checkpoint(5))
+    writer.wait()
+    assert writer.step == 5 and writer.error is None
 
 
 def test_tied_weights_stay_tied_in_the_copy():
