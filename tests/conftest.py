@@ -53,7 +53,7 @@ def read_lines(out_dir):
 def torchrun(ranks, script, words, timeout=120):
     """Start a script of this project with torchrun on `ranks` processes; the finished process, its output as text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # says where a rank crashed
     return subprocess.run(
         [*command, str(ROOT / script), *words], capture_output=True, text=True, timeout=timeout, env=environment
     )
