@@ -132,6 +132,11 @@ class CheckpointWriter:
         while thread := self._thread:
             thread.join()
 
+    def newest(self):
+        """The step of the newest checkpoint on disk, once nothing is being written; None without one."""
+        self.wait()
+        return self.step
+
 
 def copy_to_host(thing, seen=None, keep=True):
     """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one.

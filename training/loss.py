@@ -81,7 +81,7 @@ def fused_cross_entropy(logits, targets):
     return losses.sum(), logits
 
 
-LAUNCH = 1024, 8, 32  # lanes, columns in a row of each, warps: of 18 combinations the fastest on an H200 at V = 50304
+LAUNCH = 1024, 8, 32  # lanes, columns in a row of each, warps; measured on an H200 at V = 50304
 
 
 @functools.cache

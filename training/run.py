@@ -114,7 +114,6 @@ class Run:
 
         self._resumed = checkpoint
         self.step = checkpoint["step"] if checkpoint else 0
-        self._saved = self.step if resume else None  # step of the newest checkpoint
         self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
         counts = checkpoint["counts"] if resume else {"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
         self._counts = {name: torch.tensor(count, device=world.device) for name, count in counts.items()}
@@ -495,9 +494,11 @@ class Run:
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
         if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+            newest = world.on_main(lambda: self._writer and self._writer.newest())
+            remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
-                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; resume from the "
-                f"newest checkpoint, of step {self._saved} in {config.out_dir}, with a lower --learning_rate."
+                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
+                f"in {config.out_dir}, with a lower --learning_rate."
             )
         if self._recent_losses:
             metrics["train/spike"] = metrics["train/loss"] / statistics.median(self._recent_losses)
@@ -524,7 +525,6 @@ class Run:
     def _save(self, step):
         """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(_rng_state(self.world))
-        self._saved = step
         if not self.world.is_main and not self.config.fsdp:
             return
         checkpoint = {

@@ -249,7 +249,13 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp
     assert lines[3]["train/loss"] is None and math.isfinite(lines[-1]["val/loss"])
 
 
-def test_too_many_skipped_steps_end_the_run(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "disk_is_full, said", [(False, "resume from the newest checkpoint, of step 4 in"), (True, "start again in")]
+)
+def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_full, said):
+    """The checkpoint that the error names is there."""
+    if disk_is_full:
+        monkeypatch.setattr("training.checkpoint.save_checkpoint", lambda *_: 1 / 0)
     piece_loss = Run._piece_loss
     monkeypatch.setattr(
         Run, "_piece_loss", lambda run, *a: piece_loss(run, *a) * (math.nan if run.optimizer.state else 1.0)
@@ -258,7 +264,7 @@ def test_too_many_skipped_steps_end_the_run(tiny, tmp_path, monkeypatch, capsys)
         command(lambda: train_adam.main([*tiny, "--max_skipped=4", "--eval_interval=2"]))
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "the last 4 updates up to step 4 were not finite" in error and "of step 4 in" in error
+    assert "the last 4 updates up to step 4 were not finite" in error and said in error
 
 
 def test_a_spike_stands_out(tiny, tmp_path, monkeypatch):
