@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import train_sophiag
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from data.corpus import positive
 from model import GPT, GPTConfig, peak_flops
+from sweep import visible_gpus
 from training.config import load_config
 from training.errors import UserError
 from training.run import Run
@@ -281,11 +283,12 @@ def checkpointing(report, model, args):
         compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
 
 
-def ended_run(ranks, script, words, out_dir, **numbers):
-    """(tokens/s, GiB) of a short run under torchrun, from its metrics."""
+def ended_run(ranks, script, words, out_dir, gpu=None, **numbers):
+    """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use, else any."""
     words = [*words, f"--out_dir={out_dir}", *(f"--{key}={value}" for key, value in numbers.items())]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*command, str(ROOT / script), *words], capture_output=True, text=True, env=os.environ)
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    done = subprocess.run([*command, str(ROOT / script), *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))
@@ -301,25 +304,30 @@ SHORT = {"max_iters": 26, "log_interval": 5, "eval_interval": 10**6}
 def scaling(report, model, args):
     """Tokens/s of two GPUs over that of one, at the same micro-batch: the same script, one rank and two.
 
-    Once with the same batch of ACCUMULATION micro-batches, and once with one micro-batch a rank and step, where every
-    backward pass waits for an exchange of the gradients.
+    One GPU is the mean of the two, each alone at the same time: GPUs of one kind differ, and together the slower sets
+    the pace. Once with the same batch of ACCUMULATION micro-batches, and once with one micro-batch a rank and step,
+    where every backward pass waits for an exchange of the gradients.
     """
-    if args.device == "cuda" and torch.cuda.device_count() < 2:
+    gpus = (visible_gpus()[:2] or [None]) if args.device == "cuda" else [None]
+    if args.device == "cuda" and len(gpus) < 2:
         return print("  scaling: left out, one GPU here", flush=True)
     micro = MICRO_BATCH[model]
     for metric, batches in (("scaling_2gpu", (ACCUMULATION, ACCUMULATION)), ("scaling_2gpu_one_pass", (1, 2))):
-        speeds = []
-        for ranks, batch in zip((1, 2), batches, strict=True):
+
+        def run(ranks, batch, gpu=None, metric=metric):
             words = settings(model, args, micro, total_bs=micro * batch, **SHORT)
-            try:
-                tokens, _ = ended_run(ranks, "train_adam.py", words, args.folder / f"{metric}_{model}_{ranks}")
-            except Exception as error:
-                report.error("ours", model, metric, error)
-                break
-            speeds.append(tokens)
-            print(f"{model:>6}  {ranks} ranks, {batch} micro-batches: {tokens:,.0f} tokens/s", flush=True)
-        else:
-            report.add("ours", model, metric, speeds[1] / speeds[0], "times one GPU")
+            out_dir = args.folder / f"{metric}_{model}_{ranks}_{gpu}"
+            tokens, _ = ended_run(ranks, "train_adam.py", words, out_dir, gpu)
+            on = "" if gpu is None else f" on GPU {gpu}"
+            print(f"{model:>6}  {ranks} ranks, {batch} micro-batches: {tokens:,.0f} tokens/s{on}", flush=True)
+            return tokens
+
+        try:
+            with ThreadPoolExecutor(len(gpus)) as pool:
+                alone = list(pool.map(partial(run, 1, batches[0]), gpus))
+            report.add("ours", model, metric, run(2, batches[1]) / statistics.mean(alone), "times one GPU")
+        except Exception as error:
+            report.error("ours", model, metric, error)
 
 
 def fsdp(report, model, args):

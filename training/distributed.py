@@ -27,6 +27,8 @@ LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
 class World:
     """rank, size, local_rank and device of this process; the collectives that a run needs, free for one process.
 
+    one_machine: whether all ranks are on it, as far as torchrun says.
+
     Tensors go through `backend`; what the host has to say goes through a gloo group of its own (`_control`), so that
     no rank waits for its GPU to hear it. A collective fails after `timeout` seconds.
     Raises UserError when the device is not there.
@@ -37,6 +39,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0
+        self.one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == self.size
         self.device = self._device(device)
         self.distributed = "RANK" in os.environ
         if self.device.type == "cuda":

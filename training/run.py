@@ -106,6 +106,9 @@ class Run:
         self._product = _compiler(config.compile)(functools.partial(hessian_vector_product, self.model))
         if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
+            # A graph cut at every bucket overlaps its exchange with the backward pass. Within a machine the cuts cost
+            # more than that hides: on two H200, 124M, a whole graph gave 1.004 times the tokens/s, 1.02 in one pass.
+            torch._dynamo.config.optimize_ddp = not world.one_machine
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(
             world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False

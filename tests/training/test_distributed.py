@@ -103,3 +103,11 @@ def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     with pytest.raises(UserError, match=said):
         World(device)
+
+
+@pytest.mark.parametrize("local, one_machine", [(None, True), (8, True), (4, False)])
+def test_one_machine_or_several(monkeypatch, local, one_machine):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert World("cpu").one_machine == one_machine
