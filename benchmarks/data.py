@@ -1,6 +1,6 @@
 """Tokens a second of prepare.py beside bare tiktoken, and what the input pipeline adds to a training step.
 
-The text is Python's standard library, some 20 MB. "tiktoken" is `encode_ordinary_batch` on the same documents in
+The text is Python's standard library, at most 20 MB. "tiktoken" is `encode_ordinary_batch` on the same documents in
 memory, with as many threads; prepare.py also reads, hashes and splits them, and writes train.bin and val.bin.
 """
 

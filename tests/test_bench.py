@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_train_rows(tmp_path, monkeypatch):
     assert value["ours", "scaling_2gpu"] > 0
     assert {("ours_sophiag", "curvature_overhead"), ("ours_sophiah", "curvature_overhead")} <= set(value)
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
+
+
+def test_scaling_is_over_the_mean_of_both_gpus(monkeypatch, tmp_path):
+    speeds, rows = {(1, "0"): 100, (1, "1"): 80, (2, None): 171}, {}
+    monkeypatch.setattr(train, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(train, "ended_run", lambda ranks, script, words, out_dir, gpu: (speeds[ranks, gpu], 0))
+    args = SimpleNamespace(device="cuda", folder=tmp_path, block_size=16, compile="False")
+    report = SimpleNamespace(add=lambda contender, model, metric, value, unit: rows.update({metric: value}))
+    train.scaling(report, "124M", args)
+    assert rows == pytest.approx({"scaling_2gpu": 1.9, "scaling_2gpu_one_pass": 1.9})
 
 
 @pytest.mark.parametrize("broken", ["ours", "ours_adamw"])

@@ -107,7 +107,7 @@ class Run:
         if world.distributed and not config.fsdp:
             ids = [world.device.index] if world.device.type == "cuda" else None
             # A graph cut at every bucket overlaps its exchange with the backward pass. Within a machine the cuts cost
-            # more than that hides: on two H200, 124M, a whole graph gave 1.004 times the tokens/s, 1.02 in one pass.
+            # more than that hides: whole graphs were faster on two H200, with one pass a step and with eight.
             torch._dynamo.config.optimize_ddp = not world.one_machine
             self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(

@@ -1,6 +1,7 @@
 """The training loop as a person runs it: the same losses however it is split, exact resume, one-sentence errors."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from concurrent.futures import wait
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_adam
 import train_sophiag
@@ -538,3 +540,20 @@ def test_gpu_trains_like_the_cpu(corpus, tmp_path, script, dtype, compiled):
     on_gpu = ["--device=cuda", f"--dtype={dtype}", f"--compile={compiled}"]
     script.main([*tiny_words(corpus, tmp_path / "gpu"), *words, *on_gpu])
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=0.03)
+
+
+@pytest.mark.parametrize("machines, graphs", [(1, 1), (2, 2)])
+def test_graphs_are_cut_at_the_buckets_between_machines_only(corpus, tmp_path, monkeypatch, machines, graphs):
+    """torch compiles a DDP model's graph bucket by bucket, of which the first holds 1 MiB of gradients."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr("training.run._compiler", lambda on: functools.partial(torch.compile, backend=counter))
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in (alone | {"LOCAL_WORLD_SIZE": machines}).items():  # one rank, that thinks so of others
+        monkeypatch.setenv(name, str(value))
+    words = tiny_words(corpus, tmp_path)
+    config = train_adam.load_config(train_adam.AdamConfig, [*words, "--n_layer=2", "--n_embd=128", "--compile=True"])
+    with Run(config) as run:
+        run.attach(train_adam.make_optimizer(config, run.parameter_groups(), fused=True))
+        torch._dynamo.reset()
+        run.backward(run.train_batch(0))
+    assert counter.frame_count == graphs
