@@ -60,6 +60,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
         if self.adamw_for != "none" and (self.sophia_start_iter or self.init_from.startswith("import:")):
             raise UserError("adamw_for goes with neither sophia_start_iter nor an import; leave it at none.")
+        if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
+            raise UserError("adamw_lr and embedding_lr are both a rate of the embeddings here; give one of them.")
         if hutchinsons and self.fp8:
             raise UserError("fp8 cannot be differentiated twice, as sophiah has to; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
@@ -103,8 +105,8 @@ def hand_over(config, run, adam, optimizer):
     """AdamW's momentum becomes Sophia's; the curvature is warmed up on the batches of the last hess_warmup steps."""
     momenta = {n: {"step": s["step"], "exp_avg": s["exp_avg"]} for n, s in adam.state_dict()["state"].items()}
     optimizer.load_state_dict({"state": momenta, "param_groups": optimizer.state_dict()["param_groups"]})
-    for group in optimizer.param_groups:
-        group["lr"] = adam.param_groups[0]["lr"]
+    for group, before in zip(optimizer.param_groups, adam.param_groups, strict=True):
+        group["lr"] = before["lr"]
     adam.state.clear()
     for step in range(max(0, config.sophia_start_iter - config.hess_warmup), config.sophia_start_iter):
         update_hessian(config, run, optimizer, step)
@@ -130,8 +132,8 @@ def with_adamw(config, run, sophia):
     groups = [group for group in run.parameter_groups() if group["name"] in config.adamw_for]
     if not groups:
         return sophia
-    for group in groups:
-        group["lr_scale"] = (config.adamw_lr or config.learning_rate) / config.learning_rate
+    for group in groups if config.adamw_lr else ():
+        group["lr_scale"] = config.adamw_lr / config.learning_rate
     return Combined(sophia=sophia, adamw=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=can_fuse(run)))
 
 

@@ -123,6 +123,26 @@ def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw():
     assert torch.equal(after["vectors"][0], adamw["vectors"][0])
 
 
+@pytest.mark.parametrize("name", RATES)
+def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
+    """Ten times the rate moves the embeddings ten times as far in the first step, and nothing else."""
+    moved, apply = [], Run.apply
+
+    def watched(run, method, **arguments):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        apply(run, method, **arguments)
+        named = zip(before, run.model.named_parameters(), strict=True)
+        moved.append({name: (p.detach() - old).norm().item() for old, (name, p) in named})
+
+    monkeypatch.setattr(Run, "apply", watched)
+    settings = ["--learning_rate=1e-3", "--max_iters=1", "--decay_lr=False"]
+    train_adam.main([*words(tiny, name), *settings])
+    train_adam.main([*words(tiny, name), *settings, "--embedding_lr=1e-2", "--overwrite=True"])
+    for parameter in moved[0]:
+        times = 10 if ".wte." in parameter or ".wpe." in parameter else 1
+        assert moved[1][parameter] == pytest.approx(times * moved[0][parameter], rel=1e-3), parameter
+
+
 def test_muon_has_the_matrices_and_frees_all_gradients():
     made = groups()
     optimizer = MuonAndAdamW(made, momentum=0.95, betas=(0.9, 0.95), fused=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_sophiag
+from sophia import SophiaG
 from tests.conftest import read_lines
 from training.checkpoint import load_checkpoint
 from training.errors import UserError
@@ -75,6 +76,53 @@ def test_a_bad_gradient_skips_both(tiny, tmp_path, monkeypatch):
     assert {s["step"].item() for part in states.values() for s in part["state"].values()} == {5}
 
 
+def rates(tmp_path):
+    """{group: its rate at the last step} of the run in tmp_path / "out"."""
+    state = load_checkpoint(tmp_path / "out")[0]["optimizer"]
+    parts = [state] if "param_groups" in state else state.values()
+    return {group["name"]: group["lr"] for part in parts for group in part["param_groups"]}
+
+
+@pytest.mark.parametrize("words", [[], ["--adamw_for=embeddings"], ["--adamw_for=vectors", "--adamw_lr=2e-3"]])
+def test_embeddings_have_a_rate_of_their_own_whoever_moves_them(tiny, tmp_path, words):
+    train_sophiag.main([*tiny, *words, "--learning_rate=1e-3", "--embedding_lr=8e-3", "--decay_lr=False"])
+    expected = {"matrices": 1e-3, "embeddings": 8e-3, "vectors": 2e-3 if "--adamw_lr=2e-3" in words else 1e-3}
+    assert rates(tmp_path) == pytest.approx(expected)
+
+
+def test_a_late_sophia_keeps_the_embeddings_rate(tiny, tmp_path, monkeypatch):
+    seen, step = [], SophiaG.step
+
+    def watched(optimizer, *arguments, **named):
+        seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        return step(optimizer, *arguments, **named)
+
+    monkeypatch.setattr(SophiaG, "step", watched)
+    words = ["--sophia_start_iter=3", "--max_iters=6", "--learning_rate=1e-3", "--embedding_lr=8e-3"]
+    train_sophiag.main([*tiny, *words, "--decay_lr=False"])
+    expected = pytest.approx({"matrices": 1e-3, "embeddings": 8e-3, "vectors": 1e-3})
+    assert seen == [expected] * 3
+
+
+def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
+    """The checkpoint's state, but not its rates, decay, betas or rho, where the command line changed them."""
+    before = ["--embedding_lr=8e-3", "--weight_decay=0.3", "--beta1=0.8", "--rho=0.5", "--adamw_for=vectors"]
+    train_sophiag.main([*tiny, *before, "--max_iters=5", "--decay_lr=False"])
+    after = ["--weight_decay=0.4", "--beta1=0.7", "--rho=0.6", "--adamw_for=vectors", "--adamw_lr=4e-3"]
+    words = ["--learning_rate=2e-3", "--max_iters=8", "--decay_lr=False", "--init_from=resume"]
+    train_sophiag.main([*tiny, *after, *words])
+    assert rates(tmp_path) == pytest.approx({"matrices": 2e-3, "embeddings": 2e-3, "vectors": 4e-3})
+    state = load_checkpoint(tmp_path / "out")[0]["optimizer"]["sophia"]
+    assert {s["step"].item() for s in state["state"].values()} == {8}
+    matrices = state["param_groups"][0]
+    assert (matrices["weight_decay"], matrices["betas"], matrices["rho"]) == (0.4, (0.7, 0.99), 0.6)
+    assert all("lr_scale" not in group for group in state["param_groups"])
+
+
 def test_refusals(tiny):
+    with pytest.raises(UserError, match="both a rate of the embeddings"):
+        train_sophiag.main([*tiny, "--adamw_for=embeddings+vectors", "--adamw_lr=1e-3", "--embedding_lr=1e-3"])
+    with pytest.raises(UserError, match="multiple of learning_rate"):
+        train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--embedding_lr=1e-3"])
     with pytest.raises(UserError, match="neither sophia_start_iter nor an import"):
         train_sophiag.main([*tiny, "--adamw_for=vectors", "--sophia_start_iter=5"])

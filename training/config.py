@@ -66,6 +66,9 @@ class TrainConfig:
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
+    embedding_lr: float | None = setting(
+        None, "peak learning rate of the embeddings, on the same schedule; default learning_rate", above=0.0
+    )
     weight_decay: float = setting(0.1, "weight decay of the Linear weights, decoupled but for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
@@ -131,6 +134,8 @@ class TrainConfig:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
+        if self.embedding_lr and not self.learning_rate:
+            raise UserError("embedding_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 goes with dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         parse_block_sizes(self)

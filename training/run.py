@@ -210,8 +210,15 @@ class Run:
     # ----- the optimizer
 
     def parameter_groups(self):
-        """The model's parameters as groups for an optimizer: `matrices` (decayed), `embeddings`, `vectors`."""
-        return self.model.parameter_groups(self.config.weight_decay)
+        """The model's parameters as groups for an optimizer: `matrices` (decayed), `embeddings`, `vectors`.
+
+        A group's rate is `lr_scale` times that of the schedule, where it has one.
+        """
+        config, groups = self.config, self.model.parameter_groups(self.config.weight_decay)
+        for group in groups if config.embedding_lr else ():
+            if group["name"] == "embeddings":
+                group["lr_scale"] = config.embedding_lr / config.learning_rate
+        return groups
 
     def attach(self, optimizer, statistics=dict):
         """Make `optimizer` part of the run: its rate follows the schedule, its state is in checkpoints.
@@ -222,7 +229,7 @@ class Run:
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
-            optimizer.load_state_dict(self._resumed["optimizer"])
+            load_state(optimizer, self._resumed["optimizer"])
             self._scaler.load_state_dict(self._resumed["scaler"])
             _set_rng_state(self._resumed["rng"], self.world)
         elif self._resumed and self._resumed["optimizer"]:
@@ -439,11 +446,10 @@ class Run:
         self._counts["skipped_in_a_row"] += 1
         self._counts["skipped_in_a_row"] *= found_inf
         if self._scales_gradients():
-            optimizers = list(getattr(self.optimizer, "parts", {"": self.optimizer}).values())
-            for optimizer in optimizers:
+            for optimizer in parts_of(self.optimizer):
                 optimizer.grad_scale, optimizer.found_inf = self._grad_scale, found_inf
             method(**arguments)
-            for optimizer in optimizers:
+            for optimizer in parts_of(self.optimizer):
                 del optimizer.grad_scale, optimizer.found_inf
         elif not found_inf.item():
             method(**arguments)
@@ -549,6 +555,23 @@ class Run:
             self._writer.save(checkpoint)
         else:
             copy_to_host(checkpoint, keep=False)  # this rank's part of what rank 0 gathers
+
+
+def load_state(optimizer, state):
+    """The optimizer's state from a checkpoint. Its settings (betas, weight decay, ...) stay those of this run."""
+    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    optimizer.load_state_dict(state)
+    loaded = [group for part in parts_of(optimizer) for group in part.param_groups]
+    for group, own in zip(loaded, settings, strict=True):
+        for key in group.keys() - own.keys() - {"params"}:
+            del group[key]
+        group.update(own)
+
+
+def parts_of(optimizer):
+    """The optimizers that `optimizer` is made of: itself, or its parts."""
+    return list(getattr(optimizer, "parts", {"": optimizer}).values())
 
 
 def _compiler(compiled):
