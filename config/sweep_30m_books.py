@@ -1,5 +1,5 @@
-# The equal tuning of sweep_30m_python.py on books: five optimizers at 30M, a random search of 16 runs each, of 780
-# steps of 128 x 512 tokens (51M tokens). PATH: books as .txt, .jsonl or .parquet.
+# The equal tuning of sweep_30m_python.py on books: a random search of 16 runs each, of 780 steps of
+# 128 x 512 tokens (51M tokens), at 30M. PATH: books as .txt, .jsonl or .parquet.
 #   python data/text/prepare.py --source PATH... --out_dir data/books
 #   python sweep.py config/sweep_30m_books.py --out_dir=out/sweep_30m_books --seeds=3
 #   python compare.py out/sweep_30m_books/best_*_seed* --out=out/sweep_30m_books/best

@@ -308,7 +308,7 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 80, "30m_books": 80}
+RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -325,7 +325,9 @@ def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus):
     monkeypatch.chdir(ROOT)
     for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
         config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
-        assert (config.optimizer_name, config.dataset, config.n_layer) == (trial.optimizer, corpus, 6)
+        name, adamws = trial.optimizer.split("_")[0], "_adamw" in trial.optimizer
+        assert (config.optimizer_name, config.dataset, config.n_layer) == (name, corpus, 6)
+        assert getattr(config, "adamw_for", "none") == ("embeddings" if adamws else "none")
         assert (config.max_iters, config.total_bs, config.block_size) == (780, 128, 512)
         assert config.min_lr == config.learning_rate / 20 and config.grad_clip == 1.0 and config.compile
         assert {key: getattr(config, key) for key in trial.swept} == trial.swept
