@@ -1,6 +1,6 @@
-# Equal tuning of five optimizers, and of Sophia-G with AdamW for embeddings, at 30M on Python source text: random search
-# of 16 runs each, of 780 steps of 128 x 512 tokens (51M tokens), over rate, embeddings' rate, decay, momentum and
-# warm-up, for Sophia rho too.
+# Equal tuning of five optimizers, and of Sophia-G with AdamW for embeddings, at 30M on Python source text: a random
+# search of 16 runs each, of 780 steps of 128 x 512 tokens (51M tokens), over rate, embeddings' rate, decay, momentum
+# and warm-up, for Sophia rho too.
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_python.py --out_dir=out/sweep_30m_python --seeds=3
 #   python compare.py out/sweep_30m_python/best_*_seed* --out=out/sweep_30m_python/best
