@@ -308,7 +308,9 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96}
+RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "30m_attn": 9}
+LENGTHS = (780, 1560, 5200)  # of sweeps of what was best: three seeds of each optimizer that was tuned
+RUNS |= {f"30m_python_{length}": None for length in LENGTHS}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -316,7 +318,27 @@ def test_ready_sweeps(tmp_path, monkeypatch):
     assert {path.stem for path in ROOT.glob("config/sweep_*.py")} == {f"sweep_{name}" for name in RUNS}
     for name, runs in RUNS.items():
         trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
+        runs = runs or 3 * len({trial.optimizer for trial in trials})
         assert len(trials) == runs == len({trial.folder for trial in trials}), name
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
+    """With the settings of the tuning's best run, the warm-up's share included, and seeds of its own."""
+    monkeypatch.chdir(ROOT)
+    names = ("30m_python_one_rate", "30m_python")
+    states = [json.loads((ROOT / "assets/evidence" / name / "sweep.json").read_text()) for name in names]
+    runs = [run for state in states for run in state["runs"] if run["seed"] is None]
+    trials = sweep.grid(sweep.read_sweep(f"config/sweep_30m_python_{length}.py"), tmp_path)
+    assert {trial.optimizer for trial in trials} >= {"adamw", "sophiag", "muon"}
+    for trial in trials:
+        losses = {json.dumps(r["swept"]): r["loss"] for r in runs if r["optimizer"] == trial.optimizer and r["loss"]}
+        best = json.loads(min(losses, key=losses.get))
+        config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
+        assert config.max_iters == length == config.lr_decay_iters and config.warmup_iters > 0
+        assert config.warmup_iters * 780 == best.pop("warmup_iters") * length
+        assert {key: vars(config)[key] for key in best} == best and config.seed == trial.swept["seed"]
+        assert (config.total_bs, config.block_size, config.dataset) == (128, 512, "python")
 
 
 @pytest.mark.parametrize("corpus", ["python", "books"])

@@ -1,0 +1,12 @@
+# Twice the length of the equal tunings, with what was best for each optimizer in them, three seeds each: 1560 steps of
+# 128 x 512 tokens (102M tokens).
+#   python data/python/prepare.py
+#   python sweep.py config/sweep_30m_python_1560.py --out_dir=out/sweep_30m_python_1560
+#   python compare.py out/sweep_30m_python_*/*_seed=* --out=out/30m_python
+
+from pathlib import Path
+from runpy import run_path
+
+best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
+common = {"max_iters": [1560], "seed": [1, 2, 3]}
+optimizers = best_of("30m_python_one_rate", "30m_python", max_iters=1560)
