@@ -51,6 +51,7 @@ from training.tracking import METRICS, read_metrics, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 STATE = "sweep.json"
+APART = 10  # seconds between starts on one GPU: runs of one length that start together also leave it idle together
 
 
 @dataclass
@@ -238,12 +239,17 @@ def run_all(trials, devices, lock, bar, failed, save_state):
         if trial.loss is None and trial.folder.name in failed and trial.folder.exists():
             trial.loss, trial.error = math.inf, failed[trial.folder.name]
     pending, free, running = [trial for trial in trials if trial.loss is None], list(devices), []
+    shared, last_start = len(devices) > len(set(devices)) and devices[0] is not None, {}
     save_state()
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # that ends the runs, below
     try:
         while pending or running:
-            while pending and free:
-                trial, device = pending.pop(0), free.pop(0)
+            rested = [d for d in free if not shared or time.monotonic() - last_start.get(d, -math.inf) > APART]
+            for device in dict.fromkeys(rested) if shared else rested:
+                if not pending:
+                    break
+                free.remove(device)
+                trial, last_start[device] = pending.pop(0), time.monotonic()
                 running.append((trial, device, *trial.start(device, lock)))
             time.sleep(0.3)
             for entry in [entry for entry in running if entry[2].poll() is not None]:

@@ -100,6 +100,23 @@ def test_a_sweep(stub, capsys):
     refused(capsys, [write_sweep(stub, optimizers, max_iters=6), f"--out_dir={out}"], "holds another sweep")
 
 
+def test_runs_that_share_a_gpu_start_apart(stub, monkeypatch):
+    monkeypatch.setattr(sweep, "APART", 0.9)
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["0", "1"])
+    starts, start = [], sweep.Trial.start
+
+    def watched(trial, device, lock):
+        starts.append((device, time.monotonic()))
+        return start(trial, device, lock)
+
+    monkeypatch.setattr(sweep.Trial, "start", watched)
+    path = write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.2, 0.3, 0.4, 0.6, 0.7]}})
+    sweep.main([path, f"--out_dir={stub / 'out'}", "--jobs=4"])
+    times = {gpu: [at for device, at in starts if device == gpu] for gpu in "01"}
+    assert len(times["0"]) == len(times["1"]) == 3 and abs(times["0"][0] - times["1"][0]) < 0.5
+    assert all(b - a > 0.9 for own in times.values() for a, b in itertools.pairwise(own))
+
+
 def test_a_random_search(stub, capsys):
     rates = [0.1, 0.2, 0.3, 0.4, 0.6, 0.7]
     optimizers = {
