@@ -358,8 +358,8 @@ def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
         assert (config.total_bs, config.block_size, config.dataset) == (128, 512, "python")
 
 
-@pytest.mark.parametrize("corpus", ["python", "books"])
-def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus):
+@pytest.mark.parametrize("corpus, steps", [("python", 780), ("books", 390)])
+def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus, steps):
     """What a run of it really gets, in all that the comparison rests on."""
     monkeypatch.chdir(ROOT)
     for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
@@ -367,7 +367,8 @@ def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus):
         name, adamws = trial.optimizer.split("_")[0], "_adamw" in trial.optimizer
         assert (config.optimizer_name, config.dataset, config.n_layer) == (name, corpus, 6)
         assert getattr(config, "adamw_for", "none") == ("embeddings" if adamws else "none")
-        assert (config.max_iters, config.total_bs, config.block_size) == (780, 128, 512)
+        assert (config.max_iters, config.total_bs, config.block_size) == (steps, 128, 512)
+        assert config.warmup_iters / steps in (0.2, 0.4)
         assert config.min_lr == config.learning_rate / 20 and config.grad_clip == 1.0 and config.compile
         assert {key: getattr(config, key) for key in trial.swept} == trial.swept
         assert "sophia" not in trial.optimizer or (config.bias_correction and config.hess_bs == 32)
