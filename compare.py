@@ -72,7 +72,10 @@ class Group:
 
     @property
     def optimizer(self):
-        return self.runs[0].config["optimizer_name"]
+        """Its name; Sophia that leaves some groups of parameters to AdamW is another optimizer than without."""
+        config = self.runs[0].config
+        adamw = config.get("adamw_for", "none") != "none"
+        return config["optimizer_name"] + ("+adamw" if adamw else "")
 
     @property
     def steps(self):

@@ -2,9 +2,9 @@
 # search of 16 runs each, of 780 steps of 128 x 512 tokens (51M tokens), over rate, embeddings' rate, decay, momentum
 # and warm-up, for Sophia rho too.
 #   python data/python/prepare.py
-#   python sweep.py config/sweep_30m_python.py --out_dir=out/sweep_30m_python --seeds=3
-#   python compare.py out/sweep_30m_python/best_*_seed* --out=out/sweep_30m_python/best
-# The ranges lie around the best of a first tuning with one rate for all (assets/evidence/30m_python_one_rate/).
+#   python sweep.py config/sweep_30m_python.py --out_dir=out/sweep_30m_python
+# The ranges lie around the best of a first tuning with one rate for all (assets/evidence/30m_python_one_rate/);
+# the best of both run again, with fresh seeds, in sweep_30m_python_780.py and its longer kin.
 
 runs = 16
 common = {

@@ -57,6 +57,16 @@ def seeds(tmp_path, name, losses, steps=100, **config):
     ]
 
 
+def test_sophia_with_adamw_is_an_optimizer_of_its_own(tmp_path, capsys):
+    sophia = {"hess_bs": 1, "hess_interval": 10}
+    adamw = seeds(tmp_path, "adamw", [2.0, 2.01])
+    plain = seeds(tmp_path, "sophiag", [1.9, 1.91], **sophia, adamw_for="none")
+    other = seeds(tmp_path / "mixed", "sophiag", [1.8, 1.81], **sophia, adamw_for="embeddings")
+    compare.main([*adamw, *plain, *other])
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:5]] == ["adamw", "sophiag", "sophiag+adamw"]
+
+
 def tables(printed):
     """Each table that was printed, as {first cell: {column: text}}."""
     found = []
