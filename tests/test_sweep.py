@@ -325,7 +325,8 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "rho_beta2": 16, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "30m_attn": 9}
+RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96}
+RUNS |= {"rho_beta2": 16, "30m_attn": 9, "30m_large": 6, "124m_python": 3}
 LENGTHS = (780, 1560, 5200)  # of sweeps of what was best: three seeds of each optimizer that was tuned
 RUNS |= {f"30m_python_{length}": None for length in LENGTHS}
 
