@@ -227,7 +227,8 @@ def group(runs):
     """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart."""
     groups, settings, labels = {}, {}, set()
     for run in runs:
-        own = {key: value for key, value in run.config.items() if key not in NOT_SETTINGS}
+        config = run.config.items()  # a setting that is not in use, or was not there yet, says nothing
+        own = {key: value for key, value in config if key not in NOT_SETTINGS and value not in (None, "none")}
         key = json.dumps([own, run.conditions], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
             if other.config.get("seed") == run.config.get("seed"):

@@ -238,6 +238,8 @@ def draw_sweep(trials, out_dir):
 
     written, optimizers = [], list(dict.fromkeys(trial.optimizer for trial in trials))
     for key in dict.fromkeys(key for trial in trials for key in trial.swept):
+        if len({trial.swept[key] for trial in trials if key in trial.swept}) == 1:
+            continue
         figure, (axes,) = new_figure(1, 1, width=7.5, height=4.8)
         here = [trial for trial in trials if key in trial.swept]
         losses = [trial.loss for trial in here if math.isfinite(trial.loss)] or [0, 1]

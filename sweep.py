@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -92,7 +92,8 @@ def main(words=None):
     parser.add_argument("sweep", metavar="SWEEP.py", help="what to sweep; it is run as code")
     parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
     parser.add_argument("--seeds", type=int, default=0, help="fresh seeds to run each optimizer's best with")
-    parser.add_argument("--jobs", type=int, help="runs at a time, spread over the GPUs; default one on each, or 1")
+    help = "runs at a time, spread over the GPUs; default one on each, or 1; on one GPU they start 10 s apart"
+    parser.add_argument("--jobs", type=int, help=help)
     arguments = parser.parse_args(words)
     if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
         raise UserError("--seeds is 0 or more, --jobs 1 or more.")
@@ -108,7 +109,7 @@ def main(words=None):
             run_all(trials, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials))
             again = best_again(trials, arguments.seeds, out_dir)
             run_all(again, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials + again))
-    figures = draw_sweep(trials, out_dir)
+    figures = draw_sweep(averaged(trials), out_dir)
     print("\n".join(summary(trials + again)))
     print(f"wrote {', '.join([str(out_dir / STATE), *figures])}")
 
@@ -319,14 +320,25 @@ def state_text(state):
 # ----- what came out
 
 
+def averaged(trials):
+    """Of trials that sweep the seed one for all seeds of the same settings, with their mean loss: no seed is best."""
+    groups = {}
+    for trial in trials:
+        swept = {key: value for key, value in trial.swept.items() if key != "seed"}
+        groups.setdefault((trial.optimizer, json.dumps(swept)), []).append(replace(trial, swept=swept))
+    return [replace(own[0], loss=float(np.mean([trial.loss for trial in own]))) for own in groups.values()]
+
+
 def summary(trials):
     """A line an optimizer: its best, and what its fresh seeds gave."""
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
-        own = [trial for trial in trials if trial.optimizer == optimizer and trial.seed is None]
+        every = [trial for trial in trials if trial.optimizer == optimizer and trial.seed is None]
+        own = averaged(every)
         seeds = [trial.loss for trial in trials if trial.optimizer == optimizer and trial.seed is not None]
         best, lost = min(own, key=lambda trial: trial.loss), sum(math.isinf(trial.loss) for trial in own)
         settings = ", ".join(f"{key}={value}" for key, value in best.swept.items())
         line = f"{optimizer}: best of {len(own)} runs {best.loss:.4f} at {settings or 'its only settings'}"
+        line += f" (means of {len(every) // len(own)} seeds)" if len(own) < len(every) else ""
         line += f"; {lost} failed or diverged" if lost else ""
         yield line + (f"; with fresh seeds {np.mean(seeds):.4f} (n = {len(seeds)})" if seeds else "")
 

@@ -60,6 +60,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
         if self.adamw_for != "none" and (self.sophia_start_iter or self.init_from.startswith("import:")):
             raise UserError("adamw_for goes with neither sophia_start_iter nor an import; leave it at none.")
+        if self.adamw_lr and not self.learning_rate:
+            raise UserError("adamw_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
         if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
             raise UserError("adamw_lr and embedding_lr are both a rate of the embeddings here; give one of them.")
         if hutchinsons and self.fp8:

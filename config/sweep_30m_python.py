@@ -4,7 +4,7 @@
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_python.py --out_dir=out/sweep_30m_python
 # The ranges lie around the best of a first tuning with one rate for all (assets/evidence/30m_python_one_rate/);
-# the best of both run again, with fresh seeds, in sweep_30m_python_780.py and its longer kin.
+# what is best runs again, with fresh seeds, in sweep_30m_python_780.py and its longer kin.
 
 runs = 16
 common = {

@@ -67,6 +67,16 @@ def test_sophia_with_adamw_is_an_optimizer_of_its_own(tmp_path, capsys):
     assert [line.split("|")[1].strip() for line in printed.splitlines()[2:5]] == ["adamw", "sophiag", "sophiag+adamw"]
 
 
+def test_settings_that_are_not_in_use_or_of_later_make_no_group(tmp_path, capsys):
+    old = seeds(tmp_path / "old", "adamw", [2.0, 2.01])
+    new = seeds(tmp_path / "7", "adamw", [2.02], seed=7, embedding_lr=None)
+    new += seeds(tmp_path / "8", "adamw", [2.03], seed=8, embedding_lr=None)
+    own = seeds(tmp_path / "own", "adamw", [1.8, 1.81], embedding_lr=0.1)
+    compare.main([*old, *new, *own])
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [[cell.strip() for cell in row] for row in rows] == [["adamw", "4"], ["adamw, embedding_lr=0.1", "2"]]
+
+
 def tables(printed):
     """Each table that was printed, as {first cell: {column: text}}."""
     found = []

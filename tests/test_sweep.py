@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def test_runs_that_share_a_gpu_start_apart(stub, monkeypatch):
     times = {gpu: [at for device, at in starts if device == gpu] for gpu in "01"}
     assert len(times["0"]) == len(times["1"]) == 3 and abs(times["0"][0] - times["1"][0]) < 0.5
     assert all(b - a > 0.9 for own in times.values() for a, b in itertools.pairwise(own))
+
+
+def test_a_seed_that_is_swept_is_not_tuned(stub, capsys):
+    """The stub's loss is 1 + (rate - 0.5)^2 + seed: the mean over seeds 0, 1 and 2 of the best rate is 2."""
+    path, out = write_sweep(stub, {"adamw": {"learning_rate": [0.3, 0.5], "seed": [0, 1, 2]}}), stub / "out"
+    sweep.main([path, f"--out_dir={out}"])
+    assert "adamw: best of 2 runs 2.0000 at learning_rate=0.5 (means of 3 seeds)" in capsys.readouterr().out
+    assert {figure.name for figure in out.glob("*.png")} == {"sweep_learning_rate.png"}
+    assert len(state(out)) == 6
 
 
 def test_a_random_search(stub, capsys):
@@ -325,10 +335,8 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96}
-RUNS |= {"rho_beta2": 16, "30m_attn": 9, "30m_large": 6, "124m_python": 3}
-LENGTHS = (780, 1560, 5200)  # of sweeps of what was best: three seeds of each optimizer that was tuned
-RUNS |= {f"30m_python_{length}": None for length in LENGTHS}
+RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "rho_beta2": 16, "30m_attn": 9}
+RUNS |= {"30m_python_780": 9, "30m_python_1560": 9, "30m_python_5200": 9, "30m_large": 4, "124m_python": 2}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -336,27 +344,76 @@ def test_ready_sweeps(tmp_path, monkeypatch):
     assert {path.stem for path in ROOT.glob("config/sweep_*.py")} == {f"sweep_{name}" for name in RUNS}
     for name, runs in RUNS.items():
         trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
-        runs = runs or 3 * len({trial.optimizer for trial in trials})
         assert len(trials) == runs == len({trial.folder for trial in trials}), name
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+def configs(name, tmp_path):
+    """{run: its settings} of a ready sweep, and of each optimizer the settings of its best run in the equal tuning."""
+    trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
+    runs = json.loads((ROOT / "assets/evidence/30m_python/sweep.json").read_text())["runs"]
+    best = {}
+    for run in sorted(runs, key=lambda run: float(run["loss"] or "inf"), reverse=True):
+        best[run["optimizer"]] = run["swept"]
+    for trial in trials:
+        kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
+        yield trial, vars(load_config(kind, trial.words[1:])), dict(best[trial.optimizer])
+
+
+@pytest.mark.parametrize("length", [780, 1560, 5200])
 def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
     """With the settings of the tuning's best run, the warm-up's share included, and seeds of its own."""
     monkeypatch.chdir(ROOT)
-    names = ("30m_python_one_rate", "30m_python")
-    states = [json.loads((ROOT / "assets/evidence" / name / "sweep.json").read_text()) for name in names]
-    runs = [run for state in states for run in state["runs"] if run["seed"] is None]
-    trials = sweep.grid(sweep.read_sweep(f"config/sweep_30m_python_{length}.py"), tmp_path)
-    assert {trial.optimizer for trial in trials} >= {"adamw", "sophiag", "muon"}
-    for trial in trials:
-        losses = {json.dumps(r["swept"]): r["loss"] for r in runs if r["optimizer"] == trial.optimizer and r["loss"]}
-        best = json.loads(min(losses, key=losses.get))
-        config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
-        assert config.max_iters == length == config.lr_decay_iters and config.warmup_iters > 0
-        assert config.warmup_iters * 780 == best.pop("warmup_iters") * length
-        assert {key: vars(config)[key] for key in best} == best and config.seed == trial.swept["seed"]
-        assert (config.total_bs, config.block_size, config.dataset) == (128, 512, "python")
+    for trial, config, best in configs(f"30m_python_{length}", tmp_path):
+        assert config["max_iters"] == length == config["lr_decay_iters"] and config["warmup_iters"] > 0
+        assert config["warmup_iters"] * 780 == best.pop("warmup_iters") * length
+        assert {key: config[key] for key in best} == best and config["seed"] == trial.swept["seed"]
+        assert (config["total_bs"], config["block_size"], config["dataset"]) == (128, 512, "python")
+        assert not config["scale_attn_by_inverse_layer_idx"]
+        if "sophia" in trial.optimizer:
+            assert config["bias_correction"]
+            assert (config["adamw_for"] == "embeddings") == ("adamw" in trial.optimizer)
+
+
+def test_what_was_best_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert all(config["scale_attn_by_inverse_layer_idx"] for _, config, _ in configs("30m_attn", tmp_path))
+    for _, config, best in configs("30m_large", tmp_path):
+        assert config["total_bs"] * config["block_size"] == 2**19 and config["learning_rate"] in (
+            best["learning_rate"],
+            2 * best["learning_rate"],
+        )
+        assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
+    for _, config, best in configs("124m_python", tmp_path):
+        assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
+        assert config["learning_rate"] == best["learning_rate"] / 2 and config["embedding_lr"] == best["embedding_lr"]
+        assert config["max_iters"] * config["total_bs"] * config["block_size"] > 300e6
+    assert all(config["adamw_for"] == "embeddings" for _, config, _ in configs("rho_beta2", tmp_path))
+
+
+def test_best_of(tmp_path, monkeypatch):
+    best_of = runpy.run_path(str(ROOT / "config/best.py"))["best_of"]
+    monkeypatch.setitem(best_of.__globals__, "EVIDENCE", tmp_path)
+    rates = [("adamw", 1, 2.0), ("adamw", 2, 1.5), ("lion", 1, "inf"), ("muon", 1, None), ("muon", 2, 1.0)]
+    rates += [("mixed", 3, 1.9), ("mixed", 4, "inf")]
+    runs = [{"optimizer": n, "swept": {"learning_rate": r, "warmup_iters": 10 * r}, "seed": None, "loss": loss}
+            for n, r, loss in rates]  # fmt: skip
+    runs.append({**runs[0], "seed": 1, "loss": 0.1})
+    common = {"max_iters": 100, "learning_rate": [1, 2], "weight_decay": 0.3}
+    named = {n: {"config": f"{n}.py"} for n in ("adamw", "lion", "muon")}
+    named["mixed"] = {"optimizer_name": "sophiag", "weight_decay": 0.4}
+    (tmp_path / "tuned").mkdir()
+    state = {"sweep": {"common": common, "optimizers": named}, "runs": runs}
+    (tmp_path / "tuned" / "sweep.json").write_text(json.dumps(state))
+    assert best_of("tuned", max_iters=250, only=("adamw", "mixed")) == {
+        "adamw": {"optimizer_name": "adamw", "config": "adamw.py", "weight_decay": 0.3, "learning_rate": 2,
+                  "warmup_iters": 50},
+        "mixed": {"optimizer_name": "sophiag", "weight_decay": 0.4, "learning_rate": 3, "warmup_iters": 75},
+    }  # fmt: skip
+    for untuned in ("lion", "muon", "sgd"):
+        with pytest.raises(ValueError, match=f"{untuned} is not tuned yet"):
+            best_of("tuned", max_iters=250, only=("adamw", untuned))
+    with pytest.raises(ValueError, match="not tuned"):
+        best_of("tuned", max_iters=250)
 
 
 @pytest.mark.parametrize("corpus, steps", [("python", 780), ("books", 390)])

@@ -119,7 +119,39 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
     assert all("lr_scale" not in group for group in state["param_groups"])
 
 
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ([], ["--adamw_for=vectors"], "adamw_for = none, this is vectors"),
+        (["--adamw_for=embeddings"], ["--adamw_for=vectors"], "adamw_for = embeddings, this is vectors"),
+        (["--adamw_for=embeddings"], [], "adamw_for = embeddings, this is none"),
+        ([], ["--sophia_start_iter=6"], "sophia_start_iter = 0, this is 6"),
+        (["--sophia_start_iter=6"], [], "sophia_start_iter = 6, this is 0"),
+        (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this is 3"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny, before, after, said):
+    train_sophiag.main([*tiny, *before, "--max_iters=4"])
+    with pytest.raises(UserError, match=said):
+        train_sophiag.main([*tiny, *after, "--max_iters=8", "--init_from=resume"])
+
+
+def test_a_start_that_was_moved_within_reach_is_taken(tiny, tmp_path):
+    train_sophiag.main([*tiny, "--sophia_start_iter=6", "--max_iters=4"])
+    train_sophiag.main([*tiny, "--sophia_start_iter=5", "--max_iters=8", "--init_from=resume"])
+    assert all("hessian" in s for s in load_checkpoint(tmp_path / "out")[0]["optimizer"]["state"].values())
+    train_sophiag.main([*tiny, "--sophia_start_iter=3", "--max_iters=9", "--init_from=resume"])
+
+
+def test_a_resumed_run_says_what_changed(tiny, tmp_path, capsys):
+    train_sophiag.main([*tiny, "--max_iters=4"])
+    train_sophiag.main([*tiny, "--max_iters=8", "--embedding_lr=1e-2", "--init_from=resume"])
+    assert "changed since the checkpoint: embedding_lr, max_iters" in capsys.readouterr().out
+
+
 def test_refusals(tiny):
+    with pytest.raises(UserError, match="adamw_lr is held as a multiple"):
+        train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--adamw_for=vectors", "--adamw_lr=1e-3"])
     with pytest.raises(UserError, match="both a rate of the embeddings"):
         train_sophiag.main([*tiny, "--adamw_for=embeddings+vectors", "--adamw_lr=1e-3", "--embedding_lr=1e-3"])
     with pytest.raises(UserError, match="multiple of learning_rate"):

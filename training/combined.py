@@ -35,10 +35,6 @@ class Combined:
     def state_dict(self):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def load_state_dict(self, states):
-        for name, part in self.parts.items():
-            part.load_state_dict(states[name])
-
     def register_load_state_dict_pre_hook(self, hook):
         for part in self.parts.values():
             part.register_load_state_dict_pre_hook(hook)

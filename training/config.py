@@ -67,7 +67,7 @@ class TrainConfig:
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
     embedding_lr: float | None = setting(
-        None, "peak learning rate of the embeddings, on the same schedule; default learning_rate", above=0.0
+        None, "peak learning rate of the embeddings, min_lr in proportion; default learning_rate", above=0.0
     )
     weight_decay: float = setting(0.1, "weight decay of the Linear weights, decoupled but for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)

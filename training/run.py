@@ -82,11 +82,8 @@ class Run:
         checkpoint, resume = None, config.init_from == "resume"
         if config.init_from != "scratch":
             checkpoint = world.everywhere(lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config))
-        if resume and checkpoint["config"]["optimizer_name"] != config.optimizer_name:
-            raise UserError(
-                f"the checkpoint in {config.out_dir} is of optimizer_name = {checkpoint['config']['optimizer_name']}, "
-                f"this is {config.optimizer_name}; resume with the former, or name another --out_dir."
-            )
+        if resume:
+            _check_state_fits(config, checkpoint)
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
@@ -142,8 +139,10 @@ class Run:
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
         if resume:
-            before = {**checkpoint["config"], "init_from": config.init_from, "overwrite": config.overwrite}
-            changed = [key for key, value in before.items() if vars(config).get(key) != value]
+            defaults = {field.name: field.default for field in dataclasses.fields(config)}
+            before = defaults | checkpoint["config"]  # which may be of a time when there were fewer settings
+            now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
+            changed = [key for key in before if before[key] != now.get(key)]
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
 
     def _facts(self, hashes):
@@ -446,10 +445,11 @@ class Run:
         self._counts["skipped_in_a_row"] += 1
         self._counts["skipped_in_a_row"] *= found_inf
         if self._scales_gradients():
-            for optimizer in parts_of(self.optimizer):
+            optimizers = list(getattr(self.optimizer, "parts", {"": self.optimizer}).values())
+            for optimizer in optimizers:
                 optimizer.grad_scale, optimizer.found_inf = self._grad_scale, found_inf
             method(**arguments)
-            for optimizer in parts_of(self.optimizer):
+            for optimizer in optimizers:
                 del optimizer.grad_scale, optimizer.found_inf
         elif not found_inf.item():
             method(**arguments)
@@ -559,19 +559,12 @@ class Run:
 
 def load_state(optimizer, state):
     """The optimizer's state from a checkpoint. Its settings (betas, weight decay, ...) stay those of this run."""
-    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    optimizer.load_state_dict(state)
-    loaded = [group for part in parts_of(optimizer) for group in part.param_groups]
-    for group, own in zip(loaded, settings, strict=True):
-        for key in group.keys() - own.keys() - {"params"}:
-            del group[key]
-        group.update(own)
-
-
-def parts_of(optimizer):
-    """The optimizers that `optimizer` is made of: itself, or its parts."""
-    return list(getattr(optimizer, "parts", {"": optimizer}).values())
+    if parts := getattr(optimizer, "parts", None):
+        for name, part in parts.items():
+            load_state(part, state[name])
+        return
+    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    optimizer.load_state_dict({**state, "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]})
 
 
 def _compiler(compiled):
@@ -670,6 +663,26 @@ def _check_out_dir(config):
             f"out_dir = {config.out_dir!r} cannot be written ({error.strerror}); name another one."
         ) from None
     return init_from
+
+
+def _check_state_fits(config, checkpoint):
+    """UserError where the optimizer's state in the checkpoint is not that of this run's optimizer."""
+    before, step = checkpoint["config"], checkpoint["step"]
+
+    def adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
+        return 0 < start >= step
+
+    pairs = {
+        "optimizer_name": (before["optimizer_name"], config.optimizer_name),
+        "adamw_for": (before.get("adamw_for", "none"), getattr(config, "adamw_for", "none")),
+        "sophia_start_iter": (before.get("sophia_start_iter", 0), getattr(config, "sophia_start_iter", 0)),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours and (name != "sophia_start_iter" or adamws(theirs) != adamws(ours)):
+            raise UserError(
+                f"the checkpoint in {config.out_dir} is of {name} = {theirs}, this is {ours}, whose optimizer wants "
+                f"another state at step {step}; resume with the former, or name another --out_dir."
+            )
 
 
 def _device_name(device):
