@@ -269,6 +269,7 @@ class _Sophia(Optimizer):
                 eps=group.get("eps"),
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
+                nesterov=group["nesterov"],
                 factor=factor,
                 skip=skip,
             )
@@ -353,6 +354,7 @@ class SophiaG(_Sophia):
         maximize: ascend instead.
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, since it starts from 0.
+        nesterov: p moves by beta1 m + (1 - beta1) grad, m renewed, in the place of m, as in NAdam (Dozat, 2016).
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -371,9 +373,10 @@ class SophiaG(_Sophia):
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *, maximize=False,
-                 capturable=False, bias_correction=False, foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
+                 capturable=False, bias_correction=False, nesterov=False, foreach=None, fused=None,
+                 max_grad_norm=None):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize,
-                    "capturable": capturable, "bias_correction": bias_correction}  # fmt: skip
+                    "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov}  # fmt: skip
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None, bs=5120):
@@ -400,7 +403,8 @@ class SophiaG(_Sophia):
         """How the optimizer is doing, as floats, in one pass and with one sync.
 
         Returns:
-            win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME of every group;
+            win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME of every group
+                (with nesterov the same, of m and not of what the step took for it);
             hessian_norm: 1-norm of h; hessian_norm2 and momentum_norm: 2-norms of h and m.
         """
         return self._statistics(self._checked(bs))
@@ -430,9 +434,11 @@ class SophiaH(_Sophia):
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.01, eps=1e-12, weight_decay=1e-1, *, maximize=False,
-                 capturable=False, bias_correction=False, foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
+                 capturable=False, bias_correction=False, nesterov=False, foreach=None, fused=None,
+                 max_grad_norm=None):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay,
-                    "maximize": maximize, "capturable": capturable, "bias_correction": bias_correction}  # fmt: skip
+                    "maximize": maximize, "capturable": capturable, "bias_correction": bias_correction,
+                    "nesterov": nesterov}  # fmt: skip
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None):
@@ -486,7 +492,7 @@ def _count(steps, skip):
     torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).float()] * len(steps))  # a tensor alone would sync
 
 
-def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, nesterov, factor, skip):
     dtype = _wide(bucket.params[0])
     rhos = _corrected(rho, beta2, bucket.hessian_steps, dtype)
     if skip is not None:
@@ -501,10 +507,11 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
         if skip is not None:
             g = torch.where(skip, m, g)
         m.lerp_(g, 1 - beta1)
+        moved = torch.lerp(m, g, 1 - beta1) if nesterov else m
         scratch = None if g is grad else g
         denominator = torch.mul(h, rhos[i] if isinstance(rhos, list) else rhos, out=scratch)
         denominator = denominator.add_(_EPS) if eps is None else denominator.clamp_(min=eps)
-        update = torch.div(m, denominator, out=denominator).clamp_(-1, 1)
+        update = torch.div(moved, denominator, out=denominator).clamp_(-1, 1)
         p.mul_(1 - lr * weight_decay)
         if isinstance(lr, Tensor):
             p.sub_(update.mul_(lr))
@@ -517,7 +524,7 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
     _count(bucket.steps, skip)
 
 
-def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, nesterov, factor, skip):
     dtype = _wide(bucket.params[0])
     lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians)
     p, g, m, h = ([t.to(dtype) for t in tensors] for tensors in lists)
@@ -529,12 +536,13 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
         g = [torch.where(skip, a, b) for a, b in zip(m, g, strict=True)]
         lr = lr * (~skip).to(dtype)
     torch._foreach_lerp_(m, g, 1 - beta1)
+    moved = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
     denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
         torch._foreach_add_(denominator, _EPS)
     else:
         torch._foreach_clamp_min_(denominator, eps)
-    update = torch._foreach_div(m, denominator)
+    update = torch._foreach_div(moved, denominator)
     torch._foreach_clamp_min_(update, -1)
     torch._foreach_clamp_max_(update, 1)
     if isinstance(lr, Tensor):
@@ -732,12 +740,13 @@ def _on(device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, factor, skip):
+def _fused_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize, nesterov, factor, skip):
     correct = bucket.group["bias_correction"]
     bucket.table.launch(
         "step", bucket, factor, skip, lr if isinstance(lr, Tensor) else float(lr), float(1 - beta1),
         float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log(beta2) / math.log(2),
         TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize), CORRECT=bool(correct),
+        NESTEROV=bool(nesterov),
     )  # fmt: skip
 
 
@@ -779,6 +788,7 @@ def _kernels():
     @triton.jit
     def step(rows, chunks, factor, skip, lr, weight, weight_decay, rho, eps, log2_beta2,
              TENSOR_LR: tl.constexpr, FLOOR: tl.constexpr, MAXIMIZE: tl.constexpr, CORRECT: tl.constexpr,
+             NESTEROV: tl.constexpr,
              P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, ALIGNMENT: tl.constexpr,
              VECTOR: tl.constexpr, BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
         row = rows + tl.load(chunks + 2 * tl.program_id(0)) * 8
@@ -816,13 +826,14 @@ def _kernels():
                 m = tl.load(m_at, mask=inside, other=0.0).to(tl.float32)
                 h = tl.load(tl.multiple_of(hessians + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
                 p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
-                m += weight * (g * multiplier - m)
+                g *= multiplier
+                m += weight * (g - m)
                 denominator = h * scale
                 if FLOOR:
                     denominator = tl.where(denominator < eps, eps, denominator)
                 else:
                     denominator += eps
-                update = m / denominator
+                update = (m + weight * (g - m) if NESTEROV else m) / denominator
                 update = tl.where(update > 1.0, 1.0, tl.where(update < -1.0, -1.0, update))  # NaN stays NaN
                 p = p * (1.0 - rate * weight_decay) - rate * update
                 tl.store(m_at, m.to(M), mask=inside)

@@ -20,7 +20,7 @@ from training.run import Run
 class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
-    optimizer_name: str = setting("adamw", "which optimizer", choices=("adamw", "sgd", "lion", "muon"))
+    optimizer_name: str = setting("adamw", "which optimizer", choices=("adamw", "nadamw", "sgd", "lion", "muon"))
     momentum: float = setting(0.95, "sgd, muon: decay of the gradient average (Nesterov's)", at_least=0.0, below=1.0)
 
 
@@ -40,6 +40,8 @@ def make_optimizer(config, groups, fused):
     betas = config.beta1, config.beta2
     if config.optimizer_name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    if config.optimizer_name == "nadamw":
+        return torch.optim.NAdam(groups, betas=betas, decoupled_weight_decay=True)
     if config.optimizer_name == "sgd":  # its weight decay is in the gradient, not decoupled
         sgd = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
         for p in (p for group in groups for p in group["params"] if config.momentum):

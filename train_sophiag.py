@@ -38,6 +38,7 @@ class SophiaConfig(TrainConfig):
         None, "sequences in a curvature estimate; default a quarter of total_bs, sophiah 32", at_least=1
     )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
+    nesterov: bool = setting(False, "move by beta1 m + (1 - beta1) gradient, m the renewed average, instead of by m")
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
@@ -124,6 +125,7 @@ def make_optimizer(config, run):
         rho=config.rho,
         weight_decay=config.weight_decay,
         bias_correction=config.bias_correction,
+        nesterov=config.nesterov,
         fused=run.world.device.type == "cuda",
     )
     return optimizer, bs

@@ -22,12 +22,13 @@ class Reference:
     """Design and paper, in float64, one Python list entry a parameter; nothing of sophia.py is used."""
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, eps=None, maximize=False,
-                 bias_correction=False, max_grad_norm=None):  # fmt: skip
+                 bias_correction=False, nesterov=False, max_grad_norm=None):  # fmt: skip
         self.p = [p.detach().double().clone() for p in params]
         self.m = [torch.zeros_like(p) for p in self.p]
         self.h = [torch.zeros_like(p) for p in self.p]
         self.lr, (self.b1, self.b2), self.rho, self.wd, self.eps = lr, betas, rho, weight_decay, eps
         self.sign, self.correct, self.max_norm, self.n = -1 if maximize else 1, bias_correction, max_grad_norm, 0
+        self.nesterov = nesterov
 
     def estimate(self, estimates):
         self.n += 1
@@ -40,11 +41,12 @@ class Reference:
             grads = [g * min(1.0, self.max_norm / (norm + 1e-6)) for g in grads]
         for i, grad in enumerate(grads):
             self.m[i] = self.b1 * self.m[i] + (1 - self.b1) * self.sign * grad
+            m = self.b1 * self.m[i] + (1 - self.b1) * self.sign * grad if self.nesterov else self.m[i]
             h = self.h[i] / (1 - self.b2**self.n) if self.correct and self.n else self.h[i]
             if self.eps is None:
-                update = self.m[i].sign() * (self.m[i].abs() / (self.rho * bs * h + 1e-15)).clamp(max=1)
+                update = m.sign() * (m.abs() / (self.rho * bs * h + 1e-15)).clamp(max=1)
             else:
-                update = (self.m[i] / (self.rho * h).clamp(min=self.eps)).clamp(-1, 1)
+                update = (m / (self.rho * h).clamp(min=self.eps)).clamp(-1, 1)
             self.p[i] = self.p[i] * (1 - self.lr * self.wd) - self.lr * update
 
 
@@ -91,7 +93,14 @@ def run_both(cls, dtype, steps=6, bs=32, shapes=SHAPES, device="cpu", **settings
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"maximize": True}, {"bias_correction": True}, {"max_grad_norm": 0.5}, {"weight_decay": 0.0}],
+    [
+        {},
+        {"maximize": True},
+        {"bias_correction": True},
+        {"max_grad_norm": 0.5},
+        {"weight_decay": 0.0},
+        {"nesterov": True, "maximize": True, "max_grad_norm": 0.5},
+    ],
     ids=lambda o: next(iter(o), "default"),
 )
 def test_equals_the_float64_reference(cls, dtype, options, implementation):

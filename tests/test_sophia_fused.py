@@ -23,6 +23,7 @@ devices = pytest.mark.parametrize(
 )  # fmt: skip
 SHAPES = ((70, 50), (33, 21), (40,), (5000,), (3,), (), (0, 4), (8, 4, 4))  # more than a program, odd ends, none
 OPTIONS = [{}, {"maximize": True, "bias_correction": True, "max_grad_norm": 0.5}]
+OPTIONS.append({"nesterov": True, "maximize": True, "max_grad_norm": 0.5})
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.05}
 BF16_IN_INTERPRETER = 0.03  # it cuts off where a GPU rounds
 
@@ -71,7 +72,11 @@ def assert_same(a, b, rtol, atol):
 
 
 @devices
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "bias_correction": True}], **option_ids)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_grad_norm": 0.5, "bias_correction": True}, {"nesterov": True, "max_grad_norm": 0.5}],
+    **option_ids,
+)
 def test_fused_foreach_and_single_tensor_are_equal(device, options):
     runs = []
     for implementation in ({"fused": True}, {"foreach": True}, {"foreach": False}):

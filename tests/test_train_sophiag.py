@@ -108,7 +108,8 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
     """The checkpoint's state, but not its rates, decay, betas or rho, where the command line changed them."""
     before = ["--embedding_lr=8e-3", "--weight_decay=0.3", "--beta1=0.8", "--rho=0.5", "--adamw_for=vectors"]
     train_sophiag.main([*tiny, *before, "--max_iters=5", "--decay_lr=False"])
-    after = ["--weight_decay=0.4", "--beta1=0.7", "--rho=0.6", "--adamw_for=vectors", "--adamw_lr=4e-3"]
+    after = ["--weight_decay=0.4", "--beta1=0.7", "--rho=0.6", "--nesterov=True"]
+    after += ["--adamw_for=vectors", "--adamw_lr=4e-3"]
     words = ["--learning_rate=2e-3", "--max_iters=8", "--decay_lr=False", "--init_from=resume"]
     train_sophiag.main([*tiny, *after, *words])
     assert rates(tmp_path) == pytest.approx({"matrices": 2e-3, "embeddings": 2e-3, "vectors": 4e-3})
@@ -116,7 +117,7 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
     assert {s["step"].item() for s in state["state"].values()} == {8}
     matrices = state["param_groups"][0]
     assert (matrices["weight_decay"], matrices["betas"], matrices["rho"]) == (0.4, (0.7, 0.99), 0.6)
-    assert all("lr_scale" not in group for group in state["param_groups"])
+    assert all("lr_scale" not in group and group["nesterov"] for group in state["param_groups"])
 
 
 @pytest.mark.parametrize(

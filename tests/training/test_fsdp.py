@@ -75,7 +75,7 @@ def test_sophia_takes_the_same_steps(runs):
     assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("lion", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lion", "nadamw"))])
 def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer):
     for fsdp in (True, False):
         biases = optimizer != "lion"  # the keys' biases have no gradient, but for rounding, and Lion takes its sign
