@@ -308,7 +308,7 @@ def test_impossible_numbers_of_runs(tmp_path, capsys, runs, said):
         ({"adamw": {"learning_rate": 1.0}, "lion": {"max_iters": 6}}, "lion has a run of 192 tokens, adamw of 160"),
         ({"adamw": {"max_iters": [5, 6]}}, "adamw has a run of 192 tokens, adamw of 160"),
         ({"adamw": {"learning_rat": [1]}}, "no setting 'learning_rat'"),
-        ({"adam": {"learning_rate": [1]}}, "one of adamw, sgd, lion, muon"),
+        ({"adam": {"learning_rate": [1]}}, "one of adamw, nadamw, sgd, lion, muon"),
         ({"sophiag": {"rho": [-1.0]}}, "rho = -1.0 is not possible"),
         ({}, "assigns dicts"),
         ([1], "assigns dicts"),
