@@ -37,13 +37,15 @@ FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # settings 
 
 @dataclass
 class FinishedRun:
-    """What is read of a run. conditions: name -> value of all that two runs must share to be compared; lines: some of
-    its metrics, with their "flops"; evaluations: the lines with a val/loss, infinite where it was not finite."""
+    """What is read of a run. shared: whether its device was, so that its times, here NaN, say nothing; conditions: name
+    -> value of all that two runs must have in common to be compared; lines: some of its metrics, with their "flops";
+    evaluations: the lines with a val/loss, infinite where it was not finite."""
 
     name: str
     config: dict
     parameters: int
     device: str
+    shared: bool
     conditions: dict
     lines: list
     evaluations: list
@@ -60,7 +62,8 @@ class FinishedRun:
     def curve(self, key, against):
         """(where, values) of a metric, an array each."""
         points = [(line[against], line[key]) for line in self.lines if key in line and against in line]
-        return np.array(points, dtype=float).reshape(-1, 2).T
+        points = np.array(points, dtype=float).reshape(-1, 2)
+        return points[~np.isnan(points).any(axis=1)].T
 
 
 @dataclass
@@ -170,7 +173,10 @@ def read_run(folder):
     evaluations = [line for line in lines if "val/loss" in line]
     if not evaluations:
         raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
-    return FinishedRun(str(folder), config, model["num_params"], device, conditions, lines, evaluations)
+    shared = facts.get("shared_device", False)
+    for line in lines if shared else ():
+        line |= {key: math.nan for key in ("seconds", "tokens_per_second", "mfu") if key in line}
+    return FinishedRun(str(folder), config, model["num_params"], device, shared, conditions, lines, evaluations)
 
 
 def is_whole(line):
@@ -366,12 +372,13 @@ def loss_rows(groups):
             p, words = verdict(one.losses, other.losses)
             difference = f"{one.losses.mean() - other.losses.mean():+.4f}"
         steps, tokens, seconds = (one.mean(key) for key in ("step", "tokens", "seconds"))
-        speed = f"{tokens / seconds:,.0f}" if seconds else ""
+        times = f"{seconds:,.1f}", f"{tokens / seconds:,.0f}" if seconds else ""
+        times = ("shared", "") if any(run.shared for run in one.runs) else times
         p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
         sizes = f"{len(one.runs)}", f"{steps:,.0f}", f"{tokens:,.0f}"
         rates = [run.curve("train/clip_rate", "step")[1][-1:] for run in one.runs]
         clipped = f"{np.mean(rates):.1%}" if all(len(rate) for rate in rates) else ""
-        yield one.label, *sizes, loss, difference, p, words, f"{seconds:,.1f}", speed, clipped
+        yield one.label, *sizes, loss, difference, p, words, *times, clipped
 
 
 def speed_rows(groups):
@@ -387,7 +394,9 @@ def speed_rows(groups):
         for key in ("step", "tokens", "flops", "seconds"):
             a_step = np.mean([b.mean(key) / b.steps for b in baseline])
             factor = a_step / one.mean(key) if one.mean(key) else math.nan
-            if key == "seconds" and len({run.device for g in (one, *baseline) for run in g.runs}) > 1:
+            if key == "seconds" and any(run.shared for g in (one, *baseline) for run in g.runs):
+                cells.append("shared")
+            elif key == "seconds" and len({run.device for g in (one, *baseline) for run in g.runs}) > 1:
                 cells.append("other devices")
             else:
                 cells.append(with_interval([n and n * factor for n in needs], np.multiply(lengths, factor), "{:.2f}"))
@@ -437,6 +446,8 @@ def notes(groups):
         if not run.finished:
             step, last = run.final["step"], max(run.config["max_iters"], run.config.get("lr_decay_iters") or 0)
             yield f"{run.name} is not finished: its numbers are those of step {step} of {last}."
+    if any(run.shared for run in runs):
+        yield "Shared: the runs had company on their device, so their times say nothing."
     if len({run.device for run in runs}) > 1:
         yield f"Seconds are of different devices: {', '.join(f'{run.name} on {run.device}' for run in runs)}."
     if len(groups) > 1:

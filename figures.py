@@ -108,6 +108,8 @@ def draw_losses(styled, prefix, unit):
         for axes, key in zip(panels, QUANTITIES.values(), strict=True):
             for run in one.runs:
                 curve = run.curve("train/loss", key)
+                if not curve.size:
+                    continue
                 where, train = running_mean(curve, max(1, round(SMOOTHING * curve.shape[1])))
                 axes.plot(where, train, linewidth=0.7, alpha=0.4, **style)
             where = np.mean([[line[key] for line in own] for own in lines], axis=0)
@@ -118,6 +120,8 @@ def draw_losses(styled, prefix, unit):
     margin = 0.05 * (max(late) - min(late)) or 0.1
     for axes, quantity in zip(panels, QUANTITIES, strict=True):
         axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
+        if not axes.lines or all(np.isnan(line.get_xdata()).all() for line in axes.lines):
+            axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
         axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
         if "seconds" not in quantity:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -141,7 +145,7 @@ def draw_training(styled, prefix):
         axes.set(xlabel="optimizer steps", ylabel=label, xlim=(0, None))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if not curves:
-            axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center", color="gray")
+            axes.text(0.5, 0.5, "not known of these runs", transform=axes.transAxes, ha="center", color="gray")
             axes.set(xticks=[], yticks=[])
         elif key == "grad_norm":
             axes.set_yscale("log")

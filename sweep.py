@@ -47,7 +47,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import UserError, command
-from training.tracking import METRICS, read_metrics, write_atomically
+from training.tracking import METRICS, SHARED, read_metrics, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 STATE = "sweep.json"
@@ -77,9 +77,11 @@ class Trial:
             self.loss = math.inf if lines[-1]["val/loss"] is None else lines[-1]["val/loss"]
         return self.loss is not None
 
-    def start(self, device, lock):
+    def start(self, device, lock, shared):
         """(process, its log): start it, or go on with it, on the GPU `device` where that is not None."""
-        environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+        environment = {key: value for key, value in os.environ.items() if key != SHARED}
+        environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
+        environment |= {SHARED: "1"} if shared else {}
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *self.words, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
@@ -240,18 +242,19 @@ def run_all(trials, devices, lock, bar, failed, save_state):
         if trial.loss is None and trial.folder.name in failed and trial.folder.exists():
             trial.loss, trial.error = math.inf, failed[trial.folder.name]
     pending, free, running = [trial for trial in trials if trial.loss is None], list(devices), []
-    shared, last_start = len(devices) > len(set(devices)) and devices[0] is not None, {}
+    shared, last_start = len(devices) > len(set(devices)), {}
+    apart = shared and devices[0] is not None
     save_state()
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # that ends the runs, below
     try:
         while pending or running:
-            rested = [d for d in free if not shared or time.monotonic() - last_start.get(d, -math.inf) > APART]
-            for device in dict.fromkeys(rested) if shared else rested:
+            rested = [d for d in free if not apart or time.monotonic() - last_start.get(d, -math.inf) > APART]
+            for device in dict.fromkeys(rested) if apart else rested:
                 if not pending:
                     break
                 free.remove(device)
                 trial, last_start[device] = pending.pop(0), time.monotonic()
-                running.append((trial, device, *trial.start(device, lock)))
+                running.append((trial, device, *trial.start(device, lock, shared)))
             time.sleep(0.3)
             for entry in [entry for entry in running if entry[2].poll() is not None]:
                 running.remove(entry)

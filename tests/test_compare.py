@@ -1,6 +1,7 @@
 """compare.py: which numbers it reports, what it claims and what it does not, which runs it refuses; the figures."""
 
 import json
+import pathlib
 import struct
 import sys
 import time
@@ -95,6 +96,21 @@ def compared(capsys, *words):
 
 
 # ----- the numbers
+
+
+def test_times_of_runs_that_shared_their_device_say_nothing(tmp_path, capsys):
+    runs = [*seeds(tmp_path, "adamw", [2.0, 2.01]), *seeds(tmp_path, "adamw", [1.8, 1.81], steps=200)]
+    runs += seeds(tmp_path, "lion", [1.9, 1.91])
+    for shared in (runs[:2], runs):
+        for run in shared:
+            path = pathlib.Path(run, "config.json")
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"shared_device": True}))
+        (rows, speed_ups), printed = compared(capsys, *runs, f"--out={tmp_path / 'figure'}")
+        assert rows["adamw, max_iters=100"]["seconds"] == "shared" and not rows["adamw, max_iters=100"]["tokens/s"]
+        assert (rows["lion"]["seconds"] == "50.0") == (len(shared) == 2)
+        assert speed_ups["lion"]["in seconds"] == "shared" and speed_ups["lion"]["in steps"].startswith("1.")
+        assert "the runs had company on their device" in printed
+        assert ("these runs shared their device" in (tmp_path / "figure.svg").read_text()) == (len(shared) > 2)
 
 
 def test_the_numbers_of_the_table(tmp_path, capsys):

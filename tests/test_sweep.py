@@ -27,6 +27,7 @@ out, rate, seed = pathlib.Path(words["out_dir"]), float(words["learning_rate"]),
 begun, gpu = (out / "ckpt.pt").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
 with open(out.parent / "started", "a") as file:
     file.write(f"{out.name} {'resume' if begun else 'scratch'} {gpu}\\n")
+(out / f"shared {'SHARED_DEVICE' in os.environ}").touch()
 if rate == 9.0:
     print("some lines")
     sys.exit("error: boom")
@@ -101,14 +102,25 @@ def test_a_sweep(stub, capsys):
     refused(capsys, [write_sweep(stub, optimizers, max_iters=6), f"--out_dir={out}"], "holds another sweep")
 
 
+@pytest.mark.parametrize("gpus, jobs", [([], 1), ([], 2), (["0", "1"], 2), (["0", "1"], 3)])
+def test_runs_know_whether_they_share_their_device(stub, monkeypatch, gpus, jobs):
+    monkeypatch.setattr(sweep, "APART", 0)
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: gpus)
+    monkeypatch.setenv("SHARED_DEVICE", "1")  # of another sweep
+    path = write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}})
+    sweep.main([path, f"--out_dir={stub / 'out'}", f"--jobs={jobs}"])
+    told = [file.name for file in stub.glob("out/*/shared *")]
+    assert told == [f"shared {jobs > max(1, len(gpus))}"] * 4
+
+
 def test_runs_that_share_a_gpu_start_apart(stub, monkeypatch):
     monkeypatch.setattr(sweep, "APART", 0.9)
     monkeypatch.setattr(sweep, "visible_gpus", lambda: ["0", "1"])
     starts, start = [], sweep.Trial.start
 
-    def watched(trial, device, lock):
+    def watched(trial, device, *more):
         starts.append((device, time.monotonic()))
-        return start(trial, device, lock)
+        return start(trial, device, *more)
 
     monkeypatch.setattr(sweep.Trial, "start", watched)
     path = write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.2, 0.3, 0.4, 0.6, 0.7]}})

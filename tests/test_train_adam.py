@@ -1,5 +1,6 @@
 """The first-order optimizers in the loop: what a step does, that resuming is exact, and that all of them train."""
 
+import json
 import math
 import sys
 
@@ -93,6 +94,15 @@ def stepped(name, rate, steps=1, **settings):
     for _ in range(steps):
         optimizer.step()
     return before, {g["name"]: g["params"] for g in made}, {g["name"]: [p.grad for p in g["params"]] for g in made}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_notes_whether_it_shared_its_device(tiny, tmp_path, monkeypatch, shared):
+    monkeypatch.delenv("SHARED_DEVICE", raising=False)
+    if shared:
+        monkeypatch.setenv("SHARED_DEVICE", "1")
+    train_adam.main([*tiny, "--max_iters=3"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["shared_device"] is shared
 
 
 def test_sgd_is_nesterovs():

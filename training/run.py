@@ -34,7 +34,7 @@ from training.loss import LinearLoss, has_kernel
 from training.pretrained import load_optimizer_state, start_from
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
-from training.tracking import CONFIG, METRICS, Clock, Tracker, console_line, git_commit, source_hash
+from training.tracking import CONFIG, METRICS, SHARED, Clock, Tracker, console_line, git_commit, source_hash
 
 PLAIN = 8  # a pass with plain attention, differentiated twice, takes so many times fewer sequences than another
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,6 +151,7 @@ class Run:
             "git_commit": git_commit(),
             "torch": torch.__version__,
             "device_name": _device_name(self.world.device),
+            "shared_device": SHARED in os.environ,
             "world_size": self.world.size,
             "command": sys.argv,
             "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
