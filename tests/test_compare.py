@@ -375,7 +375,7 @@ def test_figures(tmp_path, capsys):
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) > 350
     for text in (b"loss (nats a token)", b"training time (seconds)", b"FLOPs", b"tokens", b"optimizer steps", b"lion"):
         assert text in before["figure"]
-    for text in (b"learning rate", b"gradient norm", b"win rate", b"tokens a second", b"GiB", b"not logged"):
+    for text in (b"learning rate", b"gradient norm", b"win rate", b"tokens a second", b"GiB", b"not known"):
         assert text in before["figure_training"]
     compare.main([*runs, f"--out={prefix}"])
     after = {name: prefix.with_name(f"{name}.svg").read_bytes() for name in names}
