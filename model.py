@@ -312,7 +312,7 @@ class GPT(nn.Module):
 
 def sample(logits, temperature, top_k, generator, top_p=None):
     """One token (B, 1) for each row of logits (B, V): by temperature, then top_k, then top_p."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, or what float32 takes for it
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no small temperature overflows

@@ -370,7 +370,9 @@ def greedy(model, idx, n):
     return idx
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1e-30), dict(top_k=1, temperature=5.0)])
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=0), dict(temperature=1e-30), dict(temperature=1e-252), dict(top_k=1, temperature=5.0)]
+)
 @pytest.mark.parametrize("prompt_length", [1, 40])  # 40 is longer than block_size
 def test_the_limits_of_sampling_are_greedy(settings, prompt_length):
     model, idx = small_gpt(), tokens(3, prompt_length)
