@@ -102,7 +102,11 @@ def test_a_run_notes_whether_it_shared_its_device(tiny, tmp_path, monkeypatch, s
     if shared:
         monkeypatch.setenv("SHARED_DEVICE", "1")
     train_adam.main([*tiny, "--max_iters=3"])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["shared_device"] is shared
+    monkeypatch.delenv("SHARED_DEVICE", raising=False)
+    config = tmp_path / "out" / "config.json"
+    assert json.loads(config.read_text())["shared_device"] is shared
+    train_adam.main([*tiny, "--max_iters=5", "--init_from=resume"])  # its seconds go on from those of the first part
+    assert json.loads(config.read_text())["shared_device"] is shared
 
 
 def test_sgd_is_nesterovs():

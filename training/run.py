@@ -113,6 +113,7 @@ class Run:
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
 
         self._resumed = checkpoint
+        self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         self.step = checkpoint["step"] if checkpoint else 0
         self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
         counts = checkpoint["counts"] if resume else {"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
@@ -151,7 +152,7 @@ class Run:
             "git_commit": git_commit(),
             "torch": torch.__version__,
             "device_name": _device_name(self.world.device),
-            "shared_device": SHARED in os.environ,
+            "shared_device": self._shared_device,
             "world_size": self.world.size,
             "command": sys.argv,
             "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
@@ -549,6 +550,7 @@ class Run:
             "counts": {name: count.item() for name, count in self._counts.items()},
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
+            "shared_device": self._shared_device,
             "rng": rng,
             "wandb_id": self._tracker and self._tracker.wandb_id,
         }
