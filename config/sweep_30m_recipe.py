@@ -11,7 +11,7 @@ best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
 common = {"max_iters": 780, "seed": [1, 2]}
 best = best_of("30m_python", max_iters=780, only=("adamw", "sophiag_adamw"))
 adamw, sophia = best["adamw"], best["sophiag_adamw"]
-faster = {"learning_rate": 2 * sophia["learning_rate"], "rho": 3 * sophia["rho"]}  # and clipped less
+faster = {"learning_rate": 2 * sophia["learning_rate"], "rho": round(3 * sophia["rho"], 6)}  # and clipped less
 optimizers = {
     "adamw": adamw,
     "nadamw": adamw | {"optimizer_name": "nadamw"},
