@@ -26,7 +26,7 @@ import numpy as np
 
 from figures import draw, size_name
 from training.errors import UserError, command
-from training.tracking import CONFIG, METRICS, read_metrics
+from training.tracking import CONFIG, METRICS, STATE, read_metrics
 
 ALPHA = 0.01
 LINES = 1000  # of a run's metrics are enough for any figure
@@ -124,7 +124,9 @@ def main(words=None):
     arguments = parser.parse_args(words)
     if arguments.wandb and not arguments.out:
         raise UserError("--wandb uploads the figures of --out=PREFIX; name a prefix.")
-    runs = [read_run(folder) for folder in arguments.runs]
+    runs = [read_run(folder) for folder in arguments.runs if Path(folder).name != STATE]  # of a whole sweep's folder/*
+    if not runs:
+        raise UserError(f"{arguments.runs[0]} is a sweep's record: name the out_dir of a run.")
     if not arguments.force:
         check_comparable(runs, arguments.scaling)
     groups = group(runs)

@@ -19,9 +19,9 @@ SMOOTHING = 0.02  # the width of a running mean, as a share of a run's logged st
 QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
 METERS = {  # metric -> label of its axis
     "lr": "learning rate",
-    "grad_norm": "gradient norm before clipping",
-    "train/clip_rate": "share of steps clipped so far",
-    "train/win_rate": "win rate (coordinates not clipped)",
+    "grad_norm": "gradient norm, unclipped",
+    "train/clip_rate": "steps clipped so far",
+    "train/win_rate": "win rate (not clipped)",
     "tokens_per_second": "tokens a second",
     "memory_gib": "peak memory (GiB)",
 }

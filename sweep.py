@@ -47,10 +47,9 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import UserError, command
-from training.tracking import METRICS, SHARED, read_metrics, write_atomically
+from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
-STATE = "sweep.json"
 APART = 10  # seconds between starts on one GPU: runs of one length that start together also leave it idle together
 
 

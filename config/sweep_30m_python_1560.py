@@ -1,4 +1,4 @@
-# Twice the length of the equal tuning, with what was best for each optimizer in it, three fresh seeds each: 1560 steps of
+# Twice the length of the equal tuning, with what was best in it, and three fresh seeds each: 1560 steps of
 # 128 x 512 tokens (102M tokens).
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_python_1560.py --out_dir=out/sweep_30m_python_1560
@@ -9,5 +9,7 @@ from runpy import run_path
 
 best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
 common = {"max_iters": [1560], "seed": [3, 4, 5]}
-tuned = "adamw", "sophiag", "sophiag_adamw"  # the tuning of the others has not ended
+tuned = "adamw", "muon", "sophiag", "sophiag_adamw"  # the tuning of the others has not ended
 optimizers = best_of("30m_python", max_iters=1560, only=tuned)
+optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py
+optimizers["nadamw"] = optimizers["adamw"] | {"optimizer_name": "nadamw"}

@@ -1,4 +1,4 @@
-# Long runs: 6.7 times the equal tuning, with what was best for each optimizer in it, three fresh seeds each: 5200 steps of
+# Long runs: 6.7 times the equal tuning, with what was best in it, and three fresh seeds each: 5200 steps of
 # 128 x 512 tokens (341M tokens).
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_python_5200.py --out_dir=out/sweep_30m_python_5200
@@ -9,5 +9,6 @@ from runpy import run_path
 
 best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
 common = {"max_iters": [5200], "seed": [3, 4, 5]}
-tuned = "adamw", "sophiag", "sophiag_adamw"  # the tuning of the others has not ended
+tuned = "adamw", "muon", "sophiag", "sophiag_adamw"  # the tuning of the others has not ended
 optimizers = best_of("30m_python", max_iters=5200, only=tuned)
+optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py

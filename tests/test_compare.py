@@ -12,7 +12,7 @@ import pytest
 
 import compare
 import figures
-from training.errors import command
+from training.errors import UserError, command
 
 CONFIG = {
     "config": {
@@ -332,6 +332,17 @@ def test_damaged_runs(tmp_path, capsys, damage, said):
 
 def replace(path, old, new):
     path.write_text(path.read_text().replace(old, new))
+
+
+def test_all_that_lies_in_a_sweep_is_named(tmp_path, capsys):
+    runs = seeds(tmp_path, "adamw", [1.0, 1.1])
+    compare.main(runs)
+    alone = capsys.readouterr().out
+    (tmp_path / "sweep.json").write_text("{}")
+    compare.main([*runs, str(tmp_path / "sweep.json")])
+    assert capsys.readouterr().out == alone
+    with pytest.raises(UserError, match=r"sweep.json is a sweep's record: name"):
+        compare.main([str(tmp_path / "sweep.json")])
 
 
 def test_bad_command_lines(tmp_path, capsys):

@@ -2,7 +2,10 @@
 
 import re
 
+import numpy as np
+
 from benchmarks.report import markdown_table
+from compare import group, read_run
 from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig
@@ -50,6 +53,15 @@ def test_the_trainer_is_the_one_that_the_docstring_has_and_its_test_runs():
 def test_tables_of_measurements_are_their_files():
     for path in re.findall(r"bench.py table (assets/bench/\w+.json)", README):
         assert markdown_table(ROOT / path) in README, path
+
+
+def test_what_sophia_buys_is_what_the_runs_say():
+    section = README.split("## What Sophia buys")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    said = {(length, cell) for row in rows[2:] for length, cell in zip((780, 1560, 5200), row[1:], strict=False)}
+    groups = group([read_run(path.parent) for path in ROOT.glob("assets/evidence/30m_python/*/config.json")])
+    spread = {one.label: f" ± {one.interval:.3f}" if one.interval else ", one seed" for one in groups}
+    assert said == {(one.steps, f"{np.mean(one.losses):.3f}{spread[one.label]}") for one in groups}
 
 
 def test_files_that_it_names_are_there():

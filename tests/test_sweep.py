@@ -348,7 +348,7 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 9, "30m_python_1560": 9, "30m_python_5200": 9, "30m_large": 4, "124m_python": 2}
+RUNS |= {"30m_python_780": 18, "30m_python_1560": 18, "30m_python_5200": 15, "30m_large": 4, "124m_python": 2}
 RUNS |= {"30m_recipe": 22}
 
 
@@ -369,7 +369,8 @@ def configs(name, tmp_path):
         best[run["optimizer"]] = run["swept"]
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
-        yield trial, vars(load_config(kind, trial.words[1:])), dict(best[trial.optimizer])
+        tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw"}.get(trial.optimizer, trial.optimizer)
+        yield trial, vars(load_config(kind, trial.words[1:])), dict(best[tuned])
 
 
 @pytest.mark.parametrize("length", [780, 1560, 5200])
@@ -384,7 +385,7 @@ def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
         assert not config["scale_attn_by_inverse_layer_idx"]
         if "sophia" in trial.optimizer:
             assert config["bias_correction"]
-            assert (config["adamw_for"] == "embeddings") == ("adamw" in trial.optimizer)
+            assert (config["adamw_for"] == "none") == (trial.optimizer == "sophiag")
 
 
 def test_what_was_best_otherwise(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-METRICS, CONFIG = "metrics.jsonl", "config.json"
+METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a run, a run, a sweep
 SHARED = "SHARED_DEVICE"  # in the environment of a run that others keep company on its device: its times say nothing
 
 
