@@ -24,7 +24,7 @@ weight_decay = 0.2
 beta1 = 0.9
 # 0.99 is as good.
 beta2 = 0.95
-# At this rho 60 to 90% of the coordinates are not clipped.
+# At this rho 60% of the coordinates and more are not clipped.
 rho = 0.3
 bias_correction = True
 hess_interval = 10
