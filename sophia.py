@@ -35,6 +35,7 @@ class _Bucket:
 
     def __init__(self, key, index, group, device, dtypes, shards, alignment):
         self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
+        self.rotations = []  # of each tensor ((factor, basis) left, the same right), or empty
         self.dtypes = dtypes  # of params, grads, exp_avgs, hessians
         self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors, all alike
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
@@ -85,6 +86,11 @@ class _Sophia(Optimizer):
                     "`fused=True` requires all the params to be floating point Tensors of supported devices: "
                     f"{_fused_devices()} but {param.dtype} and {param.device.type}"
                 )
+        for param in group["params"] if group.get("eigenbasis") else ():
+            if group["capturable"]:
+                raise ValueError("eigenbasis=True cannot be captured in a CUDA graph, leave capturable=False")
+            if param.is_complex():
+                raise ValueError("eigenbasis=True is for real matrices, leave complex ones to another group")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -117,6 +123,17 @@ class _Sophia(Optimizer):
         if group["bias_correction"] and "hessian_step" not in state:
             # A curvature of unknown age (its run had no bias correction): taken as old, which corrects nothing.
             state["hessian_step"] = torch.full((), torch.inf, dtype=torch.float32, device=param.device)
+        if _rotates(param, group):
+            placed = {"dtype": _wide(param), "device": param.device}
+            count, *shape = _parts(param).shape
+            for side, width in zip(("left", "right"), shape, strict=True):
+                if f"{side}_basis" not in state:
+                    state[f"{side}_factor"] = torch.zeros(count, width, width, **placed)
+                    state[f"{side}_basis"] = torch.eye(width, **placed).repeat(count, 1, 1)
+                for key in (f"{side}_factor", f"{side}_basis"):
+                    state[key] = state[key].to(**placed)
+        elif "left_basis" in state:
+            raise RuntimeError("the state was made with eigenbasis=True, its hessian is of no use without")
         for key in ("step", "hessian_step") if group["bias_correction"] else ("step",):
             count = state[key]
             if not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
@@ -156,15 +173,17 @@ class _Sophia(Optimizer):
                 if grad.shape != param.shape:
                     raise ValueError(f"got shape {tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}")
                 state = self._param_state(param, group)
-                tensors, shards = (param, grad, state["exp_avg"], state["hessian"]), ()
+                tensors, shards, rotated = (param, grad, state["exp_avg"], state["hessian"]), (), _rotates(param, group)
                 if hasattr(param, "device_mesh"):  # a DTensor: every rank steps its own shard
+                    if rotated:
+                        raise RuntimeError("eigenbasis=True needs whole matrices, and this one is sharded over ranks")
                     tensors, shards = _local_shards(*tensors)
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
                 counts = (state["step"], state["hessian_step"] if group["bias_correction"] else state["step"])
-                row, alignment = _pointers(tensors, counts) if self.fused else (None, 0)
+                row, alignment = _pointers(tensors, counts) if self.fused and not rotated else (None, 0)
                 dtypes = tuple(t.dtype for t in tensors)
-                key = (index, param.device, dtypes, shards, alignment)
+                key = (index, param.device, dtypes, shards, alignment, rotated)
                 bucket = buckets.get(key)
                 if bucket is None:
                     bucket = buckets[key] = _Bucket(key, index, group, param.device, dtypes, shards, alignment)
@@ -177,6 +196,9 @@ class _Sophia(Optimizer):
                 bucket.exp_avgs.append(tensors[2])
                 bucket.hessians.append(tensors[3])
                 bucket.steps.append(counts[0])
+                if rotated:
+                    sides = [(state[f"{side}_factor"], state[f"{side}_basis"]) for side in ("left", "right")]
+                    bucket.rotations.append(sides)
                 if group["bias_correction"]:
                     bucket.hessian_steps.append(counts[1])
         return list(buckets.values()), idle
@@ -279,6 +301,8 @@ class _Sophia(Optimizer):
             beta2 = bucket.group["betas"][1]
             grad_scale, skip = self._amp(bucket.device)
             factor = None if grad_scale is None else 1.0 / grad_scale
+            if bucket.rotations:
+                bucket.grads, factor = _renew_bases(bucket.grads, bucket.rotations, factor, skip), None
             update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
             update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
 
@@ -292,6 +316,8 @@ class _Sophia(Optimizer):
                     counts[index] += param.numel() * (2 if param.is_complex() else 1)
         for bucket in self._gather(momenta):
             group = bucket.group
+            if bucket.rotations:
+                bucket.exp_avgs = _rotate(bucket.exp_avgs, bucket.rotations)
             sums = self._implementation(bucket, _fused_sums, _single_tensor_sums, _single_tensor_sums)(
                 bucket, beta2=group["betas"][1], rho=group["rho"] * rho_scale, eps=group.get("eps")
             )
@@ -355,6 +381,12 @@ class SophiaG(_Sophia):
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, since it starts from 0.
         nesterov: p moves by beta1 m + (1 - beta1) grad, m renewed, in the place of m, as in NAdam (Dozat, 2016).
+        eigenbasis: matrices (2-D parameters) take the step in the eigenbasis of their curvature. From the estimates'
+            gradients G it keeps the Kronecker factors E[G G^T] and E[G^T G] and turns two bases towards their
+            eigenvectors; h is of the rotated gradients, m is rotated, divided and clipped, and the update rotated back
+            (for h as in EKFAC, arXiv:1806.03884, for the bases as in SOAP, arXiv:2409.11321). For the group of the
+            hidden matrices: two more are kept of the size of either side, which embeddings make too large. A matrix
+            of three squares, query, key and value in GPT-2, is taken as three.
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -363,20 +395,24 @@ class SophiaG(_Sophia):
             sampled-label gradient is never clipped.
 
     State of a parameter: "step" (float32 scalar), "exp_avg" (m), "hessian" (h), both in the parameter's shape and
-    dtype; with bias_correction "hessian_step" (n). The official implementation's state_dict loads.
+    dtype; with bias_correction "hessian_step" (n); with eigenbasis "left_factor", "left_basis" (1, rows, rows) and
+    "right_factor", "right_basis" (1, columns, columns), or 3 of them. The official implementation's state_dict loads.
     Sharded parameters (DTensor, as fully_shard makes them) take the same step as whole ones.
     GradScaler: step() and update_hessian() honour the attributes `grad_scale` and `found_inf` without a host sync.
 
     Raises:
-        ValueError: for a setting out of its range, naming it.
-        RuntimeError: for fused and foreach together, fused on parameters that are not CUDA floats, sparse gradients.
+        ValueError: for a setting out of its range, naming it, and for eigenbasis with capturable or complex
+            matrices.
+        RuntimeError: for fused and foreach together, fused on parameters that are not CUDA floats, sparse gradients,
+            eigenbasis on sharded matrices, or a state of it without the setting.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *, maximize=False,
-                 capturable=False, bias_correction=False, nesterov=False, foreach=None, fused=None,
-                 max_grad_norm=None):  # fmt: skip
+                 capturable=False, bias_correction=False, nesterov=False, eigenbasis=False,
+                 foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize,
-                    "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov}  # fmt: skip
+                    "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov,
+                    "eigenbasis": eigenbasis}  # fmt: skip
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None, bs=5120):
@@ -508,10 +544,14 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
             g = torch.where(skip, m, g)
         m.lerp_(g, 1 - beta1)
         moved = torch.lerp(m, g, 1 - beta1) if nesterov else m
+        if bucket.rotations:
+            moved = _rotate([moved], bucket.rotations[i : i + 1])[0]
         scratch = None if g is grad else g
         denominator = torch.mul(h, rhos[i] if isinstance(rhos, list) else rhos, out=scratch)
         denominator = denominator.add_(_EPS) if eps is None else denominator.clamp_(min=eps)
         update = torch.div(moved, denominator, out=denominator).clamp_(-1, 1)
+        if bucket.rotations:
+            update = _rotate_back([update], bucket.rotations[i : i + 1])[0]
         p.mul_(1 - lr * weight_decay)
         if isinstance(lr, Tensor):
             p.sub_(update.mul_(lr))
@@ -537,6 +577,8 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
         lr = lr * (~skip).to(dtype)
     torch._foreach_lerp_(m, g, 1 - beta1)
     moved = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
+    if bucket.rotations:
+        moved = _rotate(moved, bucket.rotations)
     denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
         torch._foreach_add_(denominator, _EPS)
@@ -545,6 +587,8 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
     update = torch._foreach_div(moved, denominator)
     torch._foreach_clamp_min_(update, -1)
     torch._foreach_clamp_max_(update, 1)
+    if bucket.rotations:
+        update = _rotate_back(update, bucket.rotations)
     if isinstance(lr, Tensor):
         lr = lr.to(dtype)
         torch._foreach_mul_(update, lr)
@@ -611,6 +655,86 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
         h1, h2, m2 = (torch.linalg.vector_norm(t, n, dtype=dtype) for t, n in ((h, 1), (h, 2), (m, 2)))
         sums = sums + torch.stack([wins, h1, h2.square(), m2.square()])
     return sums
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The eigenbasis of the curvature (eigenbasis=True). A matrix of n parts has factors and bases (n, rows, rows) on the
+# left and (n, columns, columns) on the right of its parts (n, rows, columns).
+# --------------------------------------------------------------------------------------------------------------------
+
+_FACTOR_DECAY = 0.95  # of the Kronecker factors, an estimate at a time
+_TURNED_ELEMENTS = 2**24  # at a time, in float64: 128 MiB, and a few times that in between
+
+
+def _rotates(param, group):
+    return group.get("eigenbasis", False) and param.ndim == 2
+
+
+def _parts(matrix):
+    """(rows, columns) -> (n, rows / n, columns): three parts where they are square, as GPT-2's query, key and value."""
+    rows, columns = matrix.shape
+    return matrix.unflatten(0, (3 if rows == 3 * columns else 1, -1))
+
+
+def _rotate(matrices, rotations):
+    pairs = zip(matrices, rotations, strict=True)
+    return [(left.mT @ _parts(m).to(left.dtype) @ right).view_as(m) for m, ((_, left), (_, right)) in pairs]
+
+
+def _rotate_back(matrices, rotations):
+    pairs = zip(matrices, rotations, strict=True)
+    return [(left @ _parts(m) @ right.mT).view_as(m) for m, ((_, left), (_, right)) in pairs]
+
+
+def _renew_bases(estimates, rotations, factor, skip):
+    """Take the gradients into the factors, E[G G^T] and E[G^T G]; turn the bases towards their eigenvectors.
+
+    The turn is one step of orthogonal iteration, of which many estimates make the eigenvectors, largest first.
+    Returns the gradients rotated by the new bases.
+    """
+    if factor is not None:
+        estimates = torch._foreach_mul(estimates, factor)
+    by_width = {}
+    for estimate, sides in zip(estimates, rotations, strict=True):
+        g = _parts(estimate).to(_exact(estimate.device))
+        for product, (mean, bases) in zip((g @ g.mT, g.mT @ g), sides, strict=True):
+            product = product.to(mean.dtype)
+            mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
+            by_width.setdefault(mean.shape[-1], []).extend(zip(mean, bases, strict=True))
+    for width, pairs in by_width.items():
+        size = max(1, _TURNED_ELEMENTS // width**2)
+        for some in (pairs[start : start + size] for start in range(0, len(pairs), size)):
+            factors, bases = (torch.stack(part) for part in zip(*some, strict=True))
+            turned = _turn(factors, bases)
+            if skip is not None:
+                turned = torch.where(skip, bases, turned)
+            torch._foreach_copy_([basis for _, basis in some], list(turned))
+    return _rotate(estimates, rotations)
+
+
+def _turn(factors, bases):
+    """An orthonormal basis of the columns of `factors @ bases`, first to last: what a QR decomposition gives.
+
+    By two Cholesky decompositions in float64 (CholeskyQR2, Yamamoto et al., 2015), which on a GPU is many times faster
+    for a batch of matrices. Columns of one length, and a little of the identity in the factors, which does not move
+    their eigenvectors, keep it well conditioned. A basis that cannot be had, of factors 0, stays as it is.
+    """
+    exact = factors.to(_exact(factors.device))
+    little = 1e-7 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    q = bases.to(exact.dtype)
+    q = exact @ q + little * q
+    for _ in range(2):
+        q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+        gram = q.mT @ q
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
+    ok = torch.isfinite(q).all(-1).all(-1)
+    return torch.where(ok[:, None, None], q.to(bases.dtype), bases)
+
+
+def _exact(device):
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 def _call(closure):

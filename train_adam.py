@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=8 train_adam.py config/train_gpt2_small_a
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,7 +21,9 @@ from training.run import Run
 class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
-    optimizer_name: str = setting("adamw", "which optimizer", choices=("adamw", "nadamw", "sgd", "lion", "muon"))
+    optimizer_name: str = setting(
+        "adamw", "which optimizer", choices=("adamw", "nadamw", "sgd", "lion", "muon", "soap")
+    )
     momentum: float = setting(0.95, "sgd, muon: decay of the gradient average (Nesterov's)", at_least=0.0, below=1.0)
 
 
@@ -53,36 +56,45 @@ def make_optimizer(config, groups, fused):
         except ImportError:
             raise UserError("optimizer_name = 'lion' needs a package: pip install lion-pytorch.") from None
         return Lion(groups, betas=betas)
-    return MuonAndAdamW(groups, config.momentum, betas, fused)
+    if config.optimizer_name == "soap":
+        try:
+            from pytorch_optimizer import SOAP
+        except ImportError:
+            raise UserError("optimizer_name = 'soap' needs a package: pip install pytorch_optimizer.") from None
+        return MatricesAndAdamW(groups, betas, fused, soap=partial(SOAP, betas=betas))
+    # Muon's update is scaled to the root mean square of AdamW's (arXiv:2502.16982, section 2.2), so that a rate and a
+    # weight decay mean the same for the matrices and for what AdamW moves.
+    settings = {"momentum": config.momentum, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    return MatricesAndAdamW(groups, betas, fused, muon=partial(torch.optim.Muon, **settings))
 
 
-class MuonAndAdamW(Combined):
-    """Muon (torch.optim.Muon) for the group "matrices", AdamW for the other groups, as one optimizer.
+class MatricesAndAdamW(Combined):
+    """An optimizer made for matrices for the group "matrices", AdamW for the other groups, as one optimizer.
 
-    Both follow one rate: Muon's update is scaled to the root mean square of AdamW's (arXiv:2502.16982, section 2.2),
-    so that a rate and a weight decay mean the same in both. The query, key and value matrices, which the model keeps
-    in one, are orthogonalized one by one, as Muon's author advises.
+    Both follow one rate. The query, key and value matrices, which the model keeps in one, are three to it, as Muon's
+    author advises.
     """
 
-    def __init__(self, groups, momentum, betas, fused):
+    def __init__(self, groups, betas, fused, **named):
+        """named: the optimizer's name = what makes it of parameters and a weight_decay."""
+        ((self.name, make),) = named.items()
         self.matrices = next(group for group in groups if group["name"] == "matrices")
         rest = [group for group in groups if group is not self.matrices]
         self.pieces = [torch.nn.Parameter(piece) for p in self.matrices["params"] for piece in thirds(p.detach())]
-        settings = {"momentum": momentum, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-        muon = torch.optim.Muon(self.pieces, weight_decay=self.matrices["weight_decay"], **settings)
-        super().__init__(muon=muon, adamw=torch.optim.AdamW(rest, betas=betas, fused=fused))
+        optimizer = make(self.pieces, weight_decay=self.matrices["weight_decay"])
+        super().__init__(**{self.name: optimizer}, adamw=torch.optim.AdamW(rest, betas=betas, fused=fused))
 
     @property
     def param_groups(self):
         return [self.matrices, *self.parts["adamw"].param_groups]
 
     def step(self):
-        self.parts["muon"].param_groups[0]["lr"] = self.matrices["lr"]
+        self.parts[self.name].param_groups[0]["lr"] = self.matrices["lr"]
         gradients = [piece for p in self.matrices["params"] for piece in thirds(p.grad)]
         for piece, gradient in zip(self.pieces, gradients, strict=True):
             piece.grad = gradient  # pieces and their gradients are views, nothing is copied
         super().step()
-        self.parts["muon"].zero_grad()
+        self.parts[self.name].zero_grad()
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)

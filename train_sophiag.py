@@ -39,6 +39,7 @@ class SophiaConfig(TrainConfig):
     )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
     nesterov: bool = setting(False, "move by beta1 m + (1 - beta1) gradient, m the renewed average, instead of by m")
+    eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
@@ -65,6 +66,10 @@ class SophiaConfig(TrainConfig):
             raise UserError("adamw_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
         if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
             raise UserError("adamw_lr and embedding_lr are both a rate of the embeddings here; give one of them.")
+        if self.eigenbasis and hutchinsons:
+            raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
+        if self.eigenbasis and self.fsdp:
+            raise UserError("eigenbasis needs its matrices whole, which fsdp = True splits; leave one at False.")
         if hutchinsons and self.fp8:
             raise UserError("fp8 cannot be differentiated twice, as sophiah has to; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
@@ -118,8 +123,11 @@ def hand_over(config, run, adam, optimizer):
 def make_optimizer(config, run):
     """The optimizer, and what its step() and statistics() take: for SophiaG the labels in a step, else nothing."""
     kind, bs = (SophiaG, {"bs": run.tokens_per_step}) if config.optimizer_name == "sophiag" else (SophiaH, {})
+    groups = [group for group in run.parameter_groups() if group["name"] not in config.adamw_for]
+    for group in groups if config.eigenbasis else ():
+        group["eigenbasis"] = group["name"] == "matrices"
     optimizer = kind(
-        [group for group in run.parameter_groups() if group["name"] not in config.adamw_for],
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         rho=config.rho,

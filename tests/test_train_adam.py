@@ -9,14 +9,14 @@ import torch
 
 import train_adam
 from tests.conftest import ROOT, read_lines, write_corpus
-from train_adam import AdamConfig, MuonAndAdamW, make_optimizer
+from train_adam import AdamConfig, make_optimizer
 from training.checkpoint import read_checkpoint
 from training.config import load_config
 from training.errors import command
 from training.run import Run
 
 TIMES = ("seconds", "tokens_per_second", "memory_gib")
-RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "nadamw": 1e-3}
+RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "nadamw": 1e-3, "soap": 1e-3}
 
 
 def words(tiny, name):
@@ -24,10 +24,11 @@ def words(tiny, name):
 
 
 def tensors(state):
-    """All tensors in nested dicts, in order."""
+    """All tensors in nested dicts and lists, in order."""
     if isinstance(state, torch.Tensor):
         return [state]
-    return [tensor for value in state.values() for tensor in tensors(value)] if isinstance(state, dict) else []
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [tensor for value in inside for tensor in tensors(value)]
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -147,6 +148,19 @@ def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw():
     assert torch.equal(after["vectors"][0], adamw["vectors"][0])
 
 
+def test_soap_moves_matrices_by_adam_in_an_eigenbasis_and_the_rest_as_adamw():
+    """Its first call only makes the bases; the next moves along the eigenvectors by about the rate."""
+    rate = 0.01
+    before, after, grads = stepped("soap", rate, steps=2)
+    for p, q, g in zip(before["matrices"], after["matrices"], grads["matrices"], strict=True):
+        for old, new, gradient in zip(*(x.split(8) if len(x) == 24 else [x] for x in (p, q.detach(), g)), strict=True):
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            moved = (left.T @ (old * (1 - rate * 0.1) - new) @ right.T).diagonal()
+            torch.testing.assert_close(moved, torch.full((8,), rate), rtol=0.05, atol=0)
+    _, adamw, _ = stepped("adamw", rate, steps=2)
+    assert torch.equal(after["embeddings"][0], adamw["embeddings"][0])
+
+
 @pytest.mark.parametrize("name", RATES)
 def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
     """Ten times the rate moves the embeddings ten times as far in the first step, and nothing else."""
@@ -169,7 +183,7 @@ def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
 
 def test_muon_has_the_matrices_and_frees_all_gradients():
     made = groups()
-    optimizer = MuonAndAdamW(made, momentum=0.95, betas=(0.9, 0.95), fused=False)
+    optimizer = make_optimizer(AdamConfig(optimizer_name="muon"), made, fused=False)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     optimizer.step()
@@ -182,11 +196,15 @@ def test_muon_has_the_matrices_and_frees_all_gradients():
     assert all(p.grad is None for group in made for p in group["params"])
 
 
-def test_lion_without_its_package(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lion_pytorch.foreach", None)
+@pytest.mark.parametrize(
+    "name, module, package",
+    [("lion", "lion_pytorch.foreach", "lion-pytorch"), ("soap", "pytorch_optimizer", "pytorch_optimizer")],
+)
+def test_a_package_that_is_missing(tiny, monkeypatch, capsys, name, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit):
-        command(lambda: train_adam.main(words(tiny, "lion")))
-    assert "pip install lion-pytorch" in capsys.readouterr().err
+        command(lambda: train_adam.main(words(tiny, name)))
+    assert f"pip install {package}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["30m", "small"])

@@ -50,8 +50,9 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-def test_resumed_exactly(tiny, tmp_path):
-    words = [*tiny, *ADAMW_FOR]
+@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"]])
+def test_resumed_exactly(tiny, tmp_path, more):
+    words = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
     train_sophiag.main([*words, "--max_iters=20", "--eval_interval=7", f"--out_dir={tmp_path / 'parts'}"])
     (tmp_path / "parts" / "ckpt.pt").unlink()  # that of step 20; step 14's is left
@@ -126,6 +127,7 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
         ([], ["--adamw_for=vectors"], "adamw_for = none, this is vectors"),
         (["--adamw_for=embeddings"], ["--adamw_for=vectors"], "adamw_for = embeddings, this is vectors"),
         (["--adamw_for=embeddings"], [], "adamw_for = embeddings, this is none"),
+        ([], ["--eigenbasis=True"], "eigenbasis = False, this is True"),
         ([], ["--sophia_start_iter=6"], "sophia_start_iter = 0, this is 6"),
         (["--sophia_start_iter=6"], [], "sophia_start_iter = 6, this is 0"),
         (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this is 3"),
@@ -150,7 +152,18 @@ def test_a_resumed_run_says_what_changed(tiny, tmp_path, capsys):
     assert "changed since the checkpoint: embedding_lr, max_iters" in capsys.readouterr().out
 
 
+def test_the_eigenbasis_is_of_the_hidden_matrices(tiny, tmp_path):
+    train_sophiag.main([*tiny, "--eigenbasis=True", "--max_iters=4"])
+    state = load_checkpoint(tmp_path / "out")[0]["optimizer"]
+    matrices = set(state["param_groups"][0]["params"])
+    assert {number for number, s in state["state"].items() if "left_basis" in s} == matrices
+
+
 def test_refusals(tiny):
+    with pytest.raises(UserError, match="eigenbasis needs the gradients of sophiag's estimate"):
+        train_sophiag.main([*tiny, "--eigenbasis=True", "--optimizer_name=sophiah"])
+    with pytest.raises(UserError, match="eigenbasis needs its matrices whole"):
+        train_sophiag.main([*tiny, "--eigenbasis=True", "--fsdp=True"])
     with pytest.raises(UserError, match="adamw_lr is held as a multiple"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--adamw_for=vectors", "--adamw_lr=1e-3"])
     with pytest.raises(UserError, match="both a rate of the embeddings"):

@@ -561,13 +561,18 @@ class Run:
 
 
 def load_state(optimizer, state):
-    """The optimizer's state from a checkpoint. Its settings (betas, weight decay, ...) stay those of this run."""
+    """The optimizer's state from a checkpoint. Its settings (betas, weight decay, ...) stay those of this run.
+
+    State are also the groups' "params" and, where an optimizer counts its steps there, "step".
+    """
     if parts := getattr(optimizer, "parts", None):
         for name, part in parts.items():
             load_state(part, state[name])
         return
-    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    optimizer.load_state_dict({**state, "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]})
+    groups = []
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append({**own, **{key: saved[key] for key in ("params", "step") if key in saved}})
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def _compiler(compiled):
@@ -678,6 +683,7 @@ def _check_state_fits(config, checkpoint):
     pairs = {
         "optimizer_name": (before["optimizer_name"], config.optimizer_name),
         "adamw_for": (before.get("adamw_for", "none"), getattr(config, "adamw_for", "none")),
+        "eigenbasis": (before.get("eigenbasis", False), getattr(config, "eigenbasis", False)),
         "sophia_start_iter": (before.get("sophia_start_iter", 0), getattr(config, "sophia_start_iter", 0)),
     }
     for name, (theirs, ours) in pairs.items():

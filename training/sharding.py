@@ -15,6 +15,7 @@ from training.errors import UserError
 NOT_SHARDED = {
     "sophiah": "Hutchinson's estimate differentiates twice, which FSDP cannot",
     "muon": "it needs its matrices whole",
+    "soap": "it needs its matrices whole",
     "sgd": "torch's fused SGD does not take sharded parameters",
 }
 

@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp
     assert math.isfinite(read_lines(tmp_path / "out")[-1]["val/loss"])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd", "lion", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd", "lion", "muon", "soap"])
 def test_a_first_step_that_is_skipped_leaves_nothing_behind(tiny, tmp_path, monkeypatch, optimizer):
     """As under fp16, whose first scale is often too large. What torch does not initialize holds NaN here."""
     piece_loss = Run._piece_loss

@@ -1,0 +1,255 @@
+"""SophiaG(eigenbasis=True) against a float64 reference that decomposes by QR, and what its bases have to be."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sophia import SophiaG, _turn
+
+SHAPES = ((6, 6), (12, 4), (4, 9), (5,))  # (12, 4) is three squares
+
+
+class Reference:
+    """One parameter in float64."""
+
+    def __init__(self, p, lr, betas, rho, weight_decay, maximize=False, bias_correction=False, nesterov=False):
+        self.p, self.m = p.detach().double().clone(), torch.zeros(p.shape, dtype=torch.float64)
+        self.h, self.n = torch.zeros(p.shape, dtype=torch.float64), 0
+        self.lr, self.betas, self.rho, self.decay, self.nesterov = lr, betas, rho, weight_decay, nesterov
+        self.sign, self.correct = -1 if maximize else 1, bias_correction
+        self.factors = [torch.zeros(n, n).double() for n in p.shape]
+        self.bases = [torch.eye(n).double() for n in p.shape]
+
+    def rotate(self, x):
+        return self.bases[0].T @ x @ self.bases[1] if x.ndim == 2 else x
+
+    def rotate_back(self, x):
+        return self.bases[0] @ x @ self.bases[1].T if x.ndim == 2 else x
+
+    def estimate(self, g, scale):
+        g = g.double()
+        for side, product in enumerate((g @ g.T, g.T @ g) if g.ndim == 2 else ()):
+            factor = self.factors[side] = 0.95 * self.factors[side] + 0.05 * product
+            padded = factor + 1e-7 * factor.trace() / len(factor) * torch.eye(len(factor)).double()
+            self.bases[side] = torch.linalg.qr(padded @ self.bases[side])[0]
+        rotated = self.rotate(g)
+        self.h = self.betas[1] * self.h + (1 - self.betas[1]) * scale * rotated**2
+        self.n += 1
+
+    def step(self, g, bs):
+        g, beta1 = self.sign * g.double(), self.betas[0]
+        self.m = beta1 * self.m + (1 - beta1) * g
+        m = beta1 * self.m + (1 - beta1) * g if self.nesterov else self.m
+        m = self.rotate(m)
+        h = self.h / (1 - self.betas[1] ** self.n) if self.correct and self.n else self.h
+        update = (m / (self.rho * bs * h + 1e-15)).clamp(-1, 1)
+        self.p = self.p * (1 - self.lr * self.decay) - self.lr * self.rotate_back(update)
+
+
+class Thirds(Reference):
+    """Query, key and value, each with bases of its own."""
+
+    def __init__(self, p, **common):
+        self.three = [Reference(part, **common) for part in p.split(p.shape[1])]
+
+    def __getattr__(self, name):
+        values = [getattr(one, name) for one in self.three]
+        return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]
+
+    def rotate(self, x):
+        return torch.cat([one.rotate(part) for one, part in zip(self.three, x.split(x.shape[1]), strict=True)])
+
+    def estimate(self, g, scale):
+        for one, part in zip(self.three, g.split(g.shape[1]), strict=True):
+            one.estimate(part, scale)
+
+    def step(self, g, bs):
+        for one, part in zip(self.three, g.split(g.shape[1]), strict=True):
+            one.step(part, bs)
+
+
+def draw(shape, generator, dtype=torch.float64):
+    """Gradients whose coordinates differ in size and go together, so that the eigenvectors are no axes."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if len(shape) == 2:
+        sizes = [torch.logspace(0, -1, n, dtype=torch.float64) for n in shape]
+        drawn = [torch.randn(n, n, generator=torch.Generator().manual_seed(n)) for n in shape]
+        mix = [torch.linalg.qr(each.double())[0] for each in drawn]
+        x = mix[0] @ (sizes[0][:, None] * x * sizes[1]) @ mix[1]
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"bias_correction": True}, {"nesterov": True, "maximize": True}], ids=str)
+def test_equals_the_float64_reference(options, dtype, foreach):
+    generator = torch.Generator().manual_seed(0)
+    exact = dtype == torch.float64  # else rounding decides on the null space of a side longer than the other
+    shapes = [shape for shape in SHAPES if exact or shape != (4, 9)]
+    params = [nn.Parameter(draw(shape, generator, dtype)) for shape in shapes]
+    common = {"lr": 0.01, "betas": (0.9, 0.8), "rho": 0.2, "weight_decay": 0.1} | options
+    optimizer = SophiaG(params, eigenbasis=True, foreach=foreach, **common)
+    references = [Thirds(p, **common) if len(p) == 12 else Reference(p, **common) for p in params]
+    for t in range(9):
+        if t % 3 == 0:
+            for p, reference in zip(params, references, strict=True):
+                p.grad = draw(p.shape, generator, dtype)
+                reference.estimate(p.grad, 0.5)
+            optimizer.update_hessian(scale=0.5)
+        for p, reference in zip(params, references, strict=True):
+            p.grad = draw(p.shape, generator, dtype)
+            reference.step(p.grad, 32)
+        optimizer.step(bs=32)
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1}[dtype]
+    clipped = []
+    for p, reference in zip(params, references, strict=True):
+        state = optimizer.state[p]
+        torch.testing.assert_close(p.double(), reference.p, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(state["exp_avg"].double(), reference.m, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(state["hessian"].double(), reference.h, rtol=tolerance, atol=tolerance)
+        assert ("left_basis" in state) == (p.ndim == 2)
+        h = reference.h / (1 - 0.8**reference.n if reference.correct else 1)
+        clipped.append((reference.rotate(reference.m).abs() < 0.2 * 32 * h).double().flatten())
+    if exact:
+        win_rate = optimizer.statistics(bs=32)["win_rate"]
+        assert win_rate == pytest.approx(torch.cat(clipped).mean().item()) and 0 < win_rate < 1
+
+
+def test_without_an_estimate_it_is_plain_sophia():
+    steps = []
+    for eigenbasis in (False, True):
+        p = nn.Parameter(torch.ones(4, 4))
+        p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        SophiaG([p], lr=0.1, eigenbasis=eigenbasis).step()
+        steps.append(p.detach().clone())
+    torch.testing.assert_close(*steps)
+
+
+def test_the_bases_become_the_eigenvectors_largest_first():
+    p = nn.Parameter(torch.zeros(8, 8))
+    optimizer, generator = SophiaG([p], eigenbasis=True), torch.Generator().manual_seed(1)
+    gradients = [draw(p.shape, generator) for _ in range(4)]
+    for _ in range(200):
+        for g in gradients:
+            p.grad = g.float()
+            optimizer.update_hessian()
+    state = optimizer.state[p]
+    factors, bases = (torch.cat([state[f"left_{kind}"], state[f"right_{kind}"]]) for kind in ("factor", "basis"))
+    inside = bases.mT @ factors @ bases
+    sizes = inside.diagonal(dim1=-2, dim2=-1)
+    assert (sizes.diff(dim=-1) < 0).all()
+    torch.testing.assert_close(sizes, torch.linalg.eigvalsh(factors).flip(-1), rtol=1e-2, atol=1e-4)
+    related = inside / (sizes[..., None, :] * sizes[..., None]).sqrt()  # 1 on the diagonal
+    torch.testing.assert_close(related, torch.eye(8).expand_as(related), rtol=0, atol=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 24), st.integers(0, 24), st.floats(0, 14), st.integers(0, 999))
+def test_turned_bases_are_orthonormal_whatever_the_factors(width, rank, decades, seed):
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(width, max(rank, 1), generator=generator).double()
+    g = torch.logspace(0, -decades / 2, width, dtype=torch.float64)[:, None] * g
+    factors = (g @ g.T * (rank > 0)).float()[None]
+    bases = torch.eye(width)[None]
+    for _ in range(3):
+        bases = _turn(factors, bases)
+    torch.testing.assert_close(bases.mT @ bases, torch.eye(width)[None], rtol=0, atol=1e-5)
+    if rank == 0:
+        assert torch.equal(bases, torch.eye(width)[None])
+
+
+def test_factors_that_are_not_finite_leave_the_basis():
+    basis = torch.eye(3)[None]
+    assert torch.equal(_turn(torch.full((1, 3, 3), torch.nan), basis), basis)
+
+
+def trained(steps, optimizer=None, p=None):
+    generator = torch.Generator().manual_seed(steps)
+    p = nn.Parameter(torch.ones(12, 4)) if p is None else p
+    optimizer = optimizer or SophiaG([p], lr=0.01, bias_correction=True, eigenbasis=True)
+    for _ in range(steps):
+        for call in (optimizer.update_hessian, optimizer.step):
+            p.grad = draw(p.shape, generator, torch.float32)
+            call()
+    return p, optimizer
+
+
+def test_a_loaded_state_goes_on_as_if_never_stopped():
+    p, optimizer = trained(3)
+    q = nn.Parameter(p.detach().clone())
+    resumed = SophiaG([q], lr=0.01, bias_correction=True, eigenbasis=True)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trained(2, optimizer, p)
+    trained(2, resumed, q)
+    assert torch.equal(p, q)
+    for key, value in optimizer.state[p].items():
+        assert torch.equal(value, resumed.state[q][key]), key
+
+
+def test_a_state_without_bases_loads_and_starts_from_the_axes():
+    p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    plain, optimizer = SophiaG([p]), SophiaG([q], eigenbasis=True)
+    p.grad = q.grad = torch.arange(16.0).view(4, 4)
+    plain.update_hessian()
+    plain.step()
+    optimizer.load_state_dict({**plain.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.step()
+    plain.step()
+    torch.testing.assert_close(p - 1, (q - 1) + (p - q))
+    assert torch.equal(optimizer.state[q]["left_basis"][0], torch.eye(4))
+
+
+def test_a_state_with_bases_is_refused_without_the_setting():
+    p, optimizer = trained(1)
+    plain = SophiaG([p])
+    plain.load_state_dict({**optimizer.state_dict(), "param_groups": plain.state_dict()["param_groups"]})
+    with pytest.raises(RuntimeError, match="made with eigenbasis=True"):
+        plain.step()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_found_inf_changes_nothing_and_grad_scale_divides(foreach):
+    p, optimizer = trained(2)
+    optimizer.foreach = foreach
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.full((), 4.0)
+    p.grad = torch.full_like(p, math.nan)
+    optimizer.update_hessian()
+    optimizer.step()
+    assert torch.equal(p, before)
+    for key, value in state.items():
+        assert torch.equal(value, optimizer.state[p][key]), key
+
+    q = nn.Parameter(p.detach().clone())
+    other = SophiaG([q], lr=0.01, bias_correction=True, eigenbasis=True, foreach=foreach)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.found_inf = torch.zeros(())
+    for call in ("update_hessian", "step"):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
+        p.grad, q.grad = 4 * g, g.clone()
+        getattr(optimizer, call)()
+        getattr(other, call)()
+    torch.testing.assert_close(p, q)
+    torch.testing.assert_close(optimizer.state[p]["left_factor"], other.state[q]["left_factor"])
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="eigenbasis=True is for real matrices"):
+        SophiaG([nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))], eigenbasis=True)
+    with pytest.raises(ValueError, match="eigenbasis=True cannot be captured in a CUDA graph"):
+        SophiaG([nn.Parameter(torch.ones(4, 4))], eigenbasis=True, capturable=True)
+
+
+def test_a_group_can_have_it_alone():
+    a, b = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    optimizer = SophiaG([{"params": [a], "eigenbasis": True}, {"params": [b]}])
+    for p in (a, b):
+        p.grad = torch.arange(16.0).view(4, 4)
+    optimizer.update_hessian()
+    optimizer.step()
+    assert "left_basis" in optimizer.state[a] and "left_basis" not in optimizer.state[b]
