@@ -75,10 +75,10 @@ class Group:
 
     @property
     def optimizer(self):
-        """Its name; Sophia that leaves some groups of parameters to AdamW is another optimizer than without."""
+        """Its name; Sophia with AdamW for some groups of parameters, or in an eigenbasis, is another than without."""
         config = self.runs[0].config
-        adamw = config.get("adamw_for", "none") != "none"
-        return config["optimizer_name"] + ("+adamw" if adamw else "")
+        parts = [config["optimizer_name"], *(["eigenbasis"] if config.get("eigenbasis") else [])]
+        return "+".join([*parts, *(["adamw"] if config.get("adamw_for", "none") != "none" else [])])
 
     @property
     def steps(self):
@@ -235,8 +235,8 @@ def group(runs):
     """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart."""
     groups, settings, labels = {}, {}, set()
     for run in runs:
-        config = run.config.items()  # a setting that is not in use, or was not there yet, says nothing
-        own = {key: value for key, value in config if key not in NOT_SETTINGS and value not in (None, "none")}
+        used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
+        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # what is not in use, or not known yet, is alike
         key = json.dumps([own, run.conditions], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
             if other.config.get("seed") == run.config.get("seed"):

@@ -35,7 +35,7 @@ class _Bucket:
 
     def __init__(self, key, index, group, device, dtypes, shards, alignment):
         self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
-        self.rotations = []  # of each tensor ((factor, basis) left, the same right), or empty
+        self.states, self.sides = [], ()  # of matrices to rotate only: their states, and what _sides makes of these
         self.dtypes = dtypes  # of params, grads, exp_avgs, hessians
         self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors, all alike
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
@@ -65,6 +65,7 @@ class _Sophia(Optimizer):
         # state_dict(), so that a checkpoint of a fused run on a GPU loads into an optimizer on the CPU.
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._tables = {}  # bucket key -> _PointerTable
+        self._stacks = {}  # (bucket key, name in the state) -> see _stack
         self._plan = None  # see _refresh
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
@@ -104,7 +105,7 @@ class _Sophia(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._tables, self._plan = {}, None
+        self._tables, self._stacks, self._plan = {}, {}, None
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
@@ -127,11 +128,11 @@ class _Sophia(Optimizer):
             placed = {"dtype": _wide(param), "device": param.device}
             count, *shape = _parts(param).shape
             for side, width in zip(("left", "right"), shape, strict=True):
-                if f"{side}_basis" not in state:
-                    state[f"{side}_factor"] = torch.zeros(count, width, width, **placed)
-                    state[f"{side}_basis"] = torch.eye(width, **placed).repeat(count, 1, 1)
-                for key in (f"{side}_factor", f"{side}_basis"):
-                    state[key] = state[key].to(**placed)
+                factor, basis = (f"{side}_{name}" for name in _SIDE)
+                if basis not in state:
+                    state[factor] = torch.zeros(count, width, width, **placed)
+                    state[basis] = torch.eye(width, **placed).repeat(count, 1, 1)
+                state[factor], state[basis] = state[factor].to(**placed), state[basis].to(**placed)
         elif "left_basis" in state:
             raise RuntimeError("the state was made with eigenbasis=True, its hessian is of no use without")
         for key in ("step", "hessian_step") if group["bias_correction"] else ("step",):
@@ -183,7 +184,7 @@ class _Sophia(Optimizer):
                 counts = (state["step"], state["hessian_step"] if group["bias_correction"] else state["step"])
                 row, alignment = _pointers(tensors, counts) if self.fused and not rotated else (None, 0)
                 dtypes = tuple(t.dtype for t in tensors)
-                key = (index, param.device, dtypes, shards, alignment, rotated)
+                key = (index, param.device, dtypes, shards, alignment, param.shape if rotated else None)
                 bucket = buckets.get(key)
                 if bucket is None:
                     bucket = buckets[key] = _Bucket(key, index, group, param.device, dtypes, shards, alignment)
@@ -197,11 +198,23 @@ class _Sophia(Optimizer):
                 bucket.hessians.append(tensors[3])
                 bucket.steps.append(counts[0])
                 if rotated:
-                    sides = [(state[f"{side}_factor"], state[f"{side}_basis"]) for side in ("left", "right")]
-                    bucket.rotations.append(sides)
+                    bucket.states.append(state)
                 if group["bias_correction"]:
                     bucket.hessian_steps.append(counts[1])
+        for bucket in buckets.values():
+            if bucket.states:
+                bucket.sides = [[self._stack(bucket, f"{side}_{name}") for name in _SIDE] for side in ("left", "right")]
         return list(buckets.values()), idle
+
+    def _stack(self, bucket, name):
+        """(n, width, width): that tensor of all states of the bucket in one, of which theirs become views."""
+        stack, own = self._stacks.get((bucket.key, name)), [state[name] for state in bucket.states]
+        count = len(own[0])
+        if stack is None or [view.data_ptr() for view in stack.split(count)] != [tensor.data_ptr() for tensor in own]:
+            stack = self._stacks[bucket.key, name] = torch.cat(own)
+            for state, view in zip(bucket.states, stack.split(count), strict=True):
+                state[name] = view
+        return stack
 
     def _plan_key(self):
         return id(self.state), [(id(g), len(g["params"]), g["bias_correction"]) for g in self.param_groups]
@@ -245,6 +258,8 @@ class _Sophia(Optimizer):
         if bucket.table is not None:
             return fused
         by_default = bucket.device.type in ("cuda", "xpu")
+        if bucket.sides:  # matrices of one shape are rotated together
+            return foreach
         return foreach if self.fused or self.foreach or (self.foreach is None and by_default) else single_tensor
 
     def _amp(self, device):
@@ -301,8 +316,8 @@ class _Sophia(Optimizer):
             beta2 = bucket.group["betas"][1]
             grad_scale, skip = self._amp(bucket.device)
             factor = None if grad_scale is None else 1.0 / grad_scale
-            if bucket.rotations:
-                bucket.grads, factor = _renew_bases(bucket.grads, bucket.rotations, factor, skip), None
+            if bucket.sides:
+                bucket.grads, factor = _renew_bases(bucket, factor, skip), None
             update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
             update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
 
@@ -316,8 +331,8 @@ class _Sophia(Optimizer):
                     counts[index] += param.numel() * (2 if param.is_complex() else 1)
         for bucket in self._gather(momenta):
             group = bucket.group
-            if bucket.rotations:
-                bucket.exp_avgs = _rotate(bucket.exp_avgs, bucket.rotations)
+            if bucket.sides:
+                bucket.exp_avgs = _rotate(bucket.exp_avgs, bucket.sides)
             sums = self._implementation(bucket, _fused_sums, _single_tensor_sums, _single_tensor_sums)(
                 bucket, beta2=group["betas"][1], rho=group["rho"] * rho_scale, eps=group.get("eps")
             )
@@ -544,14 +559,10 @@ def _single_tensor_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, max
             g = torch.where(skip, m, g)
         m.lerp_(g, 1 - beta1)
         moved = torch.lerp(m, g, 1 - beta1) if nesterov else m
-        if bucket.rotations:
-            moved = _rotate([moved], bucket.rotations[i : i + 1])[0]
         scratch = None if g is grad else g
         denominator = torch.mul(h, rhos[i] if isinstance(rhos, list) else rhos, out=scratch)
         denominator = denominator.add_(_EPS) if eps is None else denominator.clamp_(min=eps)
         update = torch.div(moved, denominator, out=denominator).clamp_(-1, 1)
-        if bucket.rotations:
-            update = _rotate_back([update], bucket.rotations[i : i + 1])[0]
         p.mul_(1 - lr * weight_decay)
         if isinstance(lr, Tensor):
             p.sub_(update.mul_(lr))
@@ -577,8 +588,8 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
         lr = lr * (~skip).to(dtype)
     torch._foreach_lerp_(m, g, 1 - beta1)
     moved = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
-    if bucket.rotations:
-        moved = _rotate(moved, bucket.rotations)
+    if bucket.sides:
+        moved = _rotate(moved, bucket.sides)
     denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
         torch._foreach_add_(denominator, _EPS)
@@ -587,8 +598,8 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
     update = torch._foreach_div(moved, denominator)
     torch._foreach_clamp_min_(update, -1)
     torch._foreach_clamp_max_(update, 1)
-    if bucket.rotations:
-        update = _rotate_back(update, bucket.rotations)
+    if bucket.sides:
+        update = _rotate_back(update, bucket.sides)
     if isinstance(lr, Tensor):
         lr = lr.to(dtype)
         torch._foreach_mul_(update, lr)
@@ -658,11 +669,13 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The eigenbasis of the curvature (eigenbasis=True). A matrix of n parts has factors and bases (n, rows, rows) on the
-# left and (n, columns, columns) on the right of its parts (n, rows, columns).
+# The eigenbasis of the curvature (eigenbasis=True). A matrix is n parts of (rows, columns); on the left it has factors
+# and bases (n, rows, rows), on the right (n, columns, columns). `sides` are those of matrices of one shape, together:
+# [[factors, bases], [factors, bases]], left and right.
 # --------------------------------------------------------------------------------------------------------------------
 
-_FACTOR_DECAY = 0.95  # of the Kronecker factors, an estimate at a time
+_SIDE = "factor", "basis"
+_FACTOR_DECAY = 0.95  # an estimate at a time
 _TURNED_ELEMENTS = 2**24  # at a time, in float64: 128 MiB, and a few times that in between
 
 
@@ -676,40 +689,38 @@ def _parts(matrix):
     return matrix.unflatten(0, (3 if rows == 3 * columns else 1, -1))
 
 
-def _rotate(matrices, rotations):
-    pairs = zip(matrices, rotations, strict=True)
-    return [(left.mT @ _parts(m).to(left.dtype) @ right).view_as(m) for m, ((_, left), (_, right)) in pairs]
+def _rotate(matrices, sides):
+    """Left^T X Right, where the eigenvectors are the axes."""
+    left, right = (bases for _, bases in sides)
+    return _matrices(left.mT @ torch.cat([_parts(m) for m in matrices]).to(left.dtype) @ right, matrices)
 
 
-def _rotate_back(matrices, rotations):
-    pairs = zip(matrices, rotations, strict=True)
-    return [(left @ _parts(m) @ right.mT).view_as(m) for m, ((_, left), (_, right)) in pairs]
+def _rotate_back(matrices, sides):
+    left, right = (bases for _, bases in sides)
+    return _matrices(left @ torch.cat([_parts(m) for m in matrices]) @ right.mT, matrices)
 
 
-def _renew_bases(estimates, rotations, factor, skip):
+def _matrices(parts, like):
+    return [part.reshape(m.shape) for part, m in zip(parts.split(len(parts) // len(like)), like, strict=True)]
+
+
+def _renew_bases(bucket, factor, skip):
     """Take the gradients into the factors, E[G G^T] and E[G^T G]; turn the bases towards their eigenvectors.
 
     The turn is one step of orthogonal iteration, of which many estimates make the eigenvectors, largest first.
-    Returns the gradients rotated by the new bases.
+    Returns the gradients, times `factor`, rotated by the new bases.
     """
-    if factor is not None:
-        estimates = torch._foreach_mul(estimates, factor)
-    by_width = {}
-    for estimate, sides in zip(estimates, rotations, strict=True):
-        g = _parts(estimate).to(_exact(estimate.device))
-        for product, (mean, bases) in zip((g @ g.mT, g.mT @ g), sides, strict=True):
-            product = product.to(mean.dtype)
+    gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
+    parts = torch.cat([_parts(g) for g in gradients])
+    for left, (factors, bases) in zip((True, False), bucket.sides, strict=True):
+        size = max(1, _TURNED_ELEMENTS // factors[0].numel())
+        for g, mean, basis in zip(parts.split(size), factors.split(size), bases.split(size), strict=True):
+            g = g.to(_exact(g.device))
+            product = (g @ g.mT if left else g.mT @ g).to(mean.dtype)
             mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
-            by_width.setdefault(mean.shape[-1], []).extend(zip(mean, bases, strict=True))
-    for width, pairs in by_width.items():
-        size = max(1, _TURNED_ELEMENTS // width**2)
-        for some in (pairs[start : start + size] for start in range(0, len(pairs), size)):
-            factors, bases = (torch.stack(part) for part in zip(*some, strict=True))
-            turned = _turn(factors, bases)
-            if skip is not None:
-                turned = torch.where(skip, bases, turned)
-            torch._foreach_copy_([basis for _, basis in some], list(turned))
-    return _rotate(estimates, rotations)
+            turned = _turn(mean, basis)
+            basis.copy_(turned if skip is None else torch.where(skip, basis, turned))
+    return _rotate(gradients, bucket.sides)
 
 
 def _turn(factors, bases):

@@ -9,6 +9,5 @@ from runpy import run_path
 
 best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
 common = {"max_iters": [5200], "seed": [3, 4, 5]}
-tuned = "adamw", "muon", "sophiag", "sophiag_adamw"  # the tuning of the others has not ended
-optimizers = best_of("30m_python", max_iters=5200, only=tuned)
+optimizers = best_of("30m_python", max_iters=5200)
 optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py

@@ -58,20 +58,21 @@ def seeds(tmp_path, name, losses, steps=100, **config):
     ]
 
 
-def test_sophia_with_adamw_is_an_optimizer_of_its_own(tmp_path, capsys):
+def test_sophia_with_adamw_or_eigenbasis_is_an_optimizer_of_its_own(tmp_path, capsys):
     sophia = {"hess_bs": 1, "hess_interval": 10}
     adamw = seeds(tmp_path, "adamw", [2.0, 2.01])
     plain = seeds(tmp_path, "sophiag", [1.9, 1.91], **sophia, adamw_for="none")
     other = seeds(tmp_path / "mixed", "sophiag", [1.8, 1.81], **sophia, adamw_for="embeddings")
-    compare.main([*adamw, *plain, *other])
-    printed = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:5]] == ["adamw", "sophiag", "sophiag+adamw"]
+    third = seeds(tmp_path / "third", "sophiag", [1.7], **sophia, adamw_for="embeddings", eigenbasis=True)
+    compare.main([*adamw, *plain, *other, *third])
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert names == ["adamw", "sophiag", "sophiag+adamw", "sophiag+eigenbasis+adamw"]
 
 
 def test_settings_that_are_not_in_use_or_of_later_make_no_group(tmp_path, capsys):
     old = seeds(tmp_path / "old", "adamw", [2.0, 2.01])
     new = seeds(tmp_path / "7", "adamw", [2.02], seed=7, embedding_lr=None)
-    new += seeds(tmp_path / "8", "adamw", [2.03], seed=8, embedding_lr=None)
+    new += seeds(tmp_path / "8", "adamw", [2.03], seed=8, embedding_lr=None, eigenbasis=False)
     own = seeds(tmp_path / "own", "adamw", [1.8, 1.81], embedding_lr=0.1)
     compare.main([*old, *new, *own])
     rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines()[2:4]]

@@ -349,7 +349,7 @@ def test_bad_files(tmp_path, capsys):
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "rho_beta2": 16, "30m_attn": 9}
 RUNS |= {"30m_python_780": 24, "30m_python_1560": 24, "30m_python_5200": 21, "30m_large": 4, "124m_python": 2}
-RUNS |= {"30m_recipe": 22, "30m_long": 8}
+RUNS |= {"30m_recipe": 22, "30m_long": 8, "30m_eigenbasis": 32}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
