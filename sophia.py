@@ -35,7 +35,7 @@ class _Bucket:
 
     def __init__(self, key, index, group, device, dtypes, shards, alignment):
         self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
-        self.states, self.sides = [], ()  # of matrices to rotate only: their states, and what _sides makes of these
+        self.states, self.sides = [], ()  # of matrices to rotate: their states, in stacks left and right
         self.dtypes = dtypes  # of params, grads, exp_avgs, hessians
         self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors, all alike
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction

@@ -9,23 +9,29 @@ from runpy import run_path
 
 equal = run_path(str(Path(__file__).with_name("sweep_30m_python.py")))
 runs = equal["runs"]
-common = equal["common"] | {"warmup_iters": [78, 156, 312]}
+common = equal["common"] | {
+    "warmup_iters": [78, 156, 312],
+    "beta1": [0.9, 0.95],
+    "embedding_lr": [8e-3, 1.6e-2, 3.2e-2],
+}
 optimizers = {
     "sophiag_eigenbasis": equal["optimizers"]["sophiag_adamw"]
+    | common
     | {
+        "optimizer_name": "sophiag",
         "eigenbasis": True,
-        "learning_rate": [1e-3, 2e-3, 4e-3],
-        "embedding_lr": [8e-3, 1.6e-2, 3.2e-2],
-        "beta1": [0.9, 0.95],
+        "learning_rate": [5e-4, 1e-3, 2e-3],
+        "rho": [0.1, 0.3, 1.0],
         "nesterov": [False, True],
-        "rho": [0.3, 1.0, 3.0],
+        "hess_interval": [5, 10],
+        "hess_bs": 16,
+        "beta2": 0.98,
     },
     "soap": equal["optimizers"]["adamw"]
+    | common
     | {
         "optimizer_name": "soap",
-        "learning_rate": [1e-3, 2e-3, 4e-3],
-        "embedding_lr": [8e-3, 1.6e-2, 3.2e-2],
-        "beta1": [0.9, 0.95],
-        "beta2": [0.9, 0.95, 0.99],
+        "learning_rate": [2e-3, 4e-3, 8e-3],
+        "beta2": [0.95, 0.99],
     },
 }
