@@ -66,6 +66,7 @@ class _Sophia(Optimizer):
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._tables = {}  # bucket key -> _PointerTable
         self._stacks = {}  # (bucket key, name in the state) -> see _stack
+        self._turning = {}  # (bucket key, side) -> see _start_turning; device -> its stream for that
         self._plan = None  # see _refresh
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
@@ -105,7 +106,7 @@ class _Sophia(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._tables, self._stacks, self._plan = {}, {}, None
+        self._tables, self._stacks, self._turning, self._plan = {}, {}, {}, None
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
@@ -317,9 +318,48 @@ class _Sophia(Optimizer):
             grad_scale, skip = self._amp(bucket.device)
             factor = None if grad_scale is None else 1.0 / grad_scale
             if bucket.sides:
-                bucket.grads, factor = _renew_bases(bucket, factor, skip), None
+                bucket.grads, factor = self._renew_bases(bucket, factor, skip), None
             update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
             update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
+
+    def _renew_bases(self, bucket, factor, skip):
+        """Turn the bases, then take the gradients into the factors, E[G G^T] and E[G^T G], for the next time.
+
+        Returns the gradients, times `factor`, rotated by the new bases. A turn is one step of orthogonal iteration, of
+        which many estimates make the eigenvectors, largest first. That it knows the estimates before this one only
+        leaves a GPU the time of all steps in between: it turns on a stream of its own, whose small kernels find room
+        beside those of training.
+        """
+        for side, (factors, bases) in enumerate(bucket.sides):
+            turned = self._turned(bucket.key, side, factors, bases)
+            bases.copy_(turned if skip is None else torch.where(skip, bases, turned))
+        gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
+        parts = torch.cat([_parts(g) for g in gradients]).to(_exact(bucket.device))
+        for side, (factors, bases) in enumerate(bucket.sides):
+            for mean, g in zip(_pieces(factors), parts.split(len(_pieces(factors)[0])), strict=True):
+                product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
+                mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
+            if bucket.device.type == "cuda":
+                self._start_turning(bucket.key, side, factors, bases)
+        return _rotate(gradients, bucket.sides)
+
+    def _start_turning(self, key, side, factors, bases):
+        current = torch.cuda.current_stream(factors.device)
+        if factors.device not in self._turning:
+            self._turning[factors.device] = torch.cuda.Stream(factors.device)
+        stream = self._turning[factors.device]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            turned = _turn(factors, bases)
+            turned.record_stream(current)
+            self._turning[key, side] = factors, bases, turned, stream.record_event()
+
+    def _turned(self, key, side, factors, bases):
+        """The bases that were started from these factors and bases, or, of a state loaded since, made now."""
+        of, at, turned, done = self._turning.pop((key, side), (None, None, None, None))
+        if done is not None:
+            torch.cuda.current_stream(factors.device).wait_event(done)
+        return turned if of is factors and at is bases else _turn(factors, bases)
 
     @torch.no_grad()
     def _statistics(self, rho_scale):
@@ -676,7 +716,7 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
 
 _SIDE = "factor", "basis"
 _FACTOR_DECAY = 0.95  # an estimate at a time
-_TURNED_ELEMENTS = 2**24  # at a time, in float64: 128 MiB, and a few times that in between
+_SQUARES_ELEMENTS = 2**24  # worked on at a time, in float64: 128 MiB, and a few times that in between
 
 
 def _rotates(param, group):
@@ -704,32 +744,20 @@ def _matrices(parts, like):
     return [part.reshape(m.shape) for part, m in zip(parts.split(len(parts) // len(like)), like, strict=True)]
 
 
-def _renew_bases(bucket, factor, skip):
-    """Take the gradients into the factors, E[G G^T] and E[G^T G]; turn the bases towards their eigenvectors.
-
-    The turn is one step of orthogonal iteration, of which many estimates make the eigenvectors, largest first.
-    Returns the gradients, times `factor`, rotated by the new bases.
-    """
-    gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
-    parts = torch.cat([_parts(g) for g in gradients])
-    for left, (factors, bases) in zip((True, False), bucket.sides, strict=True):
-        size = max(1, _TURNED_ELEMENTS // factors[0].numel())
-        for g, mean, basis in zip(parts.split(size), factors.split(size), bases.split(size), strict=True):
-            g = g.to(_exact(g.device))
-            product = (g @ g.mT if left else g.mT @ g).to(mean.dtype)
-            mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
-            turned = _turn(mean, basis)
-            basis.copy_(turned if skip is None else torch.where(skip, basis, turned))
-    return _rotate(gradients, bucket.sides)
+def _pieces(squares):
+    """(n, width, width) in parts that are small enough to be worked on in float64."""
+    return squares.split(max(1, _SQUARES_ELEMENTS // squares[0].numel()))
 
 
 def _turn(factors, bases):
     """An orthonormal basis of the columns of `factors @ bases`, first to last: what a QR decomposition gives.
 
-    By two Cholesky decompositions in float64 (CholeskyQR2, Yamamoto et al., 2015), which on a GPU is many times faster
-    for a batch of matrices. Columns of one length, and a little of the identity in the factors, which does not move
-    their eigenvectors, keep it well conditioned. A basis that cannot be had, of factors 0, stays as it is.
+    By two Cholesky decompositions in float64 (CholeskyQR2, Yamamoto et al., 2015), which on a GPU is faster for a batch
+    of matrices. Columns of one length, and a little of the identity in the factors, which does not move their
+    eigenvectors, keep it well conditioned. A basis that cannot be had, of factors 0, stays as it is.
     """
+    if len(pieces := _pieces(factors)) > 1:
+        return torch.cat([_turn(*some) for some in zip(pieces, bases.split(len(pieces[0])), strict=True)])
     exact = factors.to(_exact(factors.device))
     little = 1e-7 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     q = bases.to(exact.dtype)

@@ -34,9 +34,10 @@ class Reference:
     def estimate(self, g, scale):
         g = g.double()
         for side, product in enumerate((g @ g.T, g.T @ g) if g.ndim == 2 else ()):
-            factor = self.factors[side] = 0.95 * self.factors[side] + 0.05 * product
+            factor = self.factors[side]  # of the estimates before this one
             padded = factor + 1e-7 * factor.trace() / len(factor) * torch.eye(len(factor)).double()
-            self.bases[side] = torch.linalg.qr(padded @ self.bases[side])[0]
+            self.bases[side] = torch.linalg.qr(padded @ self.bases[side])[0] if self.n else self.bases[side]
+            self.factors[side] = 0.95 * factor + 0.05 * product
         rotated = self.rotate(g)
         self.h = self.betas[1] * self.h + (1 - self.betas[1]) * scale * rotated**2
         self.n += 1
@@ -168,6 +169,14 @@ def test_factors_that_are_not_finite_leave_the_basis():
     assert torch.equal(_turn(torch.full((1, 3, 3), torch.nan), basis), basis)
 
 
+def test_many_squares_are_worked_on_in_pieces(monkeypatch):
+    ends = []
+    for elements in (2**24, 32):
+        monkeypatch.setattr("sophia._SQUARES_ELEMENTS", elements)
+        ends.append(trained(4)[0].detach())
+    torch.testing.assert_close(*ends)
+
+
 def trained(steps, optimizer=None, p=None):
     generator = torch.Generator().manual_seed(steps)
     p = nn.Parameter(torch.ones(12, 4)) if p is None else p
@@ -253,3 +262,24 @@ def test_a_group_can_have_it_alone():
     optimizer.update_hessian()
     optimizer.step()
     assert "left_basis" in optimizer.state[a] and "left_basis" not in optimizer.state[b]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stopped", [False, True])
+def test_on_a_gpu_as_on_the_cpu(stopped):
+    """Bases turn on a stream of their own, with products enough in between; those of a loaded state are made anew."""
+    generator, ends = torch.Generator().manual_seed(3), []
+    gradients = [[draw(shape, generator) for shape in SHAPES] for _ in range(24)]
+    for device in ("cpu", "cuda"):
+        params = [nn.Parameter(torch.ones(shape, dtype=torch.float64, device=device)) for shape in SHAPES]
+        optimizer = SophiaG(params, lr=0.01, betas=(0.9, 0.8), rho=0.2, eigenbasis=True)
+        for t, step in enumerate(gradients):
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.to(device)
+            (optimizer.step if t % 3 else optimizer.update_hessian)()
+            if stopped and t % 5 == 4:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = SophiaG(params, lr=0.01, betas=(0.9, 0.8), rho=0.2, eigenbasis=True)
+                optimizer.load_state_dict(state)
+        ends.append([p.detach().cpu() for p in params])
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
