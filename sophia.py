@@ -66,7 +66,7 @@ class _Sophia(Optimizer):
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._tables = {}  # bucket key -> _PointerTable
         self._stacks = {}  # (bucket key, name in the state) -> see _stack
-        self._turning = {}  # (bucket key, side) -> see _start_turning; device -> its stream for that
+        self._turning, self._streams = [], {}  # what _start_turning has begun; device -> its stream for that
         self._plan = None  # see _refresh
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
@@ -101,16 +101,21 @@ class _Sophia(Optimizer):
                 raise ValueError(f"Invalid {name} value: {group[key]}")
 
     def __getstate__(self):
+        self._finish_turning()
         own = {"foreach": self.foreach, "fused": self.fused, "max_grad_norm": self.max_grad_norm}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._tables, self._stacks, self._turning, self._plan = {}, {}, {}, None
+        self._tables, self._stacks, self._turning, self._streams, self._plan = {}, {}, [], {}, None
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def state_dict(self):
+        self._finish_turning()
+        return super().state_dict()
 
     def _param_state(self, param, group):
         """The parameter's state, made or completed (loaded from another device or an official checkpoint)."""
@@ -148,6 +153,7 @@ class _Sophia(Optimizer):
         Raises:
             RuntimeError: for sparse gradients.
         """
+        self._finish_turning()
         buckets = self._refresh() if gradients is None else None
         if buckets is None:
             buckets, idle = self._sort(gradients)
@@ -318,48 +324,51 @@ class _Sophia(Optimizer):
             grad_scale, skip = self._amp(bucket.device)
             factor = None if grad_scale is None else 1.0 / grad_scale
             if bucket.sides:
-                bucket.grads, factor = self._renew_bases(bucket, factor, skip), None
+                self._start_turning(bucket, factor, skip, beta2=beta2, scale=scale, squared=squared)
+                continue
             update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
             update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
 
-    def _renew_bases(self, bucket, factor, skip):
-        """Turn the bases, then take the gradients into the factors, E[G G^T] and E[G^T G], for the next time.
+    def _start_turning(self, bucket, factor, skip, **settings):
+        """Take the gradients into the factors, E[G G^T] and E[G^T G], and start to turn the bases.
 
-        Returns the gradients, times `factor`, rotated by the new bases. A turn is one step of orthogonal iteration, of
-        which many estimates make the eigenvectors, largest first. That it knows the estimates before this one only
-        leaves a GPU the time of all steps in between: it turns on a stream of its own, whose small kernels find room
-        beside those of training.
+        A turn is one step of orthogonal iteration, of which many estimates make the eigenvectors, largest first. On a
+        GPU it has the time until the next step for it, on a stream of its own, whose small kernels find room beside
+        those of the forward and the backward pass; what depends on it waits as long.
         """
-        for side, (factors, bases) in enumerate(bucket.sides):
-            turned = self._turned(bucket.key, side, factors, bases)
-            bases.copy_(turned if skip is None else torch.where(skip, bases, turned))
         gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
-        parts = torch.cat([_parts(g) for g in gradients]).to(_exact(bucket.device))
-        for side, (factors, bases) in enumerate(bucket.sides):
-            for mean, g in zip(_pieces(factors), parts.split(len(_pieces(factors)[0])), strict=True):
+        parts = _all_parts(gradients)  # a copy: DistributedDataParallel's are overwritten
+        exact = parts.to(_exact(bucket.device))
+        for side, (factors, _) in enumerate(bucket.sides):
+            for mean, g in zip(_pieces(factors), exact.split(len(_pieces(factors)[0])), strict=True):
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
-            if bucket.device.type == "cuda":
-                self._start_turning(bucket.key, side, factors, bases)
-        return _rotate(gradients, bucket.sides)
+        done = None
+        if bucket.device.type == "cuda":
+            if bucket.device not in self._streams:
+                self._streams[bucket.device] = torch.cuda.Stream(bucket.device)
+            current, stream = torch.cuda.current_stream(bucket.device), self._streams[bucket.device]
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                turned = [_turn(factors, bases) for factors, bases in bucket.sides]
+                done = stream.record_event()
+            for bases in turned:
+                bases.record_stream(current)
+        else:
+            turned = [_turn(factors, bases) for factors, bases in bucket.sides]
+        self._turning.append((bucket, parts, turned, done, skip, settings))
 
-    def _start_turning(self, key, side, factors, bases):
-        current = torch.cuda.current_stream(factors.device)
-        if factors.device not in self._turning:
-            self._turning[factors.device] = torch.cuda.Stream(factors.device)
-        stream = self._turning[factors.device]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            turned = _turn(factors, bases)
-            turned.record_stream(current)
-            self._turning[key, side] = factors, bases, turned, stream.record_event()
-
-    def _turned(self, key, side, factors, bases):
-        """The bases that were started from these factors and bases, or, of a state loaded since, made now."""
-        of, at, turned, done = self._turning.pop((key, side), (None, None, None, None))
-        if done is not None:
-            torch.cuda.current_stream(factors.device).wait_event(done)
-        return turned if of is factors and at is bases else _turn(factors, bases)
+    @torch.no_grad()
+    def _finish_turning(self):
+        """The bases that were started, and the curvature in them."""
+        for bucket, parts, turned, done, skip, settings in self._turning:
+            if done is not None:
+                torch.cuda.current_stream(bucket.device).wait_event(done)
+            for (_, bases), new in zip(bucket.sides, turned, strict=True):
+                bases.copy_(new if skip is None else torch.where(skip, bases, new))
+            bucket.grads = _rotate(parts, bucket.sides, bucket.hessians)
+            _foreach_hessian(bucket, factor=None, skip=skip, **settings)
+        self._turning = []
 
     @torch.no_grad()
     def _statistics(self, rho_scale):
@@ -372,7 +381,7 @@ class _Sophia(Optimizer):
         for bucket in self._gather(momenta):
             group = bucket.group
             if bucket.sides:
-                bucket.exp_avgs = _rotate(bucket.exp_avgs, bucket.sides)
+                bucket.exp_avgs = _rotate(_all_parts(bucket.exp_avgs), bucket.sides, bucket.exp_avgs)
             sums = self._implementation(bucket, _fused_sums, _single_tensor_sums, _single_tensor_sums)(
                 bucket, beta2=group["betas"][1], rho=group["rho"] * rho_scale, eps=group.get("eps")
             )
@@ -441,7 +450,8 @@ class SophiaG(_Sophia):
             eigenvectors; h is of the rotated gradients, m is rotated, divided and clipped, and the update rotated back
             (for h as in EKFAC, arXiv:1806.03884, for the bases as in SOAP, arXiv:2409.11321). For the group of the
             hidden matrices: two more are kept of the size of either side, which embeddings make too large. A matrix
-            of three squares, query, key and value in GPT-2, is taken as three.
+            of three squares, query, key and value in GPT-2, is taken as three. update_hessian() only begins it: bases
+            and h are new in the next step(), statistics() or state_dict().
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -629,7 +639,7 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
     torch._foreach_lerp_(m, g, 1 - beta1)
     moved = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
     if bucket.sides:
-        moved = _rotate(moved, bucket.sides)
+        moved = _rotate(_all_parts(moved), bucket.sides, moved)
     denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
     if eps is None:
         torch._foreach_add_(denominator, _EPS)
@@ -729,19 +739,23 @@ def _parts(matrix):
     return matrix.unflatten(0, (3 if rows == 3 * columns else 1, -1))
 
 
-def _rotate(matrices, sides):
-    """Left^T X Right, where the eigenvectors are the axes."""
-    left, right = (bases for _, bases in sides)
-    return _matrices(left.mT @ torch.cat([_parts(m) for m in matrices]).to(left.dtype) @ right, matrices)
-
-
-def _rotate_back(matrices, sides):
-    left, right = (bases for _, bases in sides)
-    return _matrices(left @ torch.cat([_parts(m) for m in matrices]) @ right.mT, matrices)
+def _all_parts(matrices):
+    return torch.cat([_parts(m) for m in matrices])
 
 
 def _matrices(parts, like):
     return [part.reshape(m.shape) for part, m in zip(parts.split(len(parts) // len(like)), like, strict=True)]
+
+
+def _rotate(parts, sides, like):
+    """Left^T X Right, in which the eigenvectors are the axes; matrices as those of `like`."""
+    left, right = (bases for _, bases in sides)
+    return _matrices(left.mT @ parts.to(left.dtype) @ right, like)
+
+
+def _rotate_back(matrices, sides):
+    left, right = (bases for _, bases in sides)
+    return _matrices(left @ _all_parts(matrices) @ right.mT, matrices)
 
 
 def _pieces(squares):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -34,10 +35,9 @@ class Reference:
     def estimate(self, g, scale):
         g = g.double()
         for side, product in enumerate((g @ g.T, g.T @ g) if g.ndim == 2 else ()):
-            factor = self.factors[side]  # of the estimates before this one
+            factor = self.factors[side] = 0.95 * self.factors[side] + 0.05 * product
             padded = factor + 1e-7 * factor.trace() / len(factor) * torch.eye(len(factor)).double()
-            self.bases[side] = torch.linalg.qr(padded @ self.bases[side])[0] if self.n else self.bases[side]
-            self.factors[side] = 0.95 * factor + 0.05 * product
+            self.bases[side] = torch.linalg.qr(padded @ self.bases[side])[0]
         rotated = self.rotate(g)
         self.h = self.betas[1] * self.h + (1 - self.betas[1]) * scale * rotated**2
         self.n += 1
@@ -139,6 +139,7 @@ def test_the_bases_become_the_eigenvectors_largest_first():
         for g in gradients:
             p.grad = g.float()
             optimizer.update_hessian()
+    optimizer.statistics()  # until then they are being turned
     state = optimizer.state[p]
     factors, bases = (torch.cat([state[f"left_{kind}"], state[f"right_{kind}"]]) for kind in ("factor", "basis"))
     inside = bases.mT @ factors @ bases
@@ -221,6 +222,31 @@ def test_a_state_with_bases_is_refused_without_the_setting():
         plain.step()
 
 
+def test_an_estimate_that_has_just_begun_is_in_every_copy():
+    """state_dict(), deepcopy, pickle and a second estimate each wait for it; a state loaded since replaces it."""
+    ends = []
+    for how in ("none", "state_dict", "deepcopy", "pickle", "loaded"):
+        p, optimizer = trained(2)
+        before = copy.deepcopy(optimizer.state_dict())
+        p.grad = draw(p.shape, torch.Generator().manual_seed(9), torch.float32)
+        optimizer.update_hessian()
+        if how == "state_dict":
+            state, optimizer = optimizer.state_dict(), SophiaG([p], lr=0.01, bias_correction=True, eigenbasis=True)
+            optimizer.load_state_dict(state)
+        elif how == "loaded":
+            optimizer.load_state_dict(before)
+            optimizer.update_hessian()
+        elif how != "none":
+            p.grad = None
+            optimizer = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+            (p,) = optimizer.param_groups[0]["params"]
+            p.grad = draw(p.shape, torch.Generator().manual_seed(9), torch.float32)
+        optimizer.step()
+        ends.append((p.detach(), optimizer.state_dict()["state"][0]["hessian"]))
+    for end in ends[1:]:
+        assert torch.equal(end[0], ends[0][0]) and torch.equal(end[1], ends[0][1])
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_found_inf_changes_nothing_and_grad_scale_divides(foreach):
     p, optimizer = trained(2)
@@ -277,7 +303,7 @@ def test_on_a_gpu_as_on_the_cpu(stopped):
             for p, g in zip(params, step, strict=True):
                 p.grad = g.to(device)
             (optimizer.step if t % 3 else optimizer.update_hessian)()
-            if stopped and t % 5 == 4:
+            if stopped and t % 6 in (0, 4):  # some right after an estimate
                 state = copy.deepcopy(optimizer.state_dict())
                 optimizer = SophiaG(params, lr=0.01, betas=(0.9, 0.8), rho=0.2, eigenbasis=True)
                 optimizer.load_state_dict(state)
