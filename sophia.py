@@ -338,7 +338,7 @@ class _Sophia(Optimizer):
         """
         gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
         parts = _all_parts(gradients)  # a copy: DistributedDataParallel's are overwritten
-        exact = parts.to(_exact(bucket.device))
+        exact, bucket.grads = parts.to(_exact(bucket.device)), []
         for side, (factors, _) in enumerate(bucket.sides):
             for mean, g in zip(_pieces(factors), exact.split(len(_pieces(factors)[0])), strict=True):
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
