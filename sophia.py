@@ -89,6 +89,8 @@ class _Sophia(Optimizer):
                     f"{_fused_devices()} but {param.dtype} and {param.device.type}"
                 )
         for param in group["params"] if group.get("eigenbasis") else ():
+            if "eigenbasis" not in self.defaults:
+                raise ValueError("eigenbasis=True needs the gradients of SophiaG's estimate, leave it to that")
             if group["capturable"]:
                 raise ValueError("eigenbasis=True cannot be captured in a CUDA graph, leave capturable=False")
             if param.is_complex():
@@ -224,7 +226,8 @@ class _Sophia(Optimizer):
         return stack
 
     def _plan_key(self):
-        return id(self.state), [(id(g), len(g["params"]), g["bias_correction"]) for g in self.param_groups]
+        groups = [(id(g), len(g["params"]), g["bias_correction"], g.get("eigenbasis")) for g in self.param_groups]
+        return id(self.state), groups
 
     def _refresh(self):
         """The buckets of the last call, with new addresses: what keeps the host ahead of the GPU with many tensors.
@@ -336,11 +339,13 @@ class _Sophia(Optimizer):
         GPU it has the time until the next step for it, on a stream of its own, whose small kernels find room beside
         those of the forward and the backward pass; what depends on it waits as long.
         """
-        gradients = bucket.grads if factor is None else torch._foreach_mul(bucket.grads, factor)
-        parts = _all_parts(gradients)  # a copy: DistributedDataParallel's are overwritten
-        exact, bucket.grads = parts.to(_exact(bucket.device)), []
+        parts = _all_parts(bucket.grads)  # a copy: DistributedDataParallel's are overwritten
+        if factor is not None:
+            parts = parts.to(bucket.sides[0][1].dtype) * factor
+        bucket.grads = []
         for side, (factors, _) in enumerate(bucket.sides):
-            for mean, g in zip(_pieces(factors), exact.split(len(_pieces(factors)[0])), strict=True):
+            for mean, g in zip(_pieces(factors), parts.split(len(_pieces(factors)[0])), strict=True):
+                g = g.to(_exact(bucket.device))
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
         done = None
@@ -730,7 +735,7 @@ _SQUARES_ELEMENTS = 2**24  # worked on at a time, in float64: 128 MiB, and a few
 
 
 def _rotates(param, group):
-    return group.get("eigenbasis", False) and param.ndim == 2
+    return bool(group.get("eigenbasis") and param.ndim == 2 and param.numel())
 
 
 def _parts(matrix):
@@ -772,7 +777,9 @@ def _turn(factors, bases):
     """
     if len(pieces := _pieces(factors)) > 1:
         return torch.cat([_turn(*some) for some in zip(pieces, bases.split(len(pieces[0])), strict=True)])
-    exact = factors.to(_exact(factors.device))
+    if factors.device.type == "mps":  # has no float64
+        return _turn(factors.cpu(), bases.cpu()).to(factors.device)
+    exact, ok = factors.double(), True
     little = 1e-7 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     q = bases.to(exact.dtype)
     q = exact @ q + little * q
@@ -780,9 +787,10 @@ def _turn(factors, bases):
         q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
         gram = q.mT @ q
         gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
-        lower, _ = torch.linalg.cholesky_ex(gram)
+        lower, info = torch.linalg.cholesky_ex(gram)
+        ok = ok & (info == 0)
         q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
-    ok = torch.isfinite(q).all(-1).all(-1)
+    ok = ok & torch.isfinite(q).all(-1).all(-1)
     return torch.where(ok[:, None, None], q.to(bases.dtype), bases)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sophia import SophiaG, _turn
+from sophia import SophiaG, SophiaH, _turn
 
 SHAPES = ((6, 6), (12, 4), (4, 9), (5,))  # (12, 4) is three squares
 
@@ -170,6 +170,23 @@ def test_factors_that_are_not_finite_leave_the_basis():
     assert torch.equal(_turn(torch.full((1, 3, 3), torch.nan), basis), basis)
 
 
+def test_a_decomposition_that_fails_leaves_the_basis(monkeypatch):
+    failed, basis = torch.linalg.cholesky_ex, torch.eye(3)[None]
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda gram: (failed(gram)[0], torch.ones(1, dtype=torch.int32)))
+    assert torch.equal(_turn(torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None] + 0.1, basis), basis)
+
+
+def test_small_half_precision_gradients_are_unscaled_in_float32():
+    norms, g = [], torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * 1e-8
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
+        p = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
+        optimizer = SophiaG([p], eigenbasis=True)
+        optimizer.grad_scale, p.grad = torch.full((), scale), (g * scale).to(dtype)
+        optimizer.update_hessian(scale=1e16)
+        norms.append(optimizer.statistics()["hessian_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
 def test_many_squares_are_worked_on_in_pieces(monkeypatch):
     ends = []
     for elements in (2**24, 32):
@@ -274,6 +291,8 @@ def test_found_inf_changes_nothing_and_grad_scale_divides(foreach):
 
 
 def test_what_it_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="needs the gradients of SophiaG's estimate"):
+        SophiaH([{"params": [nn.Parameter(torch.ones(4, 4))], "eigenbasis": True}])
     with pytest.raises(ValueError, match="eigenbasis=True is for real matrices"):
         SophiaG([nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))], eigenbasis=True)
     with pytest.raises(ValueError, match="eigenbasis=True cannot be captured in a CUDA graph"):
