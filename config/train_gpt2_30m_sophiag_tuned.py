@@ -16,7 +16,7 @@ n_embd = 384
 
 optimizer_name = "sophiag"
 learning_rate = 1e-3
-# AdamW moves the embeddings, at a rate of their own: 0.11 better than Sophia-G for all, one seed.
+# AdamW moves the embeddings, at a rate of their own: 0.10 better than Sophia-G for all at 780 steps, 0.03 at 1560.
 adamw_for = "embeddings"
 embedding_lr = 8e-3
 weight_decay = 0.2

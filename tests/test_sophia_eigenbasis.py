@@ -195,19 +195,20 @@ def test_many_squares_are_worked_on_in_pieces(monkeypatch):
     torch.testing.assert_close(*ends)
 
 
-def trained(steps, optimizer=None, p=None):
+def trained(steps, optimizer=None, p=None, dtype=torch.float32):
     generator = torch.Generator().manual_seed(steps)
-    p = nn.Parameter(torch.ones(12, 4)) if p is None else p
+    p = nn.Parameter(torch.ones(12, 4, dtype=dtype)) if p is None else p
     optimizer = optimizer or SophiaG([p], lr=0.01, bias_correction=True, eigenbasis=True)
     for _ in range(steps):
         for call in (optimizer.update_hessian, optimizer.step):
-            p.grad = draw(p.shape, generator, torch.float32)
+            p.grad = draw(p.shape, generator, p.dtype)
             call()
     return p, optimizer
 
 
-def test_a_loaded_state_goes_on_as_if_never_stopped():
-    p, optimizer = trained(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_goes_on_as_if_never_stopped(dtype):
+    p, optimizer = trained(259, dtype=dtype)  # a count that bfloat16 cannot hold
     q = nn.Parameter(p.detach().clone())
     resumed = SophiaG([q], lr=0.01, bias_correction=True, eigenbasis=True)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -216,6 +217,16 @@ def test_a_loaded_state_goes_on_as_if_never_stopped():
     assert torch.equal(p, q)
     for key, value in optimizer.state[p].items():
         assert torch.equal(value, resumed.state[q][key]), key
+        assert "step" in key or key in ("exp_avg", "hessian") or value.dtype == torch.float32
+    assert resumed.state[q]["hessian_step"] == 261
+
+
+def test_autocast_does_not_reach_the_rotations():
+    ends = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ends.append(trained(3)[0].detach())
+    assert torch.equal(*ends)
 
 
 def test_a_state_without_bases_loads_and_starts_from_the_axes():
@@ -311,8 +322,15 @@ def test_a_group_can_have_it_alone():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stopped", [False, True])
-def test_on_a_gpu_as_on_the_cpu(stopped):
-    """Bases turn on a stream of their own, with products enough in between; those of a loaded state are made anew."""
+def test_on_a_gpu_as_on_the_cpu(stopped, monkeypatch):
+    """Bases turn on a stream of their own. Both streams are slow, so that one that does not wait is seen."""
+
+    def slow(factors, bases):
+        if factors.is_cuda:
+            torch.cuda._sleep(10**7)
+        return _turn(factors, bases)
+
+    monkeypatch.setattr("sophia._turn", slow)
     generator, ends = torch.Generator().manual_seed(3), []
     gradients = [[draw(shape, generator) for shape in SHAPES] for _ in range(24)]
     for device in ("cpu", "cuda"):
@@ -321,6 +339,10 @@ def test_on_a_gpu_as_on_the_cpu(stopped):
         for t, step in enumerate(gradients):
             for p, g in zip(params, step, strict=True):
                 p.grad = g.to(device)
+            if device == "cuda":
+                torch.cuda._sleep(10**7)
+                for p in params:
+                    p.grad = p.grad + 0.0  # ready after that only
             (optimizer.step if t % 3 else optimizer.update_hessian)()
             if stopped and t % 6 in (0, 4):  # some right after an estimate
                 state = copy.deepcopy(optimizer.state_dict())
