@@ -784,8 +784,8 @@ def _turn(factors, bases):
 
     By two Cholesky decompositions in float64 (CholeskyQR2, Yamamoto et al., 2015), which on a GPU is faster for a batch
     of matrices. Columns of one length, and a little of the identity in the factors, which does not move their
-    eigenvectors, keep it well conditioned: orthonormal to rounding, but for the first turn of factors of rank 1 (to 2e-3
-    in width 512). A basis that cannot be had, of factors 0, stays as it is.
+    eigenvectors, keep it well conditioned: orthonormal to rounding, but for the first turn of factors of rank 1 (to
+    2e-3 in width 512). A basis that cannot be had, of factors 0, stays as it is.
     """
     if len(pieces := _pieces(factors)) > 1:
         return torch.cat([_turn(*some) for some in zip(pieces, bases.split(len(pieces[0])), strict=True)])
