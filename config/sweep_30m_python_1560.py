@@ -12,3 +12,4 @@ common = {"max_iters": [1560], "seed": [3, 4, 5]}
 optimizers = best_of("30m_python", max_iters=1560)
 optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py
 optimizers["nadamw"] = optimizers["adamw"] | {"optimizer_name": "nadamw"}
+optimizers |= best_of("30m_eigenbasis", max_iters=1560)

@@ -348,7 +348,7 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 96, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 24, "30m_python_1560": 24, "30m_python_5200": 21, "30m_large": 4, "124m_python": 2}
+RUNS |= {"30m_python_780": 30, "30m_python_1560": 30, "30m_python_5200": 27, "30m_large": 4, "124m_python": 2}
 RUNS |= {"30m_recipe": 22, "30m_long": 8, "30m_eigenbasis": 32}
 
 
@@ -361,10 +361,10 @@ def test_ready_sweeps(tmp_path, monkeypatch):
 
 
 def configs(name, tmp_path):
-    """{run: its settings} of a ready sweep, and of each optimizer the settings of its best run in the equal tuning."""
+    """{run: its settings} of a ready sweep, and of each optimizer the settings of its best run in the equal tunings."""
     trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
-    runs = json.loads((ROOT / "assets/evidence/30m_python/sweep.json").read_text())["runs"]
-    best = {}
+    states = [ROOT / f"assets/evidence/{tuning}/sweep.json" for tuning in ("30m_python", "30m_eigenbasis")]
+    runs, best = [run for state in states for run in json.loads(state.read_text())["runs"]], {}
     for run in sorted(runs, key=lambda run: float(run["loss"] or "inf"), reverse=True):
         best[run["optimizer"]] = run["swept"]
     for trial in trials:
