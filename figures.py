@@ -11,7 +11,9 @@ import numpy as np
 
 from training.errors import UserError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # colour-blind readers' too
+COLOURS = (  # colour-blind readers' too
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999999", "#7A5230"
+)  # fmt: skip
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
 LEGEND = 14  # more groups than this are named by their optimizer alone
 STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # val/loss; train/loss is thin and light
