@@ -66,7 +66,7 @@ class _Sophia(Optimizer):
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._tables = {}  # bucket key -> _PointerTable
         self._stacks = {}  # (bucket key, name in the state) -> see _stack
-        self._turning, self._streams = [], {}  # what _start_turning has begun; device -> its stream for that
+        self._turning, self._turners = [], {}  # what _start_turning has begun; device -> its _Turner
         self._plan = None  # see _refresh
         self.grad_norm = None  # the last step's global gradient norm before clipping, a scalar tensor on the device
         super().__init__(params, defaults)
@@ -109,7 +109,7 @@ class _Sophia(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._tables, self._stacks, self._turning, self._streams, self._plan = {}, {}, [], {}, None
+        self._tables, self._stacks, self._turning, self._turners, self._plan = {}, {}, [], {}, None
         self.__dict__.setdefault("grad_norm", None)
         for group in self.param_groups:  # an official checkpoint's groups lack our keys
             for key, value in self.defaults.items():
@@ -332,22 +332,20 @@ class _Sophia(Optimizer):
             )
 
     def _update_hessian(self, buckets, scale, squared):
+        estimates = []
         for bucket in buckets:
             beta2 = bucket.group["betas"][1]
             grad_scale, skip = self._amp(bucket.device)
             factor = None if grad_scale is None else 1.0 / grad_scale
             if bucket.sides:
-                self._start_turning(bucket, factor, skip, beta2=beta2, scale=scale, squared=squared)
+                estimates.append(self._take_estimate(bucket, factor, skip, beta2=beta2, scale=scale, squared=squared))
                 continue
             update = self._implementation(bucket, _fused_hessian, _foreach_hessian, _single_tensor_hessian)
             update(bucket, beta2=beta2, scale=scale, factor=factor, squared=squared, skip=skip)
+        self._start_turning(estimates)
 
-    def _start_turning(self, bucket, factor, skip, **settings):
-        """Take the gradients into the factors, E[G G^T] and E[G^T G], and start to turn the bases.
-
-        A turn is one step of orthogonal iteration, of which many estimates make the eigenvectors, largest first. A GPU
-        does it on a stream of its own beside the forward and the backward pass of the step; what depends on it waits.
-        """
+    def _take_estimate(self, bucket, factor, skip, **settings):
+        """Take the gradients into the factors, E[G G^T] and E[G^T G], whose bases are to be turned then."""
         parts = _all_parts(bucket.grads)  # a copy: DistributedDataParallel's are overwritten
         if factor is not None:
             parts = parts.to(bucket.sides[0][1].dtype) * factor
@@ -357,31 +355,29 @@ class _Sophia(Optimizer):
                 g = g.to(_exact(bucket.device))
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
-        done = None
-        if bucket.device.type == "cuda":
-            if bucket.device not in self._streams:
-                self._streams[bucket.device] = torch.cuda.Stream(bucket.device)
-            current, stream = torch.cuda.current_stream(bucket.device), self._streams[bucket.device]
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                turned = [_turn(factors, bases) for factors, bases in bucket.sides]
-                done = stream.record_event()
-            for bases in turned:
-                bases.record_stream(current)
-        else:
-            turned = [_turn(factors, bases) for factors, bases in bucket.sides]
-        self._turning.append((bucket, parts, turned, done, skip, settings))
+        return bucket, parts, skip, settings
+
+    def _start_turning(self, estimates):
+        """Start to turn the bases of these estimates, which a GPU does beside the step's forward and backward pass."""
+        for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
+            own = [estimate for estimate in estimates if estimate[0].device == device]
+            sides = [side for bucket, *_ in own for side in bucket.sides]
+            turner = self._turners.setdefault(device, _Turner(device))
+            self._turning.append((own, *turner.start(sides)))
 
     @torch.no_grad()
     def _finish_turning(self):
         """The bases that were started, and the curvature in them."""
-        for bucket, parts, turned, done, skip, settings in self._turning:
+        for estimates, turned, done in self._turning:
             if done is not None:
-                torch.cuda.current_stream(bucket.device).wait_event(done)
-            for (_, bases), new in zip(bucket.sides, turned, strict=True):
-                bases.copy_(new if skip is None else torch.where(skip, bases, new))
-            bucket.grads = _rotate(parts, bucket.sides, bucket.hessians)
-            _foreach_hessian(bucket, factor=None, skip=skip, **settings)
+                torch.cuda.current_stream(estimates[0][0].device).wait_event(done)
+            turned = iter(turned)
+            for bucket, parts, skip, settings in estimates:
+                for _, bases in bucket.sides:
+                    new = next(turned)
+                    bases.copy_(new if skip is None else torch.where(skip, bases, new))
+                bucket.grads = _rotate(parts, bucket.sides, bucket.hessians)
+                _foreach_hessian(bucket, factor=None, skip=skip, **settings)
         self._turning = []
 
     @torch.no_grad()
@@ -777,6 +773,47 @@ def _rotate_back(matrices, sides):
 def _pieces(squares):
     """(n, width, width) in parts that are small enough to be worked on in float64."""
     return squares.split(max(1, _SQUARES_ELEMENTS // squares[0].numel()))
+
+
+class _Turner:
+    """Turns all bases of one device: one step of orthogonal iteration, of which many make the eigenvectors.
+
+    Squares of one width are turned together. A GPU does it on a stream of its own, and in a CUDA graph, recorded at the
+    second turn of the same stacks: it is some thousand small kernels, which take a host 50 ms to start.
+    """
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stacks, self.graph, self.turned = None, None, None  # graph: of the turn of these stacks
+
+    def start(self, sides):
+        """(the new bases of each of `sides`, pairs of stacks; the event after which they are there, or None)."""
+        if self.stream is None:
+            return self.turn(sides), None
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        stacks = [(stack.data_ptr(), stack.shape) for side in sides for stack in side]
+        with torch.cuda.stream(self.stream):
+            if stacks != self.stacks:
+                self.stacks, self.graph, turned = stacks, None, self.turn(sides)
+                for bases in turned:
+                    bases.record_stream(current)
+                return turned, self.stream.record_event()
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self.turned = self.turn(sides)
+            self.graph.replay()
+            return self.turned, self.stream.record_event()
+
+    def turn(self, sides):
+        widths, turned = {}, {}
+        for i, (factors, _) in enumerate(sides):
+            widths.setdefault(factors.shape[-1], []).append(i)
+        for own in widths.values():
+            factors, bases = (torch.cat(stacks) for stacks in zip(*(sides[i] for i in own), strict=True))
+            turned |= zip(own, _turn(factors, bases).split([len(sides[i][0]) for i in own]), strict=True)
+        return [turned[i] for i in range(len(sides))]
 
 
 def _turn(factors, bases):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sophia import SophiaG, SophiaH, _turn
+from sophia import SophiaG, SophiaH, _turn, _Turner
 
 SHAPES = ((6, 6), (12, 4), (4, 9), (5,))  # (12, 4) is three squares
 
@@ -350,3 +350,22 @@ def test_on_a_gpu_as_on_the_cpu(stopped, monkeypatch):
                 optimizer.load_state_dict(state)
         ends.append([p.detach().cpu() for p in params])
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.gpu
+def test_a_recorded_turn_has_the_bits_of_a_plain_one():
+    generator = torch.Generator("cuda").manual_seed(0)
+    turner, sides = _Turner(torch.device("cuda")), []
+    for count, width in ((5, 384), (2, 1536), (3, 384)):
+        g = torch.randn(count, width, width, generator=generator, device="cuda")
+        sides.append((g @ g.mT, torch.eye(width, device="cuda").repeat(count, 1, 1)))
+    turns = []
+    for _ in range(3):  # plain, recorded, replayed
+        turned, done = turner.start(sides)
+        done.synchronize()
+        turns.append([bases.clone() for bases in turned])
+    assert turner.graph is not None
+    for turn in turns[1:]:
+        assert all(torch.equal(*pair) for pair in zip(turns[0], turn, strict=True))
+    for (factors, bases), turned in zip(sides, turns[0], strict=True):
+        torch.testing.assert_close(turned, _turn(factors, bases))
