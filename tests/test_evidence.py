@@ -10,6 +10,7 @@ import pytest
 import compare
 import train_adam
 import train_sophiag
+from assets import claims
 from assets.evidence import collect
 from sweep import state_text
 from tests.conftest import read_lines, tiny_words
@@ -25,6 +26,14 @@ def test_what_is_committed_can_be_redrawn(folder, tmp_path):
         compare.main([*runs, f"--out={tmp_path / 'figure'}"])
     for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+
+
+def test_the_papers_claims_are_drawn_from_the_runs(tmp_path):
+    claims.main(tmp_path / "claims")
+    assert (tmp_path / "claims.png").exists()
+    groups = claims.groups_of("30m_python")
+    assert {name for name, steps in groups if steps == 780} == set(claims.NAMES)
+    assert all(len(claims.clipped(one)) == len(one.runs) for one in groups.values())
 
 
 def test_two_runs_are_collected_and_redrawn_without_the_originals(corpus, tmp_path, monkeypatch, capsys):
