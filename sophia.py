@@ -373,9 +373,9 @@ class _Sophia(Optimizer):
                 torch.cuda.current_stream(estimates[0][0].device).wait_event(done)
             turned = iter(turned)
             for bucket, parts, skip, settings in estimates:
-                for _, bases in bucket.sides:
+                for old in (basis for _, bases in bucket.sides for basis in bases):
                     new = next(turned)
-                    bases.copy_(new if skip is None else torch.where(skip, bases, new))
+                    old.copy_(new if skip is None else torch.where(skip, old, new))
                 bucket.grads = _rotate(parts, bucket.sides, bucket.hessians)
                 _foreach_hessian(bucket, factor=None, skip=skip, **settings)
         self._turning = []
@@ -736,7 +736,7 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
 
 _SIDE = "factor", "basis"
 _FACTOR_DECAY = 0.95  # an estimate at a time
-_SQUARES_ELEMENTS = 2**24  # worked on at a time, in float64: 128 MiB, and a few times that in between
+_SQUARES_ELEMENTS = 2**25  # worked on at a time, in float64: 256 MiB, and a few times that in between
 
 
 def _rotates(param, group):
@@ -778,16 +778,17 @@ def _pieces(squares):
 class _Turner:
     """Turns all bases of one device: one step of orthogonal iteration, of which many make the eigenvectors.
 
-    Squares of one width are turned together. A GPU does it on a stream of its own, and in a CUDA graph, recorded at the
-    second turn of the same stacks: it is some thousand small kernels, which take a host 50 ms to start.
+    Squares of one width are turned together. A GPU does it on a stream of its own, ahead of what waits beside it, in a
+    CUDA graph, recorded at the second turn of the same stacks: it is some thousand small kernels, which take a host
+    50 ms to start.
     """
 
     def __init__(self, device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.stacks, self.graph, self.turned = None, None, None  # graph: of the turn of these stacks
 
     def start(self, sides):
-        """(the new bases of each of `sides`, pairs of stacks; the event after which they are there, or None)."""
+        """(every new basis, of the pairs of stacks `sides`; the event after which they are there, or None)."""
         if self.stream is None:
             return self.turn(sides), None
         current = torch.cuda.current_stream(self.stream.device)
@@ -807,39 +808,33 @@ class _Turner:
             return self.turned, self.stream.record_event()
 
     def turn(self, sides):
-        widths, turned = {}, {}
-        for i, (factors, _) in enumerate(sides):
-            widths.setdefault(factors.shape[-1], []).append(i)
-        for own in widths.values():
-            factors, bases = (torch.cat(stacks) for stacks in zip(*(sides[i] for i in own), strict=True))
-            turned |= zip(own, _turn(factors, bases).split([len(sides[i][0]) for i in own]), strict=True)
-        return [turned[i] for i in range(len(sides))]
+        squares, alike, turned = [pair for side in sides for pair in zip(*side, strict=True)], {}, {}
+        for i, (factor, _) in enumerate(squares):
+            alike.setdefault((factor.shape, factor.dtype), []).append(i)
+        for (shape, _), own in alike.items():
+            count = max(1, _SQUARES_ELEMENTS // shape.numel())
+            for some in (own[i : i + count] for i in range(0, len(own), count)):
+                factors, bases = (torch.stack(each) for each in zip(*(squares[i] for i in some), strict=True))
+                turned |= zip(some, _turn(factors, bases), strict=True)
+        return [turned[i] for i in range(len(squares))]
 
 
 def _turn(factors, bases):
     """An orthonormal basis of the columns of `factors @ bases`, first to last: what a QR decomposition gives.
 
-    By two Cholesky decompositions in float64 (CholeskyQR2, Yamamoto et al., 2015), which on a GPU is faster for a batch
-    of matrices. Columns of one length, and a little of the identity in the factors, which does not move their
-    eigenvectors, keep it well conditioned: orthonormal to rounding, but for the first turn of factors of rank 1 (to
-    2e-3 in width 512). A basis that cannot be had, of factors 0, stays as it is.
+    By a Cholesky decomposition in float64, which on a GPU is faster for a batch of matrices. It squares the condition,
+    so the columns are made of one length, and a thousandth of their mean eigenvalue times the identity is added to the
+    factors: that moves no eigenvector, and turns those of smaller eigenvalues hardly. Orthonormal to 1e-5, but for the
+    first turns of factors of rank 1 (to 6e-3 in width 512). A basis that cannot be had, of factors 0, stays as it is.
     """
-    if len(pieces := _pieces(factors)) > 1:
-        return torch.cat([_turn(*some) for some in zip(pieces, bases.split(len(pieces[0])), strict=True)])
     if factors.device.type == "mps":  # has no float64
         return _turn(factors.cpu(), bases.cpu()).to(factors.device)
-    exact, ok = factors.double(), True
-    little = 1e-7 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    q = bases.to(exact.dtype)
-    q = exact @ q + little * q
-    for _ in range(2):
-        q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-        gram = q.mT @ q
-        gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
-        lower, info = torch.linalg.cholesky_ex(gram)
-        ok = ok & (info == 0)
-        q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
-    ok = ok & torch.isfinite(q).all(-1).all(-1)
+    exact, q = factors.double(), bases.double()
+    q = exact @ q + 1e-3 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * q
+    q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+    lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
+    q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
+    ok = (failed == 0) & torch.isfinite(q).all(-1).all(-1)
     return torch.where(ok[:, None, None], q.to(bases.dtype), bases)
 
 
