@@ -53,6 +53,18 @@ def test_hutchinson_does_not_depend_on_the_split(corpus, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
 
 
+def test_the_eigenbasis_does_not_depend_on_the_split(corpus, tmp_path):
+    """Every rank turns the bases for itself, from the same gradients."""
+    words = ["--eigenbasis=True", "--hess_interval=3", "--hess_bs=8", "--rho=2.0", "--max_iters=12"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *words])
+    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *words])
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
+    lines = [read_lines(tmp_path / name)[:-1] for name in ("split", "whole")]
+    rates = [[line["train/win_rate/matrices"] for line in own] for own in lines]
+    assert rates[0] == pytest.approx(rates[1], abs=0.02) and 0.05 < rates[0][-1] < 0.95
+
+
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
 def test_compiling_anew_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
     """What a graph is warmed up with leaves dropout's generator as it was. The compiler itself is left out here."""
