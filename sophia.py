@@ -350,11 +350,12 @@ class _Sophia(Optimizer):
         if factor is not None:
             parts = parts.to(bucket.sides[0][1].dtype) * factor
         bucket.grads = []
+        decay = min(settings["beta2"], _FACTOR_DECAY)
         for side, (factors, _) in enumerate(bucket.sides):
             for mean, g in zip(_pieces(factors), parts.split(len(_pieces(factors)[0])), strict=True):
                 g = g.to(_exact(bucket.device))
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
-                mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - _FACTOR_DECAY)
+                mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - decay)
         return bucket, parts, skip, settings
 
     def _start_turning(self, estimates):
@@ -458,10 +459,11 @@ class SophiaG(_Sophia):
         eigenbasis: matrices (2-D parameters) take the step in the eigenbasis of their curvature. From the estimates'
             gradients G it keeps the Kronecker factors E[G G^T] and E[G^T G] and turns two bases towards their
             eigenvectors; h is of the rotated gradients, m is rotated, divided and clipped, and the update rotated back
-            (for h as in EKFAC, arXiv:1806.03884, for the bases as in SOAP, arXiv:2409.11321). For the group of the
-            hidden matrices: two more are kept of the size of either side, which embeddings make too large. A matrix
-            of three squares, query, key and value in GPT-2, is taken as three. update_hessian() only begins it: bases
-            and h are new in the next step(), statistics() or state_dict().
+            (for h as in EKFAC, arXiv:1806.03884, for the bases as in SOAP, arXiv:2409.11321). The factors' averages
+            decay by beta2 as h does, or by 0.95 where that is less. For the group of the hidden matrices: two more are
+            kept of the size of either side, which embeddings make too large. A matrix of three squares, query, key and
+            value in GPT-2, is taken as three. update_hessian() only begins it: bases and h are new in the next step(),
+            statistics() or state_dict().
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -735,7 +737,7 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
 # --------------------------------------------------------------------------------------------------------------------
 
 _SIDE = "factor", "basis"
-_FACTOR_DECAY = 0.95  # an estimate at a time
+_FACTOR_DECAY = 0.95  # an estimate at a time, at most: the factors forget no slower, and no slower than h
 _SQUARES_ELEMENTS = 2**25  # worked on at a time, in float64: 256 MiB, and a few times that in between
 
 
