@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -363,8 +364,9 @@ class _Sophia(Optimizer):
         for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
             own = [estimate for estimate in estimates if estimate[0].device == device]
             sides = [side for bucket, *_ in own for side in bucket.sides]
-            turner = self._turners.setdefault(device, _Turner(device))
-            self._turning.append((own, *turner.start(sides)))
+            if device not in self._turners:
+                self._turners[device] = _Turner(device)
+            self._turning.append((own, *self._turners[device].start(sides)))
 
     @torch.no_grad()
     def _finish_turning(self):
@@ -460,10 +462,10 @@ class SophiaG(_Sophia):
             gradients G it keeps the Kronecker factors E[G G^T] and E[G^T G] and turns two bases towards their
             eigenvectors; h is of the rotated gradients, m is rotated, divided and clipped, and the update rotated back
             (for h as in EKFAC, arXiv:1806.03884, for the bases as in SOAP, arXiv:2409.11321). The factors' averages
-            decay by beta2 as h does, or by 0.95 where that is less. For the group of the hidden matrices: two more are
-            kept of the size of either side, which embeddings make too large. A matrix of three squares, query, key and
-            value in GPT-2, is taken as three. update_hessian() only begins it: bases and h are new in the next step(),
-            statistics() or state_dict().
+            decay by beta2 as h does, or by 0.95 where that is less. For the group of the hidden matrices: two squares
+            more are kept for either side, on a GPU three, which embeddings make too large. A matrix of three squares,
+            query, key and value in GPT-2, is taken as three. update_hessian() only begins it: bases and h are new in
+            the next step(), statistics() or state_dict().
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -780,14 +782,15 @@ def _pieces(squares):
 class _Turner:
     """Turns all bases of one device: one step of orthogonal iteration, of which many make the eigenvectors.
 
-    Squares of one width are turned together. A GPU does it on a stream of its own, ahead of what waits beside it, in a
-    CUDA graph, recorded at the second turn of the same stacks: it is some thousand small kernels, which take a host
-    50 ms to start.
+    Squares of one width are turned together. A GPU does it on a stream of its own, ahead of what waits beside it, and
+    in a CUDA graph, recorded at the second turn of the same stacks: a turn is some thousand small kernels, which take a
+    host 50 ms to start.
     """
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.stacks, self.graph, self.turned = None, None, None  # graph: of the turn of these stacks
+        self.records = True
 
     def start(self, sides):
         """(every new basis, of the pairs of stacks `sides`; the event after which they are there, or None)."""
@@ -797,17 +800,27 @@ class _Turner:
         self.stream.wait_stream(current)
         stacks = [(stack.data_ptr(), stack.shape) for side in sides for stack in side]
         with torch.cuda.stream(self.stream):
-            if stacks != self.stacks:
-                self.stacks, self.graph, turned = stacks, None, self.turn(sides)
-                for bases in turned:
-                    bases.record_stream(current)
-                return turned, self.stream.record_event()
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self.turned = self.turn(sides)
-            self.graph.replay()
-            return self.turned, self.stream.record_event()
+            if stacks == self.stacks and self.graph is None and self.records:
+                self.record(sides)
+            if stacks == self.stacks and self.graph is not None:
+                self.graph.replay()
+                return self.turned, self.stream.record_event()
+            self.stacks, self.graph, turned = stacks, None, self.turn(sides)
+            for basis in turned:
+                basis.record_stream(current)
+            return turned, self.stream.record_event()
+
+    def record(self, sides):
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.stream.device, priority=-1)  # a new one: its workspaces belong to the graph
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                turned = self.turn(sides)
+        except RuntimeError as error:
+            warnings.warn(f"the bases turn without a CUDA graph, more slowly: {error}", stacklevel=2)
+            self.records = False
+        else:
+            self.graph, self.turned = graph, turned
 
     def turn(self, sides):
         squares, alike, turned = [pair for side in sides for pair in zip(*side, strict=True)], {}, {}
@@ -826,8 +839,9 @@ def _turn(factors, bases):
 
     By a Cholesky decomposition in float64, which on a GPU is faster for a batch of matrices. It squares the condition,
     so the columns are made of one length, and a thousandth of their mean eigenvalue times the identity is added to the
-    factors: that moves no eigenvector, and turns those of smaller eigenvalues hardly. Orthonormal to 1e-5, but for the
-    first turns of factors of rank 1 (to 6e-3 in width 512). A basis that cannot be had, of factors 0, stays as it is.
+    factors: that moves no eigenvector, and turns those of smaller eigenvalues hardly. Orthonormal to 1e-5 in width
+    512, 1e-4 in 2048, but for the first turns of factors of rank 1 (to 6e-3 in width 512). A basis that cannot be had,
+    of factors 0, stays as it is.
     """
     if factors.device.type == "mps":  # has no float64
         return _turn(factors.cpu(), bases.cpu()).to(factors.device)

@@ -26,13 +26,10 @@ COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 
 def groups_of(name, evidence=HERE / "evidence"):
-    """{(optimizer, steps): its group of seeds} of those in NAMES; of several settings the first, as tuned."""
-    runs = [read_run(path.parent) for path in sorted((evidence / name).glob("*/config.json"))]
-    first = {}
-    for one in group(runs):
-        if one.optimizer in NAMES:
-            first.setdefault((one.optimizer, one.steps), one)
-    return first
+    """{(optimizer, steps): its group of seeds} of those in NAMES, with the settings of the equal tunings."""
+    folders = [path.parent for path in sorted((evidence / name).glob("*/config.json"))]
+    runs = [read_run(folder) for folder in folders if not folder.name.startswith("sophiag_tuned")]  # with another beta2
+    return {(one.optimizer, one.steps): one for one in group(runs) if one.optimizer in NAMES}
 
 
 def clipped(one):
@@ -40,13 +37,13 @@ def clipped(one):
     return [100 * run.curve("train/clip_rate", "step")[1][-1] for run in one.runs]
 
 
-def bars(axes, first, value, lengths):
+def bars(axes, groups, value, lengths):
     """A group of bars for each optimizer, a bar for each length in it: the mean; dots: the seeds."""
-    optimizers = [name for name in NAMES if any((name, length) in first for length in lengths)]
+    optimizers = [name for name in NAMES if any((name, length) in groups for length in lengths)]
     for i, optimizer in enumerate(optimizers):
-        own = [length for length in lengths if (optimizer, length) in first]
+        own = [length for length in lengths if (optimizer, length) in groups]
         for j, length in enumerate(own):
-            values, place = value(first[optimizer, length]), i + (j - (len(own) - 1) / 2) * 0.8 / len(lengths)
+            values, place = value(groups[optimizer, length]), i + (j - (len(own) - 1) / 2) * 0.8 / len(lengths)
             alpha = 0.35 + 0.65 * lengths.index(length) / max(1, len(lengths) - 1)
             axes.bar(place, np.mean(values), 0.75 / len(lengths), color=COLOUR[optimizer], alpha=alpha)
             axes.plot(np.full(len(values), place), values, ".", color="black", markersize=4)

@@ -1,5 +1,6 @@
 """SophiaG(eigenbasis=True) against a float64 reference that decomposes by QR, and what its bases have to be."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -371,7 +372,7 @@ def test_on_a_gpu_as_on_the_cpu(stopped, monkeypatch):
 def test_a_recorded_turn_has_the_bits_of_a_plain_one():
     generator = torch.Generator("cuda").manual_seed(0)
     turner, sides = _Turner(torch.device("cuda")), []
-    for count, width in ((5, 384), (2, 1536), (3, 384)):
+    for count, width in ((5, 384), (12, 1536), (3, 384), (1, 3072)):
         g = torch.randn(count, width, width, generator=generator, device="cuda")
         sides.append((g @ g.mT, torch.eye(width, device="cuda").repeat(count, 1, 1)))
     turns = []
@@ -384,3 +385,20 @@ def test_a_recorded_turn_has_the_bits_of_a_plain_one():
         assert all(torch.equal(*pair) for pair in zip(turns[0], turn, strict=True))
     alone = [basis for factors, bases in sides for basis in _turn(factors, bases)]
     torch.testing.assert_close(turns[0], alone)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_turns_all_the_same(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    turner, turns = _Turner(torch.device("cuda")), []
+    g = torch.randn(2, 64, 64, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    sides = [(g @ g.mT, torch.eye(64, device="cuda").repeat(2, 1, 1))]
+    for warned in (False, True, False):
+        with pytest.warns(UserWarning, match="without a CUDA graph") if warned else contextlib.nullcontext():
+            turned, done = turner.start(sides)
+        done.synchronize()
+        turns.append([basis.clone() for basis in turned])
+    assert turner.graph is None and all(torch.equal(*pair) for pair in zip(turns[0], turns[2], strict=True))
