@@ -783,8 +783,8 @@ class _Turner:
     """Turns all bases of one device: one step of orthogonal iteration, of which many make the eigenvectors.
 
     Squares of one width are turned together. A GPU does it on a stream of its own, ahead of what waits beside it, and
-    in a CUDA graph, recorded at the second turn of the same stacks: a turn is some thousand small kernels, which take a
-    host 50 ms to start.
+    in a CUDA graph, recorded at the second turn of the same stacks: a turn is many small kernels, slow to start one by
+    one.
     """
 
     def __init__(self, device):
@@ -839,9 +839,9 @@ def _turn(factors, bases):
 
     By a Cholesky decomposition in float64, which on a GPU is faster for a batch of matrices. It squares the condition,
     so the columns are made of one length, and a thousandth of their mean eigenvalue times the identity is added to the
-    factors: that moves no eigenvector, and turns those of smaller eigenvalues hardly. Orthonormal to 1e-5 in width
-    512, 1e-4 in 2048, but for the first turns of factors of rank 1 (to 6e-3 in width 512). A basis that cannot be had,
-    of factors 0, stays as it is.
+    factors: that moves no eigenvector, and turns those of smaller eigenvalues hardly. Orthonormal to 3e-5 in width
+    512, but for the first turns of factors of rank 1 (to 6e-3). A basis that cannot be had, of factors 0, stays as it
+    is.
     """
     if factors.device.type == "mps":  # has no float64
         return _turn(factors.cpu(), bases.cpu()).to(factors.device)

@@ -25,9 +25,9 @@ NAMES = {
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 
-def groups_of(name, evidence=HERE / "evidence"):
+def groups_of(name):
     """{(optimizer, steps): its group of seeds} of those in NAMES, with the settings of the equal tunings."""
-    folders = [path.parent for path in sorted((evidence / name).glob("*/config.json"))]
+    folders = [path.parent for path in sorted((HERE / "evidence" / name).glob("*/config.json"))]
     runs = [read_run(folder) for folder in folders if not folder.name.startswith("sophiag_tuned")]  # with another beta2
     return {(one.optimizer, one.steps): one for one in group(runs) if one.optimizer in NAMES}
 
@@ -37,22 +37,18 @@ def clipped(one):
     return [100 * run.curve("train/clip_rate", "step")[1][-1] for run in one.runs]
 
 
-def bars(axes, groups, value, lengths):
-    """A group of bars for each optimizer, a bar for each length in it: the mean; dots: the seeds."""
-    optimizers = [name for name in NAMES if any((name, length) in groups for length in lengths)]
-    for i, optimizer in enumerate(optimizers):
-        own = [length for length in lengths if (optimizer, length) in groups]
+def draw_clipped(axes, python):
+    """A bar for each length of each optimizer, the mean; dots: the seeds."""
+    lengths = sorted({length for _, length in python})
+    for i, optimizer in enumerate(NAMES):
+        own = [length for length in lengths if (optimizer, length) in python]
         for j, length in enumerate(own):
-            values, place = value(groups[optimizer, length]), i + (j - (len(own) - 1) / 2) * 0.8 / len(lengths)
-            alpha = 0.35 + 0.65 * lengths.index(length) / max(1, len(lengths) - 1)
+            values, place = clipped(python[optimizer, length]), i + (j - (len(own) - 1) / 2) * 0.8 / len(lengths)
+            alpha = 0.35 + 0.65 * lengths.index(length) / (len(lengths) - 1)
             axes.bar(place, np.mean(values), 0.75 / len(lengths), color=COLOUR[optimizer], alpha=alpha)
             axes.plot(np.full(len(values), place), values, ".", color="black", markersize=4)
             axes.text(place, max(values), f"{length:,}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(optimizers)), [NAMES[name] for name in optimizers], fontsize=8)
-
-
-def draw_clipped(axes, python):
-    bars(axes, python, clipped, sorted({length for _, length in python}))
+    axes.set_xticks(range(len(NAMES)), NAMES.values(), fontsize=8)
     axes.axhline(10, color="gray", linewidth=1, linestyle="--")
     axes.set(ylabel="steps with a clipped gradient (%)", title="Clipped steps, by length of the run")
     note = "the paper: AdamW above the dashed line,\nSophia under 1%"
