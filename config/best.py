@@ -12,7 +12,8 @@ EVIDENCE = Path(__file__).resolve().parents[1] / "assets" / "evidence"
 
 def best_of(name, max_iters, only=None):
     """The `optimizers` of a sweep: each with the settings of its lowest loss in the sweep whose results are in
-    assets/evidence/NAME/sweep.json, all but max_iters. The warm-up keeps its share of the run. only: some of them.
+    assets/evidence/NAME/sweep.json, all but max_iters and seed. The warm-up keeps its share of the run. only: some of
+    them.
 
     ValueError for an optimizer whose tuning has not ended: it would have had fewer runs than the others.
     """
@@ -26,5 +27,6 @@ def best_of(name, max_iters, only=None):
         run = min(runs, key=lambda run: float(run["loss"]))
         best[optimizer] = {"optimizer_name": optimizer, **common, **named[optimizer], **run["swept"]}
         tuned_for = best[optimizer].pop("max_iters")
+        best[optimizer].pop("seed", None)
         best[optimizer]["warmup_iters"] = round(best[optimizer]["warmup_iters"] * max_iters / tuned_for)
     return best

@@ -13,3 +13,5 @@ optimizers = best_of("30m_python", max_iters=1560)
 optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py
 optimizers["nadamw"] = optimizers["adamw"] | {"optimizer_name": "nadamw"}
 optimizers |= best_of("30m_eigenbasis", max_iters=1560)
+fresh = best_of("30m_eigenbasis_fresh", max_iters=1560, only=("fresh",))["fresh"]
+optimizers["sophiag_eigenbasis_fresh"] = fresh

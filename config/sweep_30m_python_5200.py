@@ -12,3 +12,5 @@ common = {"max_iters": [5200], "seed": [3, 4, 5]}
 optimizers = best_of("30m_python", max_iters=5200)
 optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # the best of sweep_30m_recipe.py
 optimizers |= best_of("30m_eigenbasis", max_iters=5200)
+fresh = best_of("30m_eigenbasis_fresh", max_iters=5200, only=("fresh",))["fresh"]
+optimizers["sophiag_eigenbasis_fresh"] = fresh

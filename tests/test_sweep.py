@@ -348,8 +348,8 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 30, "30m_python_1560": 30, "30m_python_5200": 27, "30m_large": 8, "124m_python": 4}
-RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13}
+RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 8, "124m_python": 4}
+RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -370,7 +370,8 @@ def configs(name, tmp_path):
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
         tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw"}.get(trial.optimizer, trial.optimizer)
-        yield trial, vars(load_config(kind, trial.words[1:])), dict(best[tuned])
+        fresh = {"beta2": 0.9, "hess_interval": 5, "hess_bs": 8, "embedding_lr": 1.6e-2} if "fresh" in tuned else {}
+        yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.removesuffix("_fresh")] | fresh
 
 
 @pytest.mark.parametrize("length", [780, 1560, 5200])
@@ -412,7 +413,7 @@ def test_best_of(tmp_path, monkeypatch):
     runs = [{"optimizer": n, "swept": {"learning_rate": r, "warmup_iters": 10 * r}, "seed": None, "loss": loss}
             for n, r, loss in rates]  # fmt: skip
     runs.append({**runs[0], "seed": 1, "loss": 0.1})
-    common = {"max_iters": 100, "learning_rate": [1, 2], "weight_decay": 0.3}
+    common = {"max_iters": 100, "learning_rate": [1, 2], "weight_decay": 0.3, "seed": 1}
     named = {n: {"config": f"{n}.py"} for n in ("adamw", "lion", "muon")}
     named["mixed"] = {"optimizer_name": "sophiag", "weight_decay": 0.4}
     (tmp_path / "tuned").mkdir()
