@@ -22,13 +22,14 @@ NAMES = {
     "sophiag+eigenbasis+adamw": "the same, in\nthe eigenbasis",
     "sophiah": "Sophia-H",
 }
+LATER = "sophiag_tuned", "sophiag_eigenbasis_fresh"  # recipes that were found after the equal tunings
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 
 def groups_of(name):
-    """{(optimizer, steps): its group of seeds} of those in NAMES, with the settings of the equal tunings."""
+    """{(optimizer, steps): its group of seeds} of those in NAMES, with the equal tunings' settings."""
     folders = [path.parent for path in sorted((HERE / "evidence" / name).glob("*/config.json"))]
-    runs = [read_run(folder) for folder in folders if not folder.name.startswith("sophiag_tuned")]  # with another beta2
+    runs = [read_run(folder) for folder in folders if not folder.name.startswith(LATER)]
     return {(one.optimizer, one.steps): one for one in group(runs) if one.optimizer in NAMES}
 
 

@@ -11,5 +11,7 @@ python, eigenbasis = (run_path(str(here / f"sweep_30m_{name}.py")) for name in (
 runs, half = python["runs"], {"dataset": "books", "max_iters": 390, "eval_interval": 195}
 common = python["common"] | half | {"warmup_iters": [78, 156]}
 optimizers = python["optimizers"] | {
-    "sophiag_eigenbasis": eigenbasis["optimizers"]["sophiag_eigenbasis"] | half | {"warmup_iters": [39, 78, 156]}
+    "sophiag_eigenbasis": eigenbasis["optimizers"]["sophiag_eigenbasis"]
+    | half
+    | {"warmup_iters": [39, 78, 156], "beta2": 0.9}
 }

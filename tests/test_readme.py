@@ -57,8 +57,9 @@ def test_tables_of_measurements_are_their_files():
 
 def test_what_sophia_buys_is_what_the_runs_say():
     section = README.split("## What Sophia buys")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    said = {(length, cell) for row in rows[2:] for length, cell in zip((780, 1560, 5200), row[1:], strict=False)}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    cells = {(length, cell) for row in rows[2:] for length, cell in zip((780, 1560, 5200), row[1:], strict=True)}
+    said = {(length, cell) for length, cell in cells if cell}
     groups = group([read_run(path.parent) for path in ROOT.glob("assets/evidence/30m_python/*/config.json")])
     spread = {one.label: f" ± {one.interval:.3f}" if one.interval else ", one seed" for one in groups}
     assert said == {(one.steps, f"{np.mean(one.losses):.3f}{spread[one.label]}") for one in groups}

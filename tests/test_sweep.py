@@ -369,9 +369,10 @@ def configs(name, tmp_path):
         best[run["optimizer"]] = run["swept"]
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
-        tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw"}.get(trial.optimizer, trial.optimizer)
-        fresh = {"beta2": 0.9, "hess_interval": 5, "hess_bs": 8, "embedding_lr": 1.6e-2} if "fresh" in tuned else {}
-        yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.removesuffix("_fresh")] | fresh
+        tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw", "sophiag_eigenbasis_fresh": "sophiag_eigenbasis"}
+        kept = "sophiag_eigenbasis_fresh" if name.startswith("30m_python") else "sophiag_eigenbasis"
+        later = {"beta2": 0.9, "hess_interval": 5, "embedding_lr": 1.6e-2} if trial.optimizer == kept else {}
+        yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 
 
 @pytest.mark.parametrize("length", [780, 1560, 5200])
