@@ -13,6 +13,7 @@ What is claimed, and when:
 - A speed-up is what the baseline needs for the same final loss, over what this optimizer took. It is read off the
   final losses of the baseline's runs of several lengths, each its own schedule (of each length the best settings),
   interpolated monotonically on log steps, and never outside of them. Its 95% interval follows the spread of the seeds.
+- In seconds, a step takes what it took in the runs that had their device alone, of both sides on the same device.
 """
 
 import argparse
@@ -89,6 +90,13 @@ class Group:
         return all(run.finished for run in self.runs)
 
     @property
+    def timed(self):
+        """The runs whose seconds count: alone on their device, and on that which most of those had."""
+        alone = [run for run in self.runs if not run.shared]
+        devices = [run.device for run in alone]
+        return [run for run in alone if run.device == max(devices, key=devices.count)]
+
+    @property
     def losses(self):
         return np.array([run.final["val/loss"] for run in self.runs])
 
@@ -103,8 +111,9 @@ class Group:
         return float(stats.t.ppf(0.975, len(losses) - 1) * np.std(losses, ddof=1) / math.sqrt(len(losses)))
 
     def mean(self, key):
-        """Mean of what the runs had taken at their last step."""
-        return float(np.mean([run.final[key] for run in self.runs]))
+        """Mean of what the runs had taken at their last step; of seconds the mean of those that count."""
+        runs = self.timed if key == "seconds" else self.runs
+        return float(np.mean([run.final[key] for run in runs])) if runs else math.nan
 
 
 class Parser(argparse.ArgumentParser):
@@ -375,7 +384,7 @@ def loss_rows(groups):
             difference = f"{one.losses.mean() - other.losses.mean():+.4f}"
         steps, tokens, seconds = (one.mean(key) for key in ("step", "tokens", "seconds"))
         times = f"{seconds:,.1f}", f"{tokens / seconds:,.0f}" if seconds else ""
-        times = ("shared", "") if any(run.shared for run in one.runs) else times
+        times = times if one.timed else ("shared", "")
         p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
         sizes = f"{len(one.runs)}", f"{steps:,.0f}", f"{tokens:,.0f}"
         rates = [run.curve("train/clip_rate", "step")[1][-1:] for run in one.runs]
@@ -394,14 +403,19 @@ def speed_rows(groups):
         needs = baseline_needs(lengths, [b.losses for b in baseline], one.losses)
         cells = [with_interval(needs, lengths, "{:,.0f}")]
         for key in ("step", "tokens", "flops", "seconds"):
-            a_step = np.mean([b.mean(key) / b.steps for b in baseline])
+            theirs = [run for b in baseline for run in b.runs]
+            if key == "seconds":  # what a step takes is measured on one device, the loss may be of any
+                theirs = [run for run in theirs if not run.shared]
+                if not one.timed or not theirs:
+                    cells.append("shared")
+                    continue
+                theirs = [run for run in theirs if run.device == one.timed[0].device]
+                if not theirs:
+                    cells.append("other devices")
+                    continue
+            a_step = np.mean([run.final[key] / run.final["step"] for run in theirs])
             factor = a_step / one.mean(key) if one.mean(key) else math.nan
-            if key == "seconds" and any(run.shared for g in (one, *baseline) for run in g.runs):
-                cells.append("shared")
-            elif key == "seconds" and len({run.device for g in (one, *baseline) for run in g.runs}) > 1:
-                cells.append("other devices")
-            else:
-                cells.append(with_interval([n and n * factor for n in needs], np.multiply(lengths, factor), "{:.2f}"))
+            cells.append(with_interval([n and n * factor for n in needs], np.multiply(lengths, factor), "{:.2f}"))
         yield one.label, f"{one.steps:,}", *cells
 
 
@@ -428,12 +442,12 @@ def markdown(rows, left):
 
 def run_table(groups):
     """Every run with its own final loss."""
-    rows = [("run", "group", "seed", "final val/loss", "seconds")]
+    rows = [("run", "group", "seed", "final val/loss", "seconds", "device")]
     for one in groups:
         for run in one.runs:
-            numbers = f"{run.final['val/loss']:.4f}", f"{run.final['seconds']:,.1f}"
-            rows.append((run.name, one.label, str(run.config.get("seed", "")), *numbers))
-    return markdown(rows, left=(0, 1))
+            numbers = f"{run.final['val/loss']:.4f}", "shared" if run.shared else f"{run.final['seconds']:,.1f}"
+            rows.append((run.name, one.label, str(run.config.get("seed", "")), *numbers, run.device))
+    return markdown(rows, left=(0, 1, 5))
 
 
 def notes(groups):
@@ -450,8 +464,10 @@ def notes(groups):
             yield f"{run.name} is not finished: its numbers are those of step {step} of {last}."
     if any(run.shared for run in runs):
         yield "Shared: the runs had company on their device, so their times say nothing."
-    if len({run.device for run in runs}) > 1:
-        yield f"Seconds are of different devices: {', '.join(f'{run.name} on {run.device}' for run in runs)}."
+    timed = [one for one in groups if one.timed]
+    if len(devices := sorted({one.timed[0].device for one in timed})) > 1:
+        for device in devices:
+            yield f"Seconds on {device}: {'; '.join(one.label for one in timed if one.timed[0].device == device)}."
     if len(groups) > 1:
         yield f"Better, worse: p < {ALPHA} in Welch's test, two seeds or more each, equally long finished runs."
         if not list(speed_rows(groups)):

@@ -104,19 +104,21 @@ def draw_losses(styled, prefix, unit):
     late = []
     for one, style in styled:
         common = set.intersection(*({line["step"] for line in run.evaluations} for run in one.runs))
-        lines = [[line for line in run.evaluations if line["step"] in common] for run in one.runs]
-        losses = np.array([[line["val/loss"] for line in own] for own in lines])
+        losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in one.runs]
+        losses = np.array(losses)
         late += list(losses[:, np.array(sorted(common)) >= max(common) / 10].ravel())
         for axes, key in zip(panels, QUANTITIES.values(), strict=True):
-            for run in one.runs:
+            runs = (one.timed or one.runs) if key == "seconds" else one.runs
+            for run in runs:
                 curve = run.curve("train/loss", key)
                 if not curve.size:
                     continue
                 where, train = running_mean(curve, max(1, round(SMOOTHING * curve.shape[1])))
                 axes.plot(where, train, linewidth=0.7, alpha=0.4, **style)
-            where = np.mean([[line[key] for line in own] for own in lines], axis=0)
+            where = [[line[key] for line in run.evaluations if line["step"] in common] for run in runs]
+            where = np.mean(where, axis=0)
             axes.plot(where, losses.mean(axis=0), **STRONG, markevery=max(1, len(where) // 25), **style)
-            if len(lines) > 1:
+            if len(one.runs) > 1:
                 axes.fill_between(where, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=style["color"])
     late = [loss for loss in late if math.isfinite(loss)] or [0, 1]
     margin = 0.05 * (max(late) - min(late)) or 0.1
@@ -124,6 +126,8 @@ def draw_losses(styled, prefix, unit):
         axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
         if not axes.lines or all(np.isnan(line.get_xdata()).all() for line in axes.lines):
             axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
+        elif "seconds" in quantity and len({one.timed[0].device for one, _ in styled if one.timed}) > 1:
+            axes.set_xlabel(f"{quantity}, of several devices")
         axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
         if "seconds" not in quantity:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -212,9 +216,7 @@ def draw_scaling(groups, prefix, unit):
     finished = [one for one in groups if one.finished and np.isfinite(one.losses).all()]
     ticks = sorted({one.runs[0].parameters for one in finished})
     for i, optimizer in enumerate(dict.fromkeys(one.optimizer for one in finished)):
-        best = best_of_each(
-            [one for one in finished if one.optimizer == optimizer], lambda one: one.runs[0].parameters
-        )
+        best = best_of_each([one for one in finished if one.optimizer == optimizer], lambda one: one.runs[0].parameters)
         sizes, (losses, error) = list(best), means_and_errors(best.values())
         label, colour = optimizer, COLOURS[i % len(COLOURS)]
         if len(sizes) > 2:

@@ -104,12 +104,12 @@ def test_times_of_runs_that_shared_their_device_say_nothing(tmp_path, capsys):
     runs += seeds(tmp_path, "lion", [1.9, 1.91])
     for shared in (runs[:2], runs):
         for run in shared:
-            path = pathlib.Path(run, "config.json")
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"shared_device": True}))
+            edit(run, shared_device=True)
         (rows, speed_ups), printed = compared(capsys, *runs, f"--out={tmp_path / 'figure'}")
         assert rows["adamw, max_iters=100"]["seconds"] == "shared" and not rows["adamw, max_iters=100"]["tokens/s"]
         assert (rows["lion"]["seconds"] == "50.0") == (len(shared) == 2)
-        assert speed_ups["lion"]["in seconds"] == "shared" and speed_ups["lion"]["in steps"].startswith("1.")
+        assert speed_ups["lion"]["in steps"].startswith("1.")
+        assert (speed_ups["lion"]["in seconds"] == "shared") == (len(shared) > 2)  # the longer runs have a step's time
         assert "the runs had company on their device" in printed
         assert ("these runs shared their device" in (tmp_path / "figure.svg").read_text()) == (len(shared) > 2)
 
@@ -184,9 +184,40 @@ def test_diverged_runs(tmp_path, capsys):
     assert rows["adamw"]["verdict"] == "no claim: the baseline diverged"
 
 
+def edit(run, **facts):
+    path = pathlib.Path(run, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
 def test_other_devices_are_named(tmp_path, capsys):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", device_name="NVIDIA H200", config={"seed": 2})
-    assert f"{a} on 1 x cpu, {b} on 1 x NVIDIA H200" in compared(capsys, a, b)[1]
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", device_name="NVIDIA H200", config={"optimizer_name": "lion"})
+    printed = compared(capsys, a, b, f"--out={tmp_path / 'figure'}")[1]
+    assert "Seconds on 1 x NVIDIA H200: lion.\nSeconds on 1 x cpu: adamw.\n" in printed
+    assert "of several devices" in (tmp_path / "figure.svg").read_text()
+
+
+def test_seconds_are_held_against_those_of_the_same_device(tmp_path, capsys):
+    """A step's time is that of runs alone on the device that most of a group's had; the losses are of all runs."""
+    short, long = seeds(tmp_path, "adamw", [2.0, 2.02]), seeds(tmp_path, "adamw", [1.8, 1.82], steps=200)
+    lion = seeds(tmp_path, "lion", [1.9, 1.91, 1.92])
+    for run in (*long, lion[2]):
+        edit(run, device_name="NVIDIA H200")
+    for run in (long[1], lion[2]):  # whose times no one should see
+        path = pathlib.Path(run, "metrics.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line | {"seconds": 9 * line["seconds"]}) + "\n" for line in lines))
+    (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
+    assert rows["lion"]["seconds"] == "50.0" and speed_ups["lion"]["in seconds"] == speed_ups["lion"]["in steps"]
+    for run in short:
+        edit(run, shared_device=True)
+    (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
+    assert rows["adamw, max_iters=100"]["seconds"] == "shared" and speed_ups["lion"]["in seconds"] == "other devices"
+    edit(lion[0], shared_device=True), edit(lion[1], shared_device=True)
+    edit(long[1], shared_device=True)
+    (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
+    factor = 100 / 450 * float(speed_ups["lion"]["in steps"].split()[0])  # a step of lion[2] is nine times as long
+    assert float(speed_ups["lion"]["in seconds"].split()[0]) == pytest.approx(factor / 2, abs=0.01)
 
 
 # ----- speed-up
