@@ -58,7 +58,8 @@ def test_tables_of_measurements_are_their_files():
 def test_what_sophia_buys_is_what_the_runs_say():
     section = README.split("## What Sophia buys")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
-    cells = {(length, cell) for row in rows[2:] for length, cell in zip((780, 1560, 5200), row[1:], strict=True)}
+    lengths = [int(head.removesuffix(" steps").replace(",", "")) for head in rows[0][1:]]
+    cells = {(length, cell) for row in rows[2:] for length, cell in zip(lengths, row[1:], strict=True)}
     said = {(length, cell) for length, cell in cells if cell}
     groups = group([read_run(path.parent) for path in ROOT.glob("assets/evidence/30m_python/*/config.json")])
     spread = {one.label: f" ± {one.interval:.3f}" if one.interval else ", one seed" for one in groups}

@@ -348,8 +348,9 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 8, "124m_python": 4}
+RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 21, "124m_python": 4}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
+RUNS |= {"30m_python_7800": 3}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -375,7 +376,7 @@ def configs(name, tmp_path):
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 
 
-@pytest.mark.parametrize("length", [780, 1560, 5200])
+@pytest.mark.parametrize("length", [780, 1560, 5200, 7800])
 def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
     """With the settings of the tuning's best run, the warm-up's share included, and seeds of its own."""
     monkeypatch.chdir(ROOT)
@@ -394,10 +395,8 @@ def test_what_was_best_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert all(config["scale_attn_by_inverse_layer_idx"] for _, config, _ in configs("30m_attn", tmp_path))
     for _, config, best in configs("30m_large", tmp_path):
-        assert config["total_bs"] * config["block_size"] == 2**19 and config["learning_rate"] in (
-            best["learning_rate"],
-            2 * best["learning_rate"],
-        )
+        assert config["total_bs"] * config["block_size"] == 2**19
+        assert best["learning_rate"] / config["learning_rate"] in (1, 2, 4)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
     for _, config, best in configs("124m_python", tmp_path):
         assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
