@@ -1,7 +1,7 @@
 # GPT-2 with 30M parameters on Python source text with the best Sophia-G that was found: in the eigenbasis of its
 # curvature, after an equal tuning and 25 runs more. 128 sequences of 512 tokens a step, 1560 steps (102M tokens).
-# Better than the tuned AdamW at 780, 1560 and 5200 steps; worse than Muon at 780 and 1560 and than SOAP at 1560 (README,
-# "What Sophia buys"). On other text it was not tried, at 124M with one seed.
+# Better than the tuned AdamW at 780, 1560 and 5200 steps; worse than Muon at 780 and 1560, and than SOAP at 1560 (see
+# README, "What Sophia buys"). On other text it was not tried, at 124M with one seed.
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_tuned.py
 
