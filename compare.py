@@ -92,9 +92,7 @@ class Group:
     @property
     def timed(self):
         """The runs whose seconds count: alone on their device, and on that which most of those had."""
-        alone = [run for run in self.runs if not run.shared]
-        devices = [run.device for run in alone]
-        return [run for run in alone if run.device == max(devices, key=devices.count)]
+        return max(alone_on_devices(self.runs).values(), key=len, default=[])
 
     @property
     def losses(self):
@@ -111,9 +109,14 @@ class Group:
         return float(stats.t.ppf(0.975, len(losses) - 1) * np.std(losses, ddof=1) / math.sqrt(len(losses)))
 
     def mean(self, key):
-        """Mean of what the runs had taken at their last step; of seconds the mean of those that count."""
-        runs = self.timed if key == "seconds" else self.runs
-        return float(np.mean([run.final[key] for run in runs])) if runs else math.nan
+        """Mean of what the runs had taken at their last step."""
+        return float(np.mean([run.final[key] for run in self.runs]))
+
+
+def alone_on_devices(runs):
+    """{device: the runs that had one to themselves}, in the order of the devices' names."""
+    devices = sorted({run.device for run in runs if not run.shared})
+    return {device: [run for run in runs if run.device == device and not run.shared] for device in devices}
 
 
 class Parser(argparse.ArgumentParser):
@@ -382,9 +385,11 @@ def loss_rows(groups):
         else:
             p, words = verdict(one.losses, other.losses)
             difference = f"{one.losses.mean() - other.losses.mean():+.4f}"
-        steps, tokens, seconds = (one.mean(key) for key in ("step", "tokens", "seconds"))
-        times = f"{seconds:,.1f}", f"{tokens / seconds:,.0f}" if seconds else ""
-        times = times if one.timed else ("shared", "")
+        steps, tokens = one.mean("step"), one.mean("tokens")
+        times = "shared", ""
+        if timed := one.timed:
+            took, trained = (np.mean([run.final[key] for run in timed]) for key in ("seconds", "tokens"))
+            times = f"{took:,.1f}", f"{trained / took:,.0f}" if took else ""
         p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
         sizes = f"{len(one.runs)}", f"{steps:,.0f}", f"{tokens:,.0f}"
         rates = [run.curve("train/clip_rate", "step")[1][-1:] for run in one.runs]
@@ -402,19 +407,20 @@ def speed_rows(groups):
         lengths = [b.steps for b in baseline]
         needs = baseline_needs(lengths, [b.losses for b in baseline], one.losses)
         cells = [with_interval(needs, lengths, "{:,.0f}")]
+        ours, theirs = one.runs, [run for b in baseline for run in b.runs]
         for key in ("step", "tokens", "flops", "seconds"):
-            theirs = [run for b in baseline for run in b.runs]
-            if key == "seconds":  # what a step takes is measured on one device, the loss may be of any
-                theirs = [run for run in theirs if not run.shared]
-                if not one.timed or not theirs:
+            if key == "seconds":  # what a step takes is measured on one device, the losses may be of any
+                timed, others = alone_on_devices(ours), alone_on_devices(theirs)
+                if not timed or not others:
                     cells.append("shared")
                     continue
-                theirs = [run for run in theirs if run.device == one.timed[0].device]
-                if not theirs:
+                if not timed.keys() & others:
                     cells.append("other devices")
                     continue
-            a_step = np.mean([run.final[key] / run.final["step"] for run in theirs])
-            factor = a_step / one.mean(key) if one.mean(key) else math.nan
+                device = max((device for device in timed if device in others), key=lambda device: len(timed[device]))
+                ours, theirs = timed[device], others[device]
+            took = np.mean([run.final[key] for run in ours])
+            factor = np.mean([run.final[key] / run.final["step"] for run in theirs]) / took if took else math.nan
             cells.append(with_interval([n and n * factor for n in needs], np.multiply(lengths, factor), "{:.2f}"))
         yield one.label, f"{one.steps:,}", *cells
 
@@ -465,6 +471,9 @@ def notes(groups):
     if any(run.shared for run in runs):
         yield "Shared: the runs had company on their device, so their times say nothing."
     timed = [one for one in groups if one.timed]
+    for one in timed:
+        if len(one.timed) < len(one.runs):
+            yield f"Seconds of {one.label} are of {len(one.timed)} of its {len(one.runs)} runs."
     if len(devices := sorted({one.timed[0].device for one in timed})) > 1:
         for device in devices:
             yield f"Seconds on {device}: {'; '.join(one.label for one in timed if one.timed[0].device == device)}."

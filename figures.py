@@ -199,7 +199,8 @@ def draw_finals(styled, prefix, unit):
             best = best_of_each([one for one, _ in own], lambda one: one.steps)
             style = STRONG | {"color": own[0][1]["color"], "label": optimizer, "capsize": 4}
             panels[1].errorbar(list(best), *means_and_errors(best.values()), **style)
-        panels[1].set(xscale="log", xlabel="optimizer steps of the whole schedule", ylabel=f"final val/loss ({unit})")
+        panels[1].set(xscale="log", ylabel=f"final val/loss ({unit})")
+        panels[1].set_xlabel("optimizer steps of the whole schedule;\nof each length the best settings")
         steps = sorted({one.steps for one, _ in finished})
         panels[1].set_xticks(steps, [f"{step:,}" for step in steps])
         panels[1].xaxis.set_minor_locator(NullLocator())

@@ -208,16 +208,32 @@ def test_seconds_are_held_against_those_of_the_same_device(tmp_path, capsys):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(line | {"seconds": 9 * line["seconds"]}) + "\n" for line in lines))
     (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
-    assert rows["lion"]["seconds"] == "50.0" and speed_ups["lion"]["in seconds"] == speed_ups["lion"]["in steps"]
+    assert (rows["lion"]["seconds"], rows["lion"]["tokens/s"]) == ("50.0", "3,072")
+    assert speed_ups["lion"]["in seconds"] == speed_ups["lion"]["in steps"]
     for run in short:
+        edit(run, shared_device=True)  # so that both sides were alone on an H200 only
+    (rows, speed_ups), printed = compared(capsys, *short, *long, *lion)
+    assert rows["adamw, max_iters=100"]["seconds"] == "shared" and rows["lion"]["seconds"] == "50.0"
+    in_steps, in_seconds = (float(speed_ups["lion"][f"in {key}"].split()[0]) for key in ("steps", "seconds"))
+    assert in_seconds == pytest.approx(in_steps * np.mean([0.5, 4.5]) / 4.5, abs=0.02)  # seconds a step, of both sides
+    assert "Seconds of lion are of 2 of its 3 runs." in printed
+    edit(lion[2], shared_device=True)
+    speed_ups = compared(capsys, *short, *long, *lion)[0][1]
+    assert speed_ups["lion"]["in seconds"] == "other devices"
+    for run in lion[:2]:
         edit(run, shared_device=True)
     (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
-    assert rows["adamw, max_iters=100"]["seconds"] == "shared" and speed_ups["lion"]["in seconds"] == "other devices"
-    edit(lion[0], shared_device=True), edit(lion[1], shared_device=True)
-    edit(long[1], shared_device=True)
-    (rows, speed_ups), _ = compared(capsys, *short, *long, *lion)
-    factor = 100 / 450 * float(speed_ups["lion"]["in steps"].split()[0])  # a step of lion[2] is nine times as long
-    assert float(speed_ups["lion"]["in seconds"].split()[0]) == pytest.approx(factor / 2, abs=0.01)
+    assert rows["lion"]["seconds"] == speed_ups["lion"]["in seconds"] == "shared"
+
+
+def test_of_two_devices_it_is_the_same_in_any_order(tmp_path, capsys):
+    runs = seeds(tmp_path, "adamw", [2.0, 2.02])
+    edit(runs[0], device_name="a slow one")
+    path = pathlib.Path(runs[0], "metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"seconds": 9 * line["seconds"]}) + "\n" for line in lines))
+    for order in (runs, runs[::-1]):
+        assert compared(capsys, *order)[0][0]["adamw"]["seconds"] == "450.0"
 
 
 # ----- speed-up

@@ -1,11 +1,12 @@
 """The README against the code: its snippet runs, its table is the settings, its files and scripts are there."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.report import markdown_table
-from compare import group, read_run
+from compare import group, read_run, report
 from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig
@@ -55,15 +56,41 @@ def test_tables_of_measurements_are_their_files():
         assert markdown_table(ROOT / path) in README, path
 
 
+ROWS = {  # of the table in "What Sophia buys": how the folders of their runs begin
+    "AdamW": "adamw",
+    "Sophia-G": "sophiag",
+    "Sophia-H": "sophiah",
+    "Sophia-G, AdamW for the embeddings": "sophiag_adamw",
+    "the same, beta2 0.95": "sophiag_tuned",
+    "Sophia-G in the eigenbasis, AdamW for the embeddings": "sophiag_eigenbasis",
+    "the same, tuned further (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_eigenbasis_fresh",
+    "SOAP, AdamW for embeddings and vectors": "soap",
+    "Muon, AdamW for embeddings and vectors": "muon",
+    "Lion": "lion",
+    "NAdamW with AdamW's settings": "nadamw",
+}
+
+
 def test_what_sophia_buys_is_what_the_runs_say():
     section = README.split("## What Sophia buys")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
     lengths = [int(head.removesuffix(" steps").replace(",", "")) for head in rows[0][1:]]
-    cells = {(length, cell) for row in rows[2:] for length, cell in zip(lengths, row[1:], strict=True)}
-    said = {(length, cell) for length, cell in cells if cell}
-    groups = group([read_run(path.parent) for path in ROOT.glob("assets/evidence/30m_python/*/config.json")])
-    spread = {one.label: f" ± {one.interval:.3f}" if one.interval else ", one seed" for one in groups}
-    assert said == {(one.steps, f"{np.mean(one.losses):.3f}{spread[one.label]}") for one in groups}
+    said = {(ROWS[row[0]], n): cell for row in rows[2:] for n, cell in zip(lengths, row[1:], strict=True) if cell}
+    folders = [path.parent for path in sorted(ROOT.glob("assets/evidence/30m_python/*/config.json"))]
+    groups, measured = group([read_run(path) for path in folders]), {}
+    for one in groups:
+        spread = f" ± {one.interval:.3f}" if one.interval else ", one seed"
+        name = Path(one.runs[0].name).name.split("_max_iters=")[0]
+        measured[name, one.steps] = f"{np.mean(one.losses):.3f}{spread}"
+    assert said == measured
+    printed, prose = "\n".join(report(groups)), " ".join(section.split("```")[2].split())
+    intervals = re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", prose)
+    assert len(intervals) >= 6 and all(interval in printed for interval in intervals)
+    runs = [read_run(path.parent) for path in sorted(ROOT.glob("assets/evidence/124m_python/*/config.json"))]
+    for optimizer, name in (("adamw", "AdamW"), ("muon", "Muon"), ("soap", "SOAP"), ("sophiag", "Sophia-G in the")):
+        (run,) = [run for run in runs if run.config["optimizer_name"] == optimizer]
+        assert re.search(rf"{run.final['val/loss']:.3f} with {name}", prose), name
+        assert f"{run.final['seconds']:.0f}" in prose
 
 
 def test_files_that_it_names_are_there():

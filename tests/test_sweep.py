@@ -348,9 +348,9 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 21, "124m_python": 4}
+RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 24, "124m_python": 4}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
-RUNS |= {"30m_python_7800": 3}
+RUNS |= {"30m_python_7800": 3, "30m_again_780": 6, "30m_again_1560": 6}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -371,16 +371,17 @@ def configs(name, tmp_path):
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
         tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw", "sophiag_eigenbasis_fresh": "sophiag_eigenbasis"}
-        kept = "sophiag_eigenbasis_fresh" if name.startswith("30m_python") else "sophiag_eigenbasis"
+        kept = "sophiag_eigenbasis_fresh" if name.startswith(("30m_python", "30m_again")) else "sophiag_eigenbasis"
         later = {"beta2": 0.9, "hess_interval": 5, "embedding_lr": 1.6e-2} if trial.optimizer == kept else {}
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 
 
-@pytest.mark.parametrize("length", [780, 1560, 5200, 7800])
-def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
+@pytest.mark.parametrize("name", ["python_780", "python_1560", "python_5200", "python_7800", "again_780", "again_1560"])
+def test_what_was_best_runs_longer(tmp_path, monkeypatch, name):
     """With the settings of the tuning's best run, the warm-up's share included, and seeds of its own."""
     monkeypatch.chdir(ROOT)
-    for trial, config, best in configs(f"30m_python_{length}", tmp_path):
+    length = int(name.split("_")[1])
+    for trial, config, best in configs(f"30m_{name}", tmp_path):
         assert config["max_iters"] == length == config["lr_decay_iters"] and config["warmup_iters"] > 0
         assert config["warmup_iters"] * 780 == best.pop("warmup_iters") * length
         assert {key: config[key] for key in best} == best and config["seed"] == trial.swept["seed"]
@@ -394,10 +395,14 @@ def test_what_was_best_runs_longer(tmp_path, monkeypatch, length):
 def test_what_was_best_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert all(config["scale_attn_by_inverse_layer_idx"] for _, config, _ in configs("30m_attn", tmp_path))
-    for _, config, best in configs("30m_large", tmp_path):
+    shares = {}
+    for trial, config, best in configs("30m_large", tmp_path):
         assert config["total_bs"] * config["block_size"] == 2**19
-        assert best["learning_rate"] / config["learning_rate"] in (1, 2, 4)
+        shares.setdefault(trial.optimizer, []).append(best["learning_rate"] / config["learning_rate"])
+        if "sophia" in trial.optimizer:
+            assert config["hess_bs"] == (64 if trial.optimizer == "sophiag_eigenbasis" else 256)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
+    assert len(shares) == 8 and all(own == [1, 2, 4] for own in shares.values())
     for _, config, best in configs("124m_python", tmp_path):
         assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
         assert config["learning_rate"] == best["learning_rate"] / 2 and config["embedding_lr"] == best["embedding_lr"]
