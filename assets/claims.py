@@ -3,7 +3,8 @@
     python -m assets.claims        # writes assets/claims.png
 
 From what is in assets/evidence/ and assets/bench/: the share of clipped steps, the need for
-scale_attn_by_inverse_layer_idx, Sophia-H against Sophia-G, and the curvature's cost.
+scale_attn_by_inverse_layer_idx, how much Sophia-G minds rho and beta2 (a diagonal step, AdamW for the embeddings) and
+what share of the hidden matrices it leaves unclipped at each rho, Sophia-H against Sophia-G, and the curvature's cost.
 """
 
 import json
@@ -26,11 +27,14 @@ LATER = "sophiag_tuned", "sophiag_eigenbasis_fresh"  # recipes that were found a
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 
+def runs_of(name):
+    folders = [path.parent for path in sorted((HERE / "evidence" / name).glob("*/config.json"))]
+    return [read_run(folder) for folder in folders if not folder.name.startswith(LATER)]
+
+
 def groups_of(name):
     """{(optimizer, steps): its group of seeds} of those in NAMES, with the equal tunings' settings."""
-    folders = [path.parent for path in sorted((HERE / "evidence" / name).glob("*/config.json"))]
-    runs = [read_run(folder) for folder in folders if not folder.name.startswith(LATER)]
-    return {(one.optimizer, one.steps): one for one in group(runs) if one.optimizer in NAMES}
+    return {(one.optimizer, one.steps): one for one in group(runs_of(name)) if one.optimizer in NAMES}
 
 
 def clipped(one):
@@ -66,6 +70,35 @@ def draw_attention(axes, python, attention):
     axes.set_xticks(range(len(names)), [NAMES[name] for name in names], fontsize=8)
     axes.set(ylabel="final val/loss (nats)", xlim=(-0.6, len(names) - 0.4))
     axes.set_title("scale_attn_by_inverse_layer_idx: without (pale), with; 780 steps", fontsize=10)
+
+
+def draw_sensitivity(axes, python, runs):
+    """A line over rho for each beta2, one seed a point; behind them the tuned AdamW's mean and 95% interval."""
+    points = {(run.config["rho"], run.config["beta2"]): run.final["val/loss"] for run in runs}
+    rhos, betas = (sorted({key[i] for key in points}) for i in (0, 1))
+    adamw = python["adamw", 780]
+    low, high = adamw.losses.mean() - adamw.interval, adamw.losses.mean() + adamw.interval
+    axes.axhspan(low, high, color=COLOUR["adamw"], alpha=0.15, linewidth=0)
+    axes.axhline(adamw.losses.mean(), color=COLOUR["adamw"], linewidth=1, label="AdamW, mean and 95% interval")
+    for i, beta2 in enumerate(betas):
+        losses, alpha = [points[rho, beta2] for rho in rhos], 0.4 + 0.6 * i / (len(betas) - 1)
+        style = {"color": COLOUR["sophiag+adamw"], "alpha": alpha, "label": f"beta2 {beta2:g}"}
+        axes.plot(rhos, losses, marker="osD^"[i % 4], **style)
+    axes.set(xscale="log", xlabel="rho", ylabel="final val/loss (nats)")
+    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+    axes.xaxis.minorticks_off()
+    axes.set_title("rho and beta2, Sophia-G with AdamW for embeddings, 780 steps, one seed", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_win_rates(axes, runs):
+    """The share of the hidden matrices that is not clipped, over the run, for each rho at the config's beta2."""
+    for run in sorted((run for run in runs if run.config["beta2"] == 0.99), key=lambda run: run.config["rho"]):
+        steps, rates = run.curve("train/win_rate/matrices", "step")
+        (line,) = axes.plot(steps, 100 * rates, linewidth=1.2)
+        axes.annotate(f"rho {run.config['rho']:g}", (steps[-1], 100 * rates[-1]), color=line.get_color(), fontsize=8)
+    axes.set(xlabel="optimizer steps", ylabel="coordinates not clipped (%)", ylim=(0, 104))
+    axes.set_title("Win rate of the hidden matrices, beta2 0.99, the same runs", fontsize=10)
 
 
 def draw_estimators(axes, python):
@@ -104,13 +137,15 @@ def draw_cost(axes, rows):
 
 
 def main(prefix=HERE / "claims"):
-    python, attention = groups_of("30m_python"), groups_of("30m_attn")
+    python, attention, sensitivity = groups_of("30m_python"), groups_of("30m_attn"), runs_of("30m_rho_beta2")
     bench = json.loads((HERE / "bench" / "train.json").read_text(encoding="utf-8"))
-    figure, panels = new_figure(2, 2, width=13, height=4.4)
+    figure, panels = new_figure(2, 3, width=19, height=4.4)
     draw_clipped(panels[0], python)
     draw_attention(panels[1], python, attention)
-    draw_estimators(panels[2], python)
-    draw_cost(panels[3], bench["rows"])
+    draw_cost(panels[2], bench["rows"])
+    draw_sensitivity(panels[3], python, sensitivity)
+    draw_win_rates(panels[4], sensitivity)
+    draw_estimators(panels[5], python)
     figure.savefig(f"{prefix}.png", dpi=150)
     print(f"wrote {prefix}.png")
 

@@ -12,6 +12,7 @@ import train_adam
 import train_sophiag
 from assets import claims
 from assets.evidence import collect
+from figures import new_figure
 from sweep import state_text
 from tests.conftest import read_lines, tiny_words
 from tests.test_compare import write_run
@@ -39,6 +40,19 @@ def test_the_papers_claims_are_drawn_from_the_runs(tmp_path):
     assert sum(len(one.runs) for one in groups.values()) == len(folders) - later > 0, "a group hides another"
     last = read_lines(collect.EVIDENCE / "30m_python" / "adamw_max_iters=780_seed=3")[-2]
     assert claims.clipped(groups["adamw", 780])[0] == 100 * last["train/clip_rate"]
+
+
+def test_rho_and_beta2_are_drawn_as_the_sweep_found_them():
+    state = json.loads((collect.EVIDENCE / "30m_rho_beta2" / "sweep.json").read_text())
+    found = {(run["swept"]["rho"], run["swept"]["beta2"]): run["loss"] for run in state["runs"]}
+    assert len(found) == 16 and None not in found.values(), "part of the sweep is missing"
+    _, (axes,) = new_figure(1, 1)
+    claims.draw_sensitivity(axes, claims.groups_of("30m_python"), claims.runs_of("30m_rho_beta2"))
+    drawn = {}
+    for line in axes.get_lines()[1:]:
+        beta2 = float(line.get_label().removeprefix("beta2 "))
+        drawn |= {(rho, beta2): loss for rho, loss in zip(*line.get_data(), strict=True)}
+    assert drawn == found
 
 
 def test_two_runs_are_collected_and_redrawn_without_the_originals(corpus, tmp_path, monkeypatch, capsys):
