@@ -11,8 +11,8 @@ best_of = run_path(str(Path(__file__).with_name("best.py")))["best_of"]
 common = {"max_iters": 260}
 large = {"total_bs": 1024, "eval_interval": 130}
 best = best_of("30m_python", max_iters=260) | best_of("30m_eigenbasis", max_iters=260, only=("soap",))
-best["sophiag_eigenbasis"] = best_of("30m_eigenbasis_fresh", max_iters=260, only=("fresh",))["fresh"]
-best["sophiag_eigenbasis"]["hess_bs"] = 64  # a sixteenth of the batch, as there
+best["sophiag_eigenbasis_fresh"] = best_of("30m_eigenbasis_fresh", max_iters=260, only=("fresh",))["fresh"]
+best["sophiag_eigenbasis_fresh"]["hess_bs"] = 64  # a sixteenth of the batch, as there
 best["sophiah"]["hess_bs"] = 256  # a quarter, as there; Sophia-G's default follows the batch
 optimizers = {
     name: settings | large | {"learning_rate": [settings["learning_rate"] * share for share in (1, 0.5, 0.25)]}

@@ -371,7 +371,7 @@ def configs(name, tmp_path):
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
         tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw", "sophiag_eigenbasis_fresh": "sophiag_eigenbasis"}
-        kept = "sophiag_eigenbasis_fresh" if name.startswith(("30m_python", "30m_again")) else "sophiag_eigenbasis"
+        kept = "sophiag_eigenbasis_fresh" if name.startswith(("30m_python", "30m_again", "30m_large")) else "sophiag_eigenbasis"
         later = {"beta2": 0.9, "hess_interval": 5, "embedding_lr": 1.6e-2} if trial.optimizer == kept else {}
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 
@@ -400,7 +400,7 @@ def test_what_was_best_otherwise(tmp_path, monkeypatch):
         assert config["total_bs"] * config["block_size"] == 2**19
         shares.setdefault(trial.optimizer, []).append(best["learning_rate"] / config["learning_rate"])
         if "sophia" in trial.optimizer:
-            assert config["hess_bs"] == (64 if trial.optimizer == "sophiag_eigenbasis" else 256)
+            assert config["hess_bs"] == (64 if trial.optimizer == "sophiag_eigenbasis_fresh" else 256)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
     assert len(shares) == 8 and all(own == [1, 2, 4] for own in shares.values())
     for _, config, best in configs("124m_python", tmp_path):
