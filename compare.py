@@ -78,7 +78,7 @@ class Group:
     def optimizer(self):
         """Its name; Sophia with AdamW for some groups of parameters, or in an eigenbasis, is another than without."""
         config = self.runs[0].config
-        parts = [config["optimizer_name"], *(["eigenbasis"] if config.get("eigenbasis") else [])]
+        parts = [config["optimizer_name"], *(name for name in ("eigenbasis", "spectral") if config.get(name))]
         return "+".join([*parts, *(["adamw"] if config.get("adamw_for", "none") != "none" else [])])
 
     @property

@@ -96,6 +96,8 @@ class _Sophia(Optimizer):
                 raise ValueError("eigenbasis=True cannot be captured in a CUDA graph, leave capturable=False")
             if param.is_complex():
                 raise ValueError("eigenbasis=True is for real matrices, leave complex ones to another group")
+        if group.get("spectral") and not group.get("eigenbasis"):
+            raise ValueError("spectral=True needs the curvature's eigenvectors, set eigenbasis=True too")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -466,6 +468,12 @@ class SophiaG(_Sophia):
             more are kept for either side, on a GPU three, which embeddings make too large. A matrix of three squares,
             query, key and value in GPT-2, is taken as three. update_hessian() only begins it: bases and h are new in
             the next step(), statistics() or state_dict().
+        spectral: these matrices take, in place of the divided and clipped m, the steepest step under the spectral norm
+            of coordinates that the curvature has whitened, D_l^-1/8 O(D_l^-1/8 M D_r^-1/8) D_r^-1/8 with M the rotated
+            m, D_l and D_r the eigenvalues of its sides (the means of h over columns and rows) and O(X) the nearest
+            orthogonal matrix to X, as in Mousse (arXiv:2603.09697), with sampled labels' gradients for its own. Where
+            no curvature is known, that is Muon's step. It is as long as Muon's scaled to AdamW (arXiv:2502.16982),
+            about 0.2 lr a coordinate, so lr is Muon's too; rho is without effect.
         foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor at a time on the CPU.
             fused=True (CUDA, needs Triton) is one launch for all tensors alike, and the fastest; tensors that it
             cannot take (float64, strides that differ or overlap) go through foreach.
@@ -487,11 +495,11 @@ class SophiaG(_Sophia):
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *, maximize=False,
-                 capturable=False, bias_correction=False, nesterov=False, eigenbasis=False,
+                 capturable=False, bias_correction=False, nesterov=False, eigenbasis=False, spectral=False,
                  foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize,
                     "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov,
-                    "eigenbasis": eigenbasis}  # fmt: skip
+                    "eigenbasis": eigenbasis, "spectral": spectral}  # fmt: skip
         super().__init__(params, defaults, foreach, fused, max_grad_norm)
 
     def step(self, closure=None, bs=5120):
@@ -654,14 +662,17 @@ def _foreach_step(bucket, *, lr, beta1, beta2, rho, eps, weight_decay, maximize,
     moved = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
     if bucket.sides:
         moved = _rotate(_all_parts(moved), bucket.sides, moved)
-    denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
-    if eps is None:
-        torch._foreach_add_(denominator, _EPS)
+    if bucket.sides and bucket.group["spectral"]:
+        update = _matrices(_spectral(_all_parts(moved), _all_parts(h)), moved)
     else:
-        torch._foreach_clamp_min_(denominator, eps)
-    update = torch._foreach_div(moved, denominator)
-    torch._foreach_clamp_min_(update, -1)
-    torch._foreach_clamp_max_(update, 1)
+        denominator = torch._foreach_mul(h, _corrected(rho, beta2, bucket.hessian_steps, dtype))
+        if eps is None:
+            torch._foreach_add_(denominator, _EPS)
+        else:
+            torch._foreach_clamp_min_(denominator, eps)
+        update = torch._foreach_div(moved, denominator)
+        torch._foreach_clamp_min_(update, -1)
+        torch._foreach_clamp_max_(update, 1)
     if bucket.sides:
         update = _rotate_back(update, bucket.sides)
     if isinstance(lr, Tensor):
@@ -740,6 +751,7 @@ def _single_tensor_sums(bucket, *, beta2, rho, eps):
 
 _SIDE = "factor", "basis"
 _FACTOR_DECAY = 0.95  # an estimate at a time, at most: the factors forget no slower, and no slower than h
+_TINY = 1e-30  # kept off 0 in float32 and wider
 _SQUARES_ELEMENTS = 2**25  # worked on at a time, in float64: 256 MiB, and a few times that in between
 
 
@@ -772,6 +784,33 @@ def _rotate_back(matrices, sides):
     left, right = (bases for _, bases in sides)
     with torch.autocast(left.device.type, enabled=False):
         return _matrices(left @ _all_parts(matrices) @ right.mT, matrices)
+
+
+def _spectral(parts, curvature):
+    """The step of spectral=True: of rotated matrices (n, rows, columns) and their h."""
+    with torch.autocast(parts.device.type, enabled=False):
+        left, right = curvature.mean(-1, keepdim=True), curvature.mean(-2, keepdim=True)
+        left, right = left / (left.mean(-2, keepdim=True) + _TINY), right / (right.mean(-1, keepdim=True) + _TINY)
+        whitening = (left * right).clamp(min=1e-8) ** -0.125  # 1e-8: 0 before the first estimate
+        orthogonal = _orthogonalize(whitening * parts)
+        step = whitening * orthogonal
+        length, own = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (orthogonal, step))
+        return step * (0.2 * max(parts.shape[-2:]) ** 0.5 * length / (own + _TINY))
+
+
+def _orthogonalize(matrices):
+    """About the orthogonal matrices that are nearest: U f(S) V^T of U S V^T, f(S) in 0.68 to 1.14 but for small S.
+
+    Five steps of the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024), on GPUs in bfloat16, as there.
+    """
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + _TINY)
+    x = x.bfloat16() if x.device.type == "cuda" else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * (square @ square) - 4.7750 * square) @ x
+    x = x.to(matrices.dtype)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 
 def _pieces(squares):

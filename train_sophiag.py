@@ -40,6 +40,9 @@ class SophiaConfig(TrainConfig):
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
     nesterov: bool = setting(False, "move by beta1 m + (1 - beta1) gradient, m the renewed average, instead of by m")
     eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
+    spectral: bool = setting(
+        False, "with eigenbasis, orthogonalize the step in coordinates that the curvature whitens; rate as Muon's"
+    )
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
@@ -68,6 +71,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("adamw_lr and embedding_lr are both a rate of the embeddings here; give one of them.")
         if self.eigenbasis and hutchinsons:
             raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
+        if self.spectral and not self.eigenbasis:
+            raise UserError("spectral needs the eigenvectors of the curvature; set eigenbasis = True as well.")
         if self.eigenbasis and self.fsdp:
             raise UserError("eigenbasis needs its matrices whole, which fsdp = True splits; leave one at False.")
         if hutchinsons and self.fp8:
@@ -126,6 +131,7 @@ def make_optimizer(config, run):
     groups = [group for group in run.parameter_groups() if group["name"] not in config.adamw_for]
     for group in groups if config.eigenbasis else ():
         group["eigenbasis"] = group["name"] == "matrices"
+        group["spectral"] = config.spectral and group["eigenbasis"]
     optimizer = kind(
         groups,
         lr=config.learning_rate,

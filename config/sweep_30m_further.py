@@ -1,7 +1,7 @@
 # AdamW, and Sophia-G with AdamW for the embeddings, tuned as much further as Sophia-G in the eigenbasis was: a random
 # search of 25 runs more each, around their best in the equal tuning and past the edges it was at (AdamW's rate and
-# warm-up; Sophia-G's rho, which sweep_rho_beta2.py found to be better at 1 than at 0.3), of 780 steps of 128 x 512 tokens
-# (51M tokens).
+# warm-up; Sophia-G's rho, which sweep_rho_beta2.py found to be better at 1 than at 0.3), of 780 steps of 128 x 512
+# tokens (51M tokens).
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_further.py --out_dir=out/sweep_30m_further --seeds=3
 

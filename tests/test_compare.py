@@ -64,9 +64,10 @@ def test_sophia_with_adamw_or_eigenbasis_is_an_optimizer_of_its_own(tmp_path, ca
     plain = seeds(tmp_path, "sophiag", [1.9, 1.91], **sophia, adamw_for="none")
     other = seeds(tmp_path / "mixed", "sophiag", [1.8, 1.81], **sophia, adamw_for="embeddings")
     third = seeds(tmp_path / "third", "sophiag", [1.7], **sophia, adamw_for="embeddings", eigenbasis=True)
-    compare.main([*adamw, *plain, *other, *third])
-    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:6]]
-    assert names == ["adamw", "sophiag", "sophiag+adamw", "sophiag+eigenbasis+adamw"]
+    fourth = seeds(tmp_path / "fourth", "sophiag", [1.6], **sophia, adamw_for="none", eigenbasis=True, spectral=True)
+    compare.main([*adamw, *plain, *other, *third, *fourth])
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:7]]
+    assert names == ["adamw", "sophiag", "sophiag+adamw", "sophiag+eigenbasis+adamw", "sophiag+eigenbasis+spectral"]
 
 
 def test_settings_that_are_not_in_use_or_of_later_make_no_group(tmp_path, capsys):

@@ -350,7 +350,7 @@ def test_bad_files(tmp_path, capsys):
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
 RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 24, "124m_python": 4}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
-RUNS |= {"30m_python_7800": 3, "30m_again_780": 6, "30m_again_1560": 6, "30m_further": 50}
+RUNS |= {"30m_python_7800": 3, "30m_again_780": 6, "30m_again_1560": 6, "30m_further": 50, "30m_spectral": 16}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -371,7 +371,8 @@ def configs(name, tmp_path):
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
         tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw", "sophiag_eigenbasis_fresh": "sophiag_eigenbasis"}
-        kept = "sophiag_eigenbasis_fresh" if name.startswith(("30m_python", "30m_again", "30m_large")) else "sophiag_eigenbasis"
+        fresh = name.startswith(("30m_python", "30m_again", "30m_large"))
+        kept = "sophiag_eigenbasis_fresh" if fresh else "sophiag_eigenbasis"
         later = {"beta2": 0.9, "hess_interval": 5, "embedding_lr": 1.6e-2} if trial.optimizer == kept else {}
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 

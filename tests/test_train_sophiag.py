@@ -50,7 +50,7 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"]])
+@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6", "--spectral=True"]])
 def test_resumed_exactly(tiny, tmp_path, more):
     words = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
@@ -159,9 +159,17 @@ def test_the_eigenbasis_is_of_the_hidden_matrices(tiny, tmp_path):
     assert {number for number, s in state["state"].items() if "left_basis" in s} == matrices
 
 
+def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path):
+    train_sophiag.main([*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"])
+    groups = load_checkpoint(tmp_path / "out")[0]["optimizer"]["param_groups"]
+    assert [group["spectral"] for group in groups] == [True, False, False]
+
+
 def test_refusals(tiny):
     with pytest.raises(UserError, match="eigenbasis needs the gradients of sophiag's estimate"):
         train_sophiag.main([*tiny, "--eigenbasis=True", "--optimizer_name=sophiah"])
+    with pytest.raises(UserError, match="spectral needs the eigenvectors"):
+        train_sophiag.main([*tiny, "--spectral=True"])
     with pytest.raises(UserError, match="eigenbasis needs its matrices whole"):
         train_sophiag.main([*tiny, "--eigenbasis=True", "--fsdp=True"])
     with pytest.raises(UserError, match="adamw_lr is held as a multiple"):

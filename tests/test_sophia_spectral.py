@@ -1,0 +1,140 @@
+"""SophiaG(eigenbasis=True, spectral=True) against exact polar factors, torch's Muon and what it must not change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sophia import SophiaG, _orthogonalize, _parts
+from tests.test_sophia_eigenbasis import draw
+
+SHAPES = ((16, 16), (36, 12), (8, 24), (20, 8), (5,))  # (36, 12) is three squares
+SETTINGS = {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.1, "nesterov": True, "eigenbasis": True, "spectral": True}
+
+
+def trained(params, steps=8, dtype=torch.float64, optimizer=None):
+    """What trained them; the curvature is renewed every other step. p.before: the parameter before the last step."""
+    optimizer, generator = optimizer or SophiaG(params, **SETTINGS), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for renews in (True, False) if step % 2 == 0 else (False,):
+            for p in params:
+                p.grad = draw(p.shape, generator, dtype).to(p.device)
+            if renews:
+                optimizer.update_hessian()
+        for p in params:
+            p.before = p.detach().clone()
+        optimizer.step()
+    return optimizer
+
+
+def moved(p):
+    return (p.before * (1 - 0.1 * 0.1) - p.detach()) / 0.1
+
+
+def test_it_is_a_polar_factor_in_whitened_coordinates():
+    """U f(S) V^T with the singular vectors of the whitened momentum, whitened again, and Muon's length."""
+    params = [nn.Parameter(draw(shape, torch.Generator().manual_seed(1))) for shape in SHAPES]
+    optimizer = trained(params)
+    for p in params[:-1]:
+        state = optimizer.state[p]
+        m = 0.9 * state["exp_avg"] + 0.1 * p.grad
+        pieces = (_parts(x) for x in (m, state["hessian"], moved(p)))
+        for i, (momentum, h, step) in enumerate(zip(*pieces, strict=True)):
+            left, right = state["left_basis"][i], state["right_basis"][i]
+            eigenvalues = torch.outer(h.mean(1) / h.mean(), h.mean(0) / h.mean())
+            assert eigenvalues.max() / eigenvalues.min() > 10, "nothing to whiten"
+            whitening = eigenvalues**-0.125
+            u, s, vt = torch.linalg.svd(whitening * (left.T @ momentum @ right), full_matrices=False)
+            orthogonal = (left.T @ step @ right) / whitening
+            s = s / s.norm()
+            for _ in range(5):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            assert s.median() > 0.65, "nothing is orthogonalized"
+            expected = u @ s.diag() @ vt
+            length = 0.2 * max(step.shape) ** 0.5 * s.norm()
+            expected = expected * (length / (whitening * expected).norm())
+            torch.testing.assert_close(orthogonal, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_without_curvature_it_is_muons():
+    shapes, generator = [shape for shape in SHAPES if len(shape) == 2 and shape[0] != 36], torch.Generator()
+    ours, muons = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.1, "nesterov": True}
+    muon = torch.optim.Muon(muons, momentum=0.9, adjust_lr_fn="match_rms_adamw", **settings)
+    optimizer = SophiaG(ours, **SETTINGS)
+    for _ in range(3):
+        for p, q in zip(ours, muons, strict=True):
+            p.grad = q.grad = draw(p.shape, generator, torch.float32)
+        optimizer.step()
+        muon.step()
+    for p, q in zip(ours, muons, strict=True):
+        difference = torch.linalg.vector_norm(p - q) / torch.linalg.vector_norm(q - 1 + 0.03)
+        assert difference < 0.03, f"{difference}: more than the bfloat16 of Muon makes"
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_vectors_are_stepped_as_without(foreach):
+    ends = []
+    for spectral in (False, True):
+        params = [nn.Parameter(draw(shape, torch.Generator().manual_seed(1))) for shape in SHAPES]
+        settings = SETTINGS | {"spectral": spectral}
+        trained(params, optimizer=SophiaG(params, foreach=foreach, **settings))
+        ends.append(params)
+    assert torch.equal(ends[0][-1], ends[1][-1])
+    assert not any(torch.equal(a, b) for a, b in zip(ends[0][:-1], ends[1][:-1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_goes_on_as_if_never_stopped(dtype):
+    whole, parts = ([nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES] for _ in range(2))
+    optimizer, stopped = trained(whole, dtype=dtype), trained(parts, dtype=dtype)
+    state, resumed = copy.deepcopy(stopped.state_dict()), SophiaG(parts, **SETTINGS)
+    resumed.load_state_dict(state)
+    trained(whole, dtype=dtype, optimizer=optimizer)
+    trained(parts, dtype=dtype, optimizer=resumed)
+    assert all(torch.equal(p, q) for p, q in zip(whole, parts, strict=True))
+    assert all(torch.isfinite(p).all() for p in whole)
+
+
+def test_found_inf_and_a_gradient_of_zeros_are_harmless():
+    params = [nn.Parameter(draw(shape, torch.Generator().manual_seed(1))) for shape in SHAPES]
+    optimizer = trained(params)
+    optimizer.found_inf = torch.ones(())
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad.fill_(float("nan"))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    zero = nn.Parameter(torch.ones(6, 6))
+    zero.grad, optimizer = torch.zeros(6, 6), SophiaG([zero], **SETTINGS)
+    optimizer.update_hessian()
+    optimizer.step()
+    torch.testing.assert_close(zero.detach(), torch.full((6, 6), 0.99))
+
+
+def test_orthogonalized_whatever_the_size():
+    """A gradient of 1e-12 a coordinate too, tall and wide; a factor makes no difference."""
+    for shape in ((3, 20, 7), (3, 7, 20), (1, 64, 64)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        o = _orthogonalize(x)
+        singular = torch.linalg.svdvals(o)
+        assert singular.max() < 1.3 and singular.median() > 0.6
+        torch.testing.assert_close(_orthogonalize(1e-12 * x), o, rtol=1e-3, atol=1e-4)
+
+
+def test_it_wants_the_eigenbasis():
+    with pytest.raises(ValueError, match="set eigenbasis=True too"):
+        SophiaG([nn.Parameter(torch.ones(4, 4))], spectral=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu():
+    """But for bfloat16, in which a GPU orthogonalizes."""
+    ends = []
+    for device in ("cpu", "cuda"):
+        params = [nn.Parameter(torch.ones(shape, device=device)) for shape in SHAPES]
+        trained(params, steps=2, dtype=torch.float32)
+        ends.append([moved(p).cpu() for p in params])
+    for one, other in zip(*ends, strict=True):
+        assert torch.linalg.vector_norm(one - other) < 0.05 * torch.linalg.vector_norm(one)
