@@ -73,6 +73,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
         if self.spectral and not self.eigenbasis:
             raise UserError("spectral needs the eigenvectors of the curvature; set eigenbasis = True as well.")
+        if self.spectral and self.adamw_for != "embeddings+vectors":
+            raise UserError("spectral goes at Muon's rates, too high for Sophia; set adamw_for = embeddings+vectors.")
         if self.eigenbasis and self.fsdp:
             raise UserError("eigenbasis needs its matrices whole, which fsdp = True splits; leave one at False.")
         if hutchinsons and self.fp8:

@@ -1,12 +1,13 @@
 """The README against the code: its snippet runs, its table is the settings, its files and scripts are there."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.report import markdown_table
-from compare import group, read_run, report
+from compare import group, read_run, report, verdict
 from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig
@@ -83,7 +84,7 @@ def test_what_sophia_buys_is_what_the_runs_say():
     section = README.split("## What Sophia buys")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
     said = {(ROWS[row[0]], head): cell for row in rows[2:] for head, cell in zip(rows[0][1:], row[1:], strict=True)}
-    said, measured, groups = {key: cell for key, cell in said.items() if cell}, {}, {}
+    said, measured, groups, losses = {key: cell for key, cell in said.items() if cell}, {}, {}, {}
     for head, (name, steps) in COLUMNS.items():
         folders = [path.parent for path in sorted(ROOT.glob(f"assets/evidence/{name}/*/config.json"))]
         groups[name] = group([read_run(path) for path in folders])
@@ -93,16 +94,49 @@ def test_what_sophia_buys_is_what_the_runs_say():
             row = max((row for row in ROWS.values() if run.startswith(f"{row}_")), key=len)
             if one.steps == steps:
                 assert (row, head) not in measured, "two groups in one cell"
+                losses[row, head] = one.losses
                 measured[row, head] = f"{np.mean(one.losses):.3f}{spread}"
     assert said == measured
     printed, prose = "\n".join(report(groups["30m_python"])), " ".join(section.split("```")[2].split())
     intervals = re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", prose)
     assert len(intervals) >= 6 and all(interval in printed for interval in intervals)
+    former = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_python_h200/adamw_*"))])
+    losses |= {("former", f"{one.steps:,} steps"): one.losses for one in former}
+
+    def p(ours, theirs, head):
+        value = verdict(losses[ours, head], losses[theirs, head])[0]
+        return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"  # as compare.py prints it
+
+    fresh, short, middle, long, books = "sophiag_eigenbasis_fresh", *list(COLUMNS)[:3], "390, books"
+    for claim in (
+        f"worse than AdamW at 780 steps (p = {p('sophiag', 'adamw', short)};",
+        f"30m_python_h200/`, p = {p('sophiag', 'former', short)}) and on books ({p('sophiag', 'adamw', books)})",
+        f"at all lengths (p = {', '.join(p(fresh, 'adamw', head) for head in (short, middle, long))};",
+        f"no difference shown, {p(fresh, 'former', middle)})",
+        f"better at 780 and 1,560 steps (p = {p(fresh, 'muon', short)} and {p(fresh, 'muon', middle)};",
+        f"at 5,200 no difference is shown ({p(fresh, 'muon', long)})",
+        f"is better at 1,560 ({p(fresh, 'soap', middle)})",
+    ):
+        assert claim in prose, claim
     runs = [read_run(path.parent) for path in sorted(ROOT.glob("assets/evidence/124m_python/*/config.json"))]
-    for optimizer, name in (("adamw", "AdamW"), ("muon", "Muon"), ("soap", "SOAP"), ("sophiag", "Sophia-G in the")):
+    named, seconds = {"muon": "Muon", "soap": "SOAP", "sophiag": "Sophia-G in the", "adamw": "AdamW"}, []
+    for optimizer, name in named.items():
         (run,) = [run for run in runs if run.config["optimizer_name"] == optimizer]
-        assert re.search(rf"{run.final['val/loss']:.3f} with {name}", prose), name
-        assert f"{run.final['seconds']:.0f}" in prose
+        assert f"{run.final['val/loss']:.3f} with {name}" in prose, name
+        seconds.append(f"{run.final['seconds']:.0f}")
+    assert f"after {', '.join(seconds[:-1])} and {seconds[-1]} seconds" in prose
+
+
+def test_rho_and_beta2_are_what_the_sweep_says():
+    state = json.loads((ROOT / "assets/evidence/30m_rho_beta2/sweep.json").read_text())
+    loss = {(run["swept"]["rho"], run["swept"]["beta2"]): run["loss"] for run in state["runs"]}
+    rhos, betas = ({key[i] for key in loss} for i in (0, 1))
+    by_rho = [[loss[rho, beta2] for beta2 in betas] for rho in sorted(rhos)]
+    by_beta2 = [[loss[rho, beta2] for rho in rhos] for beta2 in betas]
+    assert all(max(own) - min(own) < 0.03 for own in by_rho) and "beta2 matters by less than 0.03" in README
+    spread = [max(own) - min(own) for own in by_beta2]
+    assert f"rho by {min(spread):.2f} to {max(spread):.2f}" in " ".join(README.split())
+    assert f"{min(by_rho[-1]):.2f} to {max(by_rho[-1]):.2f}, with 98 to 99%" in " ".join(README.split())
 
 
 def test_files_that_it_names_are_there():

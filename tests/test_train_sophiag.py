@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import sophia
 import train_sophiag
 from sophia import SophiaG
 from tests.conftest import read_lines
@@ -50,7 +51,7 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6", "--spectral=True"]])
+@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"]])
 def test_resumed_exactly(tiny, tmp_path, more):
     words = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
@@ -159,10 +160,21 @@ def test_the_eigenbasis_is_of_the_hidden_matrices(tiny, tmp_path):
     assert {number for number, s in state["state"].items() if "left_basis" in s} == matrices
 
 
-def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path):
-    train_sophiag.main([*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"])
-    groups = load_checkpoint(tmp_path / "out")[0]["optimizer"]["param_groups"]
-    assert [group["spectral"] for group in groups] == [True, False, False]
+def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path, monkeypatch):
+    words = [*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"]
+    with pytest.raises(UserError, match="too high for Sophia"):
+        train_sophiag.main([*words, "--adamw_for=embeddings"])
+    assert not (tmp_path / "out").exists()
+    stepped, spectral = [], sophia._spectral
+
+    def watched(parts, curvature):
+        stepped.append(parts.numel())
+        return spectral(parts, curvature)
+
+    monkeypatch.setattr(sophia, "_spectral", watched)
+    train_sophiag.main([*words, "--adamw_for=embeddings+vectors"])
+    model = load_checkpoint(tmp_path / "out")[0]["model"]
+    assert sum(stepped) == 4 * sum(t.numel() for name, t in model.items() if ".h." in name and t.ndim == 2)
 
 
 def test_refusals(tiny):
