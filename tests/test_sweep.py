@@ -348,7 +348,7 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 24, "124m_python": 4}
+RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 32, "124m_python": 4}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
 RUNS |= {"30m_python_7800": 3, "30m_again_780": 6, "30m_again_1560": 6, "30m_further": 50, "30m_spectral": 16}
 
@@ -403,7 +403,8 @@ def test_what_was_best_otherwise(tmp_path, monkeypatch):
         if "sophia" in trial.optimizer:
             assert config["hess_bs"] == (64 if trial.optimizer == "sophiag_eigenbasis_fresh" else 256)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
-    assert len(shares) == 8 and all(own == [1, 2, 4] for own in shares.values())
+    assert len(shares) == 8 and shares.pop("muon") == [0.5, 1, 2, 4]
+    assert all(own == [1, 2, 4, 8] for own in shares.values())
     for _, config, best in configs("124m_python", tmp_path):
         assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
         assert config["learning_rate"] == best["learning_rate"] / 2 and config["embedding_lr"] == best["embedding_lr"]
