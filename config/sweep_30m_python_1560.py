@@ -15,3 +15,4 @@ optimizers["nadamw"] = optimizers["adamw"] | {"optimizer_name": "nadamw"}
 optimizers |= best_of("30m_eigenbasis", max_iters=1560)
 fresh = best_of("30m_eigenbasis_fresh", max_iters=1560, only=("fresh",))["fresh"]
 optimizers["sophiag_eigenbasis_fresh"] = fresh
+optimizers |= best_of("30m_spectral", max_iters=1560)

@@ -14,3 +14,4 @@ optimizers["sophiag_tuned"] = optimizers["sophiag_adamw"] | {"beta2": 0.95}  # t
 optimizers |= best_of("30m_eigenbasis", max_iters=5200)
 fresh = best_of("30m_eigenbasis_fresh", max_iters=5200, only=("fresh",))["fresh"]
 optimizers["sophiag_eigenbasis_fresh"] = fresh
+optimizers |= best_of("30m_spectral", max_iters=5200)

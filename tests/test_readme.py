@@ -64,7 +64,8 @@ ROWS = {  # of the table in "What Sophia buys": how the folders of their runs be
     "Sophia-G, AdamW for the embeddings": "sophiag_adamw",
     "the same, beta2 0.95": "sophiag_tuned",
     "Sophia-G in the eigenbasis, AdamW for the embeddings": "sophiag_eigenbasis",
-    "the same, tuned further (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_eigenbasis_fresh",
+    "the same, tuned further (`config/train_gpt2_30m_sophiag_eigenbasis.py`)": "sophiag_eigenbasis_fresh",
+    "Sophia-G, spectral (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_spectral",
     "SOAP, AdamW for embeddings and vectors": "soap",
     "Muon, AdamW for embeddings and vectors": "muon",
     "Lion": "lion",
@@ -107,15 +108,23 @@ def test_what_sophia_buys_is_what_the_runs_say():
         value = verdict(losses[ours, head], losses[theirs, head])[0]
         return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"  # as compare.py prints it
 
-    fresh, short, middle, long, books = "sophiag_eigenbasis_fresh", *list(COLUMNS)[:3], "390, books"
+    def behind(head):
+        return np.mean(losses["muon", head]) - np.mean(losses[spectral, head])
+
+    fresh, spectral, (short, middle, long, large, books) = "sophiag_eigenbasis_fresh", "sophiag_spectral", COLUMNS
     for claim in (
         f"worse than AdamW at 780 steps (p = {p('sophiag', 'adamw', short)};",
-        f"30m_python_h200/`, p = {p('sophiag', 'former', short)}) and on books ({p('sophiag', 'adamw', books)})",
+        f"30m_python_h200/`, p = {p('sophiag', 'former', short)}), with large batches ({p('sophiag', 'adamw', large)})",
+        f"and on books ({p('sophiag', 'adamw', books)})",
+        f"AdamW (p = {p(spectral, 'adamw', short)} at 780 steps, {p(spectral, 'adamw', middle)} at 1,560)",
+        f"SOAP ({p(spectral, 'soap', short)}, {p(spectral, 'soap', middle)})",
+        f"in the eigenbasis ({p(spectral, fresh, short)}, {p(spectral, fresh, middle)})",
+        f"no difference shown, p = {p(spectral, 'muon', short)} and {p(spectral, 'muon', middle)})",
+        f"Muon is {behind(short):.3f} and {behind(middle):.3f} behind it",
         f"at all lengths (p = {', '.join(p(fresh, 'adamw', head) for head in (short, middle, long))};",
         f"no difference shown, {p(fresh, 'former', middle)})",
-        f"better at 780 and 1,560 steps (p = {p(fresh, 'muon', short)} and {p(fresh, 'muon', middle)};",
-        f"at 5,200 no difference is shown ({p(fresh, 'muon', long)})",
-        f"is better at 1,560 ({p(fresh, 'soap', middle)})",
+        f"better at 780 and 1,560 ({p(fresh, 'muon', short)} and {p(fresh, 'muon', middle)})",
+        f"SOAP at 1,560 ({p(fresh, 'soap', middle)})",
     ):
         assert claim in prose, claim
     runs = [read_run(path.parent) for path in sorted(ROOT.glob("assets/evidence/124m_python/*/config.json"))]

@@ -347,10 +347,10 @@ def test_bad_files(tmp_path, capsys):
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")
 
 
-RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 112, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 33, "30m_python_1560": 33, "30m_python_5200": 30, "30m_large": 32, "124m_python": 4}
+RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 128, "rho_beta2": 16, "30m_attn": 9}
+RUNS |= {"30m_python_780": 36, "30m_python_1560": 36, "30m_python_5200": 33, "30m_large": 36, "124m_python": 4}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
-RUNS |= {"30m_python_7800": 3, "30m_again_780": 6, "30m_again_1560": 6, "30m_further": 50, "30m_spectral": 16}
+RUNS |= {"30m_python_7800": 3, "30m_again_780": 15, "30m_again_1560": 15, "30m_further": 50, "30m_spectral": 16}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -361,17 +361,20 @@ def test_ready_sweeps(tmp_path, monkeypatch):
         assert len(trials) == runs == len({trial.folder for trial in trials}), name
 
 
+TUNINGS = "30m_python", "30m_eigenbasis", "30m_spectral"
+
+
 def configs(name, tmp_path):
     """{run: its settings} of a ready sweep, and of each optimizer the settings of its best run in the equal tunings."""
     trials = sweep.grid(sweep.read_sweep(f"config/sweep_{name}.py"), tmp_path)
-    states = [ROOT / f"assets/evidence/{tuning}/sweep.json" for tuning in ("30m_python", "30m_eigenbasis")]
+    states = [ROOT / f"assets/evidence/{tuning}/sweep.json" for tuning in TUNINGS]
     runs, best = [run for state in states for run in json.loads(state.read_text())["runs"]], {}
     for run in sorted(runs, key=lambda run: float(run["loss"] or "inf"), reverse=True):
         best[run["optimizer"]] = run["swept"]
     for trial in trials:
         kind = sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig
         tuned = {"sophiag_tuned": "sophiag_adamw", "nadamw": "adamw", "sophiag_eigenbasis_fresh": "sophiag_eigenbasis"}
-        fresh = name.startswith(("30m_python", "30m_again", "30m_large"))
+        fresh = name.startswith(("30m_python", "30m_large"))
         kept = "sophiag_eigenbasis_fresh" if fresh else "sophiag_eigenbasis"
         later = {"beta2": 0.9, "hess_interval": 5, "embedding_lr": 1.6e-2} if trial.optimizer == kept else {}
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
@@ -401,9 +404,10 @@ def test_what_was_best_otherwise(tmp_path, monkeypatch):
         assert config["total_bs"] * config["block_size"] == 2**19
         shares.setdefault(trial.optimizer, []).append(best["learning_rate"] / config["learning_rate"])
         if "sophia" in trial.optimizer:
-            assert config["hess_bs"] == (64 if trial.optimizer == "sophiag_eigenbasis_fresh" else 256)
+            assert config["hess_bs"] == (64 if config["eigenbasis"] else 256)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
-    assert len(shares) == 8 and shares.pop("muon") == [0.5, 1, 2, 4]
+    assert len(shares) == 9 and shares.pop("muon") == [0.25, 0.5, 1, 2]
+    assert shares.pop("sophiag_spectral") == [0.5, 1, 2, 4]
     assert all(own == [1, 2, 4, 8] for own in shares.values())
     for _, config, best in configs("124m_python", tmp_path):
         assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
