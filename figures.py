@@ -182,6 +182,8 @@ def draw_finals(styled, prefix, unit):
 
     finished = [(one, style) for one, style in styled if one.finished and np.isfinite(one.losses).all()]
     lengths = len({one.steps for one, _ in finished}) > 1
+    optimizers = list(dict.fromkeys(one.optimizer for one, _ in styled))
+    styled = sorted(styled, key=lambda item: (optimizers.index(item[0].optimizer), item[0].steps))
     figure, panels = new_figure(1, 1 + lengths, width=13 if lengths else 8, height=max(2.5, 1.2 + 0.35 * len(styled)))
     places = np.arange(len(styled))[::-1]
     for place, (one, style) in zip(places, styled, strict=True):
@@ -204,7 +206,7 @@ def draw_finals(styled, prefix, unit):
         steps = sorted({one.steps for one, _ in finished})
         panels[1].set_xticks(steps, [f"{step:,}" for step in steps])
         panels[1].xaxis.set_minor_locator(NullLocator())
-        panels[1].legend(frameon=False)
+        panels[1].legend(frameon=False, fontsize=8, loc="upper right")
     return save(figure, prefix)
 
 
