@@ -1,5 +1,5 @@
 # Whether the order at 30M holds at 124M: 2300 steps of 128 x 1024 tokens (301M tokens) of Python source text, one seed,
-# of AdamW and of the three that were better at 30M. The settings are what was best there. The rate of matrices and
+# of AdamW and of the four that were better at 30M. The settings are what was best there. The rate of matrices and
 # vectors is halved since the width is doubled, as arXiv:2203.03466 scales Adam's for matrices; that of the embeddings
 # is kept. Sequences are twice as long as there.
 #   python data/python/prepare.py
@@ -15,6 +15,7 @@ shape |= {"scale_attn_by_inverse_layer_idx": False}  # as at 30M
 best = best_of("30m_python", max_iters=2300, only=("adamw", "muon"))
 best |= best_of("30m_eigenbasis", max_iters=2300, only=("soap",))
 best["sophiag_eigenbasis"] = best_of("30m_eigenbasis_fresh", max_iters=2300, only=("fresh",))["fresh"]
+best |= best_of("30m_spectral", max_iters=2300)
 optimizers = {
     name: settings
     | shape

@@ -348,7 +348,7 @@ def test_bad_files(tmp_path, capsys):
 
 
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 128, "rho_beta2": 16, "30m_attn": 9}
-RUNS |= {"30m_python_780": 36, "30m_python_1560": 36, "30m_python_5200": 33, "30m_large": 36, "124m_python": 4}
+RUNS |= {"30m_python_780": 36, "30m_python_1560": 36, "30m_python_5200": 33, "30m_large": 36, "124m_python": 5}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
 RUNS |= {"30m_python_7800": 3, "30m_again_780": 15, "30m_again_1560": 15, "30m_further": 50, "30m_spectral": 16}
 
