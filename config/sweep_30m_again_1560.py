@@ -2,7 +2,7 @@
 # three seeds the first two are apart by 0.006 at p = 0.16.
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_again_1560.py --out_dir=out/sweep_30m_again_1560
-#   python compare.py out/sweep_30m_again_*/*_seed=* --out=out/30m_again
+#   python compare.py out/sweep_30m_again_*/muon*_seed=* out/sweep_30m_again_*/[as]*_seed=* --out=out/30m_again
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,6 @@
-# The equal tuning of sweep_30m_python.py on books, at half its length, and of Sophia-G in the eigenbasis, its spectral step
-# too: random search of 16 runs each, of 390 steps of 128 x 512 tokens (26M tokens), at 30M. PATH: books as .txt, .jsonl or .parquet.
+# The equal tuning of sweep_30m_python.py on books, at half its length, of Sophia-G in the eigenbasis and of its
+# spectral step too: random search of 16 runs each, of 390 steps of 128 x 512 tokens (26M tokens), at 30M. PATH: books
+# as .txt, .jsonl or .parquet.
 #   python data/text/prepare.py --source PATH... --out_dir data/books
 #   python sweep.py config/sweep_30m_books.py --out_dir=out/sweep_30m_books --seeds=3
 

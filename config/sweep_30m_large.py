@@ -1,8 +1,8 @@
 # Large batches, which the paper's claim is about: half a million tokens a step (1024 x 512), 260 steps (136M tokens),
 # at 30M on Python source text. What was best before, at its rate of the matrices, half, a quarter and an eighth of it;
-# for Muon and the spectral Sophia-G, at their best with the highest rate, from four and two times it on. The rate of
-# the embeddings is kept. Sophia-G in the
-# eigenbasis comes with the recipe that took 25 runs more than the others had.
+# Muon, which came out best at the highest rate here, at four times to half of it; the spectral Sophia-G at twice to a
+# quarter. The rate of the embeddings is kept. Sophia-G in the eigenbasis comes with the recipe that took 25 runs more
+# than the others had.
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_large.py --out_dir=out/sweep_30m_large --seeds=3
 

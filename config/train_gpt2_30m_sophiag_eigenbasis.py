@@ -1,8 +1,8 @@
-# GPT-2 with 30M parameters on Python source text with the best Sophia-G whose own step was kept, the momentum divided by
-# the curvature and clipped, in the eigenbasis of the curvature: after an equal tuning and 25 runs more. 128 sequences of
-# 512 tokens a step, 1560 steps (102M tokens). Better than the tuned AdamW at 780, 1560 and 5200 steps, but behind the
-# spectral step (train_gpt2_30m_sophiag_tuned.py) and Muon at 780 and 1560, and SOAP at 1560 (see README, "What Sophia
-# buys"). On other text it was not tried, at 124M with one seed.
+# GPT-2 with 30M parameters on Python source text with the best Sophia-G that divides the momentum by the curvature and
+# clips it, as the paper's does, but in the eigenbasis of the curvature: after an equal tuning and 25 runs more. 128
+# sequences of 512 tokens a step, 1560 steps (102M tokens). Better than the tuned AdamW at 780, 1560 and 5200 steps;
+# behind the spectral step (train_gpt2_30m_sophiag_tuned.py) and Muon at 780 and 1560, and behind SOAP at 1560 (see
+# README, "What Sophia buys"). On other text it was not tried, at 124M with one seed.
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_eigenbasis.py
 

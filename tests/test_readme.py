@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import markdown_table
-from compare import group, read_run, report, verdict
+from compare import group, read_run, speed_rows, verdict
 from sophia import SophiaG
 from tests.conftest import ROOT
 from train_adam import AdamConfig
@@ -65,7 +65,7 @@ ROWS = {  # of the table in "What Sophia buys": how the folders of their runs be
     "the same, beta2 0.95": "sophiag_tuned",
     "Sophia-G in the eigenbasis, AdamW for the embeddings": "sophiag_eigenbasis",
     "the same, tuned further (`config/train_gpt2_30m_sophiag_eigenbasis.py`)": "sophiag_eigenbasis_fresh",
-    "Sophia-G, spectral (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_spectral",
+    "Sophia-G, spectral, AdamW for the rest (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_spectral",
     "SOAP, AdamW for embeddings and vectors": "soap",
     "Muon, AdamW for embeddings and vectors": "muon",
     "Lion": "lion",
@@ -81,6 +81,11 @@ COLUMNS = {  # of the same: where their runs are, and of how many steps
 }
 
 
+def row_of(one):
+    run = Path(one.runs[0].name).name.removeprefix("best_")
+    return max((row for row in ROWS.values() if run.startswith(f"{row}_")), key=len)
+
+
 def test_what_sophia_buys_is_what_the_runs_say():
     section = README.split("## What Sophia buys")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
@@ -90,17 +95,16 @@ def test_what_sophia_buys_is_what_the_runs_say():
         folders = [path.parent for path in sorted(ROOT.glob(f"assets/evidence/{name}/*/config.json"))]
         groups[name] = group([read_run(path) for path in folders])
         for one in groups[name]:
-            spread = f" ± {one.interval:.3f}" if one.interval else ", one seed"
-            run = Path(one.runs[0].name).name.removeprefix("best_")
-            row = max((row for row in ROWS.values() if run.startswith(f"{row}_")), key=len)
+            digits = 3 if one.interval is None or one.interval >= 5e-4 else 4
+            spread = f" ± {one.interval:.{digits}f}" if one.interval else ", one seed"
+            row = row_of(one)
             if one.steps == steps:
                 assert (row, head) not in measured, "two groups in one cell"
                 losses[row, head] = one.losses
                 measured[row, head] = f"{np.mean(one.losses):.3f}{spread}"
     assert said == measured
-    printed, prose = "\n".join(report(groups["30m_python"])), " ".join(section.split("```")[2].split())
-    intervals = re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", prose)
-    assert len(intervals) >= 6 and all(interval in printed for interval in intervals)
+    prose, named = " ".join(section.split("```")[2].split()), {one.label: row_of(one) for one in groups["30m_python"]}
+    speeds = {(named[label], steps): cells for label, steps, *cells in list(speed_rows(groups["30m_python"]))[1:]}
     former = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_python_h200/adamw_*"))])
     losses |= {("former", f"{one.steps:,} steps"): one.losses for one in former}
 
@@ -108,11 +112,33 @@ def test_what_sophia_buys_is_what_the_runs_say():
         value = verdict(losses[ours, head], losses[theirs, head])[0]
         return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"  # as compare.py prints it
 
+    def speed_up(row, head, key=1):
+        return speeds[row, head.removesuffix(" steps")][key]
+
+    def both(row, key=1):
+        return f"{speed_up(row, short, key)} and {speed_up(row, middle, key)}"
+
+    def share(row, head, key=1):  # of what AdamW needs
+        return f"{1 / float(speed_up(row, head, key).split()[0]):.2f}"
+
     def behind(head):
         return np.mean(losses["muon", head]) - np.mean(losses[spectral, head])
 
     fresh, spectral, (short, middle, long, large, books) = "sophiag_eigenbasis_fresh", "sophiag_spectral", COLUMNS
+    seconds, opening = 4, " ".join(section.split("GPT-2 with 30M")[0].split())
     for claim in (
+        f"in {share(spectral, short)} to {share(spectral, middle)} of the steps, at 1,560 steps in",
+        f"in {share(spectral, middle, seconds)} of the time;",
+        f"in {share('muon', short)} to {share('muon', middle)} of the steps and",
+        f"and {share('muon', short, seconds)} to {share('muon', middle, seconds)} of the time.",
+    ):
+        assert claim in opening, claim
+    (again,) = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_spectral_again/*_seed=*"))])
+    for claim in (
+        f"needs {both(spectral)} times its steps, at 1,560 {speed_up(spectral, middle, seconds)} times its seconds",
+        f"needs {both('muon')} times its steps, {both('muon', seconds)} times its seconds",
+        f"needs {both(fresh)} times its steps, {both(fresh, seconds)} times its seconds",
+        f"second host's three seeds came to {np.mean(again.losses):.3f} ± {again.interval:.3f} at 780",
         f"worse than AdamW at 780 steps (p = {p('sophiag', 'adamw', short)};",
         f"30m_python_h200/`, p = {p('sophiag', 'former', short)}), with large batches ({p('sophiag', 'adamw', large)})",
         f"and on books ({p('sophiag', 'adamw', books)})",
@@ -124,7 +150,8 @@ def test_what_sophia_buys_is_what_the_runs_say():
         f"at all lengths (p = {', '.join(p(fresh, 'adamw', head) for head in (short, middle, long))};",
         f"no difference shown, {p(fresh, 'former', middle)})",
         f"better at 780 and 1,560 ({p(fresh, 'muon', short)} and {p(fresh, 'muon', middle)})",
-        f"SOAP at 1,560 ({p(fresh, 'soap', middle)})",
+        f"at 5,200 no difference is shown ({p(fresh, 'muon', long)})",
+        f"better at 1,560 ({p(fresh, 'soap', middle)})",
     ):
         assert claim in prose, claim
     runs = [read_run(path.parent) for path in sorted(ROOT.glob("assets/evidence/124m_python/*/config.json"))]

@@ -396,6 +396,14 @@ def test_what_was_best_runs_longer(tmp_path, monkeypatch, name):
             assert (config["adamw_for"] == "none") == (trial.optimizer in ("sophiag", "sophiah"))
 
 
+def test_the_tuned_recipe_is_the_best_of_its_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = vars(load_config(sweep.SophiaConfig, ["config/train_gpt2_30m_sophiag_tuned.py"]))
+    trials = [trial for trial, *_ in configs("30m_python_1560", tmp_path) if trial.optimizer == "sophiag_spectral"]
+    config = vars(load_config(sweep.SophiaConfig, trials[0].words[1:]))
+    assert {key for key in config if recipe[key] != config[key]} == {"out_dir", "seed"}
+
+
 def test_what_was_best_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert all(config["scale_attn_by_inverse_layer_idx"] for _, config, _ in configs("30m_attn", tmp_path))
