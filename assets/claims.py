@@ -23,7 +23,7 @@ NAMES = {
     "sophiag+eigenbasis+adamw": "the same, in\nthe eigenbasis",
     "sophiah": "Sophia-H",
 }
-LATER = "sophiag_tuned", "sophiag_eigenbasis_fresh"  # recipes that were found after the equal tunings
+LATER = "sophiag_tuned", "sophiag_eigenbasis_fresh", "sophiag_spectral"  # after the first tunings
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 

@@ -457,14 +457,16 @@ def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus, steps):
     for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
         config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
         name, rotated = trial.optimizer.split("_")[0], "eigenbasis" in trial.optimizer
-        adamws = rotated or "_adamw" in trial.optimizer
+        adamws = {"_adamw": "embeddings", "_eigenbasis": "embeddings", "_spectral": "embeddings+vectors"}
+        hess_bs = {"_eigenbasis": 16, "_spectral": 8}
+        kind = trial.optimizer.removeprefix(name)
         assert (config.optimizer_name, config.dataset, config.n_layer) == (name, corpus, 6)
-        assert getattr(config, "adamw_for", "none") == ("embeddings" if adamws else "none")
+        assert getattr(config, "adamw_for", "none") == adamws.get(kind, "none")
         assert (config.max_iters, config.total_bs, config.block_size) == (steps, 128, 512)
         assert config.warmup_iters / steps in ((0.1, 0.2, 0.4) if rotated else (0.2, 0.4))
         assert config.min_lr == config.learning_rate / 20 and config.grad_clip == 1.0 and config.compile
         assert {key: getattr(config, key) for key in trial.swept} == trial.swept
-        assert "sophia" not in trial.optimizer or (config.bias_correction and config.hess_bs == (16 if rotated else 32))
+        assert "sophia" not in trial.optimizer or (config.bias_correction and config.hess_bs == hess_bs.get(kind, 32))
 
 
 def refused(capsys, words, said):
