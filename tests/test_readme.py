@@ -125,6 +125,16 @@ def test_what_sophia_buys_is_what_the_runs_say():
         return np.mean(losses["muon", head]) - np.mean(losses[spectral, head])
 
     fresh, spectral, (short, middle, long, large, books) = "sophiag_eigenbasis_fresh", "sophiag_spectral", COLUMNS
+    for row, heads in (
+        ("sophiag", [short, large, books]),
+        ("sophiah", [short, long, books]),
+        ("lion", [short, large, books]),
+    ):
+        ran = [head for head in COLUMNS if (row, head) in losses]
+        assert heads == [head for head in ran if verdict(losses[row, head], losses["adamw", head])[1] == "worse"], row
+    state = json.loads((ROOT / "assets/evidence/30m_large/sweep.json").read_text())
+    rates = {run["swept"]["learning_rate"]: run["loss"] for run in state["runs"] if run["optimizer"] == "muon"}
+    assert f"with one seed Muon came to {min(loss for loss in rates.values() if loss):.3f}" in prose
     seconds, opening = 4, " ".join(section.split("GPT-2 with 30M")[0].split())
     for claim in (
         f"in {share(spectral, short)} to {share(spectral, middle)} of the steps, at 1,560 steps in",
@@ -133,7 +143,7 @@ def test_what_sophia_buys_is_what_the_runs_say():
         f"and {share('muon', short, seconds)} to {share('muon', middle, seconds)} of the time.",
     ):
         assert claim in opening, claim
-    (again,) = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_spectral_again/*_seed=*"))])
+    (again,) = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_spectral_again/sophiag*/"))])
     for claim in (
         f"needs {both(spectral)} times its steps, at 1,560 {speed_up(spectral, middle, seconds)} times its seconds",
         f"needs {both('muon')} times its steps, {both('muon', seconds)} times its seconds",
