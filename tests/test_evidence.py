@@ -39,7 +39,7 @@ def test_the_papers_claims_are_drawn_from_the_runs(tmp_path):
     later = sum(path.name.startswith(claims.LATER) for path in folders)
     assert sum(len(one.runs) for one in groups.values()) == len(folders) - later > 0, "a group hides another"
     last = read_lines(collect.EVIDENCE / "30m_python" / "adamw_max_iters=780_seed=3")[-2]
-    assert claims.clipped(groups["adamw", 780])[0] == 100 * last["train/clip_rate"]
+    assert 100 * last["train/clip_rate"] in claims.clipped(groups["adamw", 780])
 
 
 def test_rho_and_beta2_are_drawn_as_the_sweep_found_them():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ ROWS = {  # of the table in "What Sophia buys": how the folders of their runs be
     "NAdamW with AdamW's settings": "nadamw",
 }
 
+FOLDER = "assets/evidence/30m_python/{}_max_iters={}_seed={}"
 COLUMNS = {  # of the same: where their runs are, and of how many steps
     "780 steps": ("30m_python", 780),
     "1,560 steps": ("30m_python", 1560),
@@ -105,8 +107,10 @@ def test_what_sophia_buys_is_what_the_runs_say():
     assert said == measured
     prose, named = " ".join(section.split("```")[2].split()), {one.label: row_of(one) for one in groups["30m_python"]}
     speeds = {(named[label], steps): cells for label, steps, *cells in list(speed_rows(groups["30m_python"]))[1:]}
-    former = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_python_h200/adamw_*"))])
-    losses |= {("former", f"{one.steps:,} steps"): one.losses for one in former}
+    for row, head in product(("muon", "sophiag_spectral"), ("780 steps", "1,560 steps")):  # the seeds set aside
+        steps = COLUMNS[head][1]
+        (five,) = group([read_run(ROOT / FOLDER.format(row, steps, seed)) for seed in range(6, 11)])
+        losses[f"{row}, set aside", head] = five.losses
 
     def p(ours, theirs, head):
         value = verdict(losses[ours, head], losses[theirs, head])[0]
@@ -121,53 +125,85 @@ def test_what_sophia_buys_is_what_the_runs_say():
     def share(row, head, key=1):  # of what AdamW needs
         return f"{1 / float(speed_up(row, head, key).split()[0]):.2f}"
 
-    def behind(head):
-        return np.mean(losses["muon", head]) - np.mean(losses[spectral, head])
+    def behind(head, rival="muon", what=""):
+        return f"{np.mean(losses[rival + what, head]) - np.mean(losses[spectral + what, head]):.3f}"
+
+    def needs(rival, row):  # of the rival's steps for the row's loss, at the two lengths
+        ours = [one for one in groups["30m_python"] if row_of(one) in (rival, row)]
+        found = {(row_of(one), one.steps): one.label for one in ours}
+        ours.sort(key=lambda one: row_of(one) != rival)
+        rows = {(label, steps): cells[1] for label, steps, *cells in list(speed_rows(ours))[1:]}
+        return " and ".join(rows[found[row, steps], f"{steps:,}"] for steps in (780, 1560))
+
+    def alone(row):  # seconds of the run with company on no device, of one host for all
+        return read_run(ROOT / FOLDER.format(row, 1560, 6)).final["seconds"]
 
     fresh, spectral, (short, middle, long, large, books) = "sophiag_eigenbasis_fresh", "sophiag_spectral", COLUMNS
-    for row, heads in (
-        ("sophiag", [short, large, books]),
-        ("sophiah", [short, long, books]),
-        ("lion", [short, large, books]),
+    for row, better, worse in (
+        ("sophiag", [], [middle, large, books]),
+        ("sophiah", [], [short, middle, long, large, books]),
+        ("lion", [], [short, middle, large, books]),
+        ("sophiag_adamw", [short], []),
+        (spectral, [short, middle, long, books], []),
+        (fresh, [short, middle, long, large], []),
     ):
-        ran = [head for head in COLUMNS if (row, head) in losses]
-        assert heads == [head for head in ran if verdict(losses[row, head], losses["adamw", head])[1] == "worse"], row
+        ran = {head: verdict(losses[row, head], losses["adamw", head])[1] for head in COLUMNS if (row, head) in losses}
+        assert [head for head in ran if ran[head] == "better"] == better, row
+        assert [head for head in ran if ran[head] == "worse"] == worse, row
     state = json.loads((ROOT / "assets/evidence/30m_large/sweep.json").read_text())
     rates = {run["swept"]["learning_rate"]: run["loss"] for run in state["runs"] if run["optimizer"] == "muon"}
     assert f"with one seed Muon came to {min(loss for loss in rates.values() if loss):.3f}" in prose
+    behind_adamw = np.mean(losses["sophiag_adamw", short]) - np.mean(losses["adamw", short])
     seconds, opening = 4, " ".join(section.split("GPT-2 with 30M")[0].split())
     for claim in (
         f"in {share(spectral, short)} to {share(spectral, middle)} of the steps, at 1,560 steps in",
         f"in {share(spectral, middle, seconds)} of the time;",
+        f"with AdamW for the embeddings {-behind_adamw:.3f} nats better at 780 steps",
+        f"by {behind(middle)} to {behind(long)} nats on code and {behind(books)} on books",
         f"in {share('muon', short)} to {share('muon', middle)} of the steps and",
         f"and {share('muon', short, seconds)} to {share('muon', middle, seconds)} of the time.",
     ):
         assert claim in opening, claim
     (again,) = group([read_run(path) for path in sorted(ROOT.glob("assets/evidence/30m_spectral_again/sophiag*/"))])
+    millis = {row: alone(row) / 1.56 for row in ("adamw", "muon", spectral)}
+    quick = float(speed_up(spectral, middle).split()[0])
     for claim in (
-        f"needs {both(spectral)} times its steps, at 1,560 {speed_up(spectral, middle, seconds)} times its seconds",
+        f"needs {both(spectral)} times its steps at 780 and 1,560",
+        f"at 1,560 {speed_up(spectral, middle, seconds)} times its seconds",
+        f"on an H100 {quick * millis['adamw'] / millis[spectral]:.2f}, {millis[spectral]:.1f} ms a step against",
+        f"against {millis['adamw']:.1f}, one run each",
+        f"to {millis['muon']:.0f} ms a step on an H100",
         f"needs {both('muon')} times its steps, {both('muon', seconds)} times its seconds",
         f"needs {both(fresh)} times its steps, {both(fresh, seconds)} times its seconds",
+        f"Muon needs {needs('muon', spectral)} times its steps",
         f"second host's three seeds came to {np.mean(again.losses):.3f} ± {again.interval:.3f} at 780",
-        f"worse than AdamW at 780 steps (p = {p('sophiag', 'adamw', short)};",
-        f"30m_python_h200/`, p = {p('sophiag', 'former', short)}), with large batches ({p('sophiag', 'adamw', large)})",
-        f"and on books ({p('sophiag', 'adamw', books)})",
-        f"AdamW (p = {p(spectral, 'adamw', short)} at 780 steps, {p(spectral, 'adamw', middle)} at 1,560)",
-        f"SOAP ({p(spectral, 'soap', short)}, {p(spectral, 'soap', middle)})",
-        f"in the eigenbasis ({p(spectral, fresh, short)}, {p(spectral, fresh, middle)})",
-        f"no difference shown, p = {p(spectral, 'muon', short)} and {p(spectral, 'muon', middle)})",
-        f"Muon is {behind(short):.3f} and {behind(middle):.3f} behind it",
-        f"at all lengths (p = {', '.join(p(fresh, 'adamw', head) for head in (short, middle, long))};",
-        f"no difference shown, {p(fresh, 'former', middle)})",
+        f"worse than AdamW at 1,560 steps (p = {p('sophiag', 'adamw', middle)})",
+        f"with large batches ({p('sophiag', 'adamw', large)}) and on books ({p('sophiag', 'adamw', books)})",
+        f"no difference is shown ({p('sophiag', 'adamw', short)} and {p('sophiag', 'adamw', long)}, on the worse",
+        f"is better at 780 steps ({p('sophiag_adamw', 'adamw', short)}), at 1,560 no difference is shown "
+        f"({p('sophiag_adamw', 'adamw', middle)})",
+        f"of code p = {p(spectral, 'adamw', short)}, {p(spectral, 'adamw', middle)} and {p(spectral, 'adamw', long)}",
+        f"books {p(spectral, 'adamw', books)}",
+        f"SOAP is {behind(short, 'soap')} and {behind(middle, 'soap')} behind it",
+        f"({p(spectral, 'soap', short)} and {p(spectral, 'soap', middle)})",
+        f"by {behind(short, what=', set aside')} at 780 and {behind(middle, what=', set aside')} at 1,560 steps (p = "
+        f"{p('sophiag_spectral, set aside', 'muon, set aside', short)} and "
+        f"{p('sophiag_spectral, set aside', 'muon, set aside', middle)})",
+        f"with all eight p = {p(spectral, 'muon', short)} and {p(spectral, 'muon', middle)}",
+        f"at 5,200 by {behind(long)} ({p(spectral, 'muon', long)}), on books by {behind(books)}",
+        f"({p(spectral, 'muon', books)})",
+        f"at all lengths (p = {', '.join(p(fresh, 'adamw', head) for head in (short, middle, long))})",
+        f"and with large batches ({p(fresh, 'adamw', large)})",
         f"better at 780 and 1,560 ({p(fresh, 'muon', short)} and {p(fresh, 'muon', middle)})",
         f"at 5,200 no difference is shown ({p(fresh, 'muon', long)})",
         f"better at 1,560 ({p(fresh, 'soap', middle)})",
+        f"at all three ({', '.join(p(fresh, spectral, head) for head in (short, middle, long))})",
     ):
         assert claim in prose, claim
-    runs = [read_run(path.parent) for path in sorted(ROOT.glob("assets/evidence/124m_python/*/config.json"))]
-    named, seconds = {"muon": "Muon", "soap": "SOAP", "sophiag": "Sophia-G in the", "adamw": "AdamW"}, []
-    for optimizer, name in named.items():
-        (run,) = [run for run in runs if run.config["optimizer_name"] == optimizer]
+    named = {"muon": "Muon", spectral: "the spectral step", "soap": "SOAP", "sophiag_eigenbasis": "Sophia-G in the"}
+    seconds = []
+    for row, name in (named | {"adamw": "AdamW"}).items():
+        run = read_run(ROOT / f"assets/evidence/124m_python/{row}_max_iters=2300_seed=1")
         assert f"{run.final['val/loss']:.3f} with {name}" in prose, name
         seconds.append(f"{run.final['seconds']:.0f}")
     assert f"after {', '.join(seconds[:-1])} and {seconds[-1]} seconds" in prose
