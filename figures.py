@@ -15,7 +15,7 @@ COLOURS = (  # colour-blind readers' too
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999999", "#7A5230"
 )  # fmt: skip
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
-LEGEND = 14  # more groups than this are named by their optimizer alone
+LEGEND = 14  # more groups than this are named by their optimizer alone, and shown without their train/loss
 STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # val/loss; train/loss is thin and light
 SMOOTHING = 0.02  # the width of a running mean, as a share of a run's logged steps
 QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
@@ -101,17 +101,17 @@ def draw_losses(styled, prefix, unit):
     from matplotlib.ticker import EngFormatter
 
     figure, panels = new_figure(2, 2)
-    late = []
+    late, many = [], len(styled) > LEGEND
     for one, style in styled:
         common = set.intersection(*({line["step"] for line in run.evaluations} for run in one.runs))
         losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in one.runs]
         losses = np.array(losses)
-        late += list(losses[:, np.array(sorted(common)) >= max(common) / 10].ravel())
+        late += list(losses[:, np.array(sorted(common)) >= max(common) * (0.6 if many else 0.1)].ravel())
         for axes, key in zip(panels, QUANTITIES.values(), strict=True):
             runs = (one.timed or one.runs) if key == "seconds" else one.runs
             for run in runs:
                 curve = run.curve("train/loss", key)
-                if not curve.size:
+                if many or not curve.size:
                     continue
                 where, train = running_mean(curve, max(1, round(SMOOTHING * curve.shape[1])))
                 axes.plot(where, train, linewidth=0.7, alpha=0.4, **style)
@@ -128,12 +128,13 @@ def draw_losses(styled, prefix, unit):
             axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
         elif "seconds" in quantity and len({one.timed[0].device for one, _ in styled if one.timed}) > 1:
             axes.set_xlabel(f"{quantity}, of several devices")
-        axes.set_ylim(min(late) - margin, max(late) + margin)  # a run's first tenth, its fall, may leave the frame
+        axes.set_ylim(min(late) - margin, max(late) + margin)  # the runs fall into the frame
         if "seconds" not in quantity:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     val, train = STRONG | {"color": "gray"}, {"linewidth": 0.7, "color": "gray"}
     val_label = "val/loss, mean and range of the seeds" if any(len(o.runs) > 1 for o, _ in styled) else "val/loss"
-    legend(figure, panels[0], styled, [(val_label, val), (f"train/loss, mean over {SMOOTHING:.0%} of the run", train)])
+    thin = [] if many else [(f"train/loss, mean over {SMOOTHING:.0%} of the run", train)]
+    legend(figure, panels[0], styled, [(val_label, val), *thin])
     return save(figure, prefix)
 
 
