@@ -1,9 +1,9 @@
 # GPT-2 with 30M parameters on Python source text with the best Sophia-G that was found: Muon's step in coordinates that
 # the curvature whitens. Rates, decay, momentum and warm-up are the best of 16 runs of 780 steps, as the others had; k,
 # beta2 and hess_bs are those of train_gpt2_30m_sophiag_eigenbasis.py. 128 sequences of 512 tokens a step, 1560 steps
-# (102M tokens). Better than the tuned AdamW, SOAP and the recipe in the eigenbasis at 780 and 1560 steps; against Muon
-# no difference is shown yet (see README, "What Sophia buys"). This recipe was not tried at other sizes, on other text
-# or for longer.
+# (102M tokens). Better than the tuned AdamW, Muon and the recipe in the eigenbasis at 780, 1560 and 5200 steps, and than
+# SOAP at the first two; with rates and decay of its own, on books too. At 124M, with half the rates and one seed, Muon
+# ended as low (see README, "What Sophia buys"). It was not tried with large batches.
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_tuned.py
 
