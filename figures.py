@@ -97,16 +97,17 @@ def legend(figure, axes, styled, more=()):
 
 
 def draw_losses(styled, prefix, unit):
-    """Loss against steps, tokens, FLOPs and seconds."""
+    """Loss against steps, tokens, FLOPs and seconds. The frame leaves out the runs' beginning, their fall."""
     from matplotlib.ticker import EngFormatter
 
     figure, panels = new_figure(2, 2)
     late, many = [], len(styled) > LEGEND
+    beginning = 0.6 if many else 0.1  # of a run
     for one, style in styled:
         common = set.intersection(*({line["step"] for line in run.evaluations} for run in one.runs))
         losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in one.runs]
         losses = np.array(losses)
-        late += list(losses[:, np.array(sorted(common)) >= max(common) * (0.6 if many else 0.1)].ravel())
+        late += list(losses[:, np.array(sorted(common)) >= max(common) * beginning].ravel())
         for axes, key in zip(panels, QUANTITIES.values(), strict=True):
             runs = (one.timed or one.runs) if key == "seconds" else one.runs
             for run in runs:
@@ -128,7 +129,7 @@ def draw_losses(styled, prefix, unit):
             axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
         elif "seconds" in quantity and len({one.timed[0].device for one, _ in styled if one.timed}) > 1:
             axes.set_xlabel(f"{quantity}, of several devices")
-        axes.set_ylim(min(late) - margin, max(late) + margin)  # the runs fall into the frame
+        axes.set_ylim(min(late) - margin, max(late) + margin)
         if "seconds" not in quantity:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     val, train = STRONG | {"color": "gray"}, {"linewidth": 0.7, "color": "gray"}

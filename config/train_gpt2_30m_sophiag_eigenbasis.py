@@ -1,8 +1,9 @@
 # GPT-2 with 30M parameters on Python source text with the best Sophia-G that divides the momentum by the curvature and
 # clips it, as the paper's does, but in the eigenbasis of the curvature: after an equal tuning and 25 runs more. 128
-# sequences of 512 tokens a step, 1560 steps (102M tokens). Better than the tuned AdamW at 780, 1560 and 5200 steps;
-# behind the spectral step (train_gpt2_30m_sophiag_tuned.py) and Muon at 780 and 1560, and behind SOAP at 1560 (see
-# README, "What Sophia buys"). On other text it was not tried, at 124M with one seed.
+# sequences of 512 tokens a step, 1560 steps (102M tokens). Better than the tuned AdamW at 780, 1560 and 5200 steps and
+# with batches of 1024; behind the spectral step (train_gpt2_30m_sophiag_tuned.py) at all three lengths, behind Muon at
+# 780 and 1560 and SOAP at 1560 (see README, "What Sophia buys"). At 124M it ran with one seed; on books Sophia-G in the
+# eigenbasis, tuned anew, is better than AdamW and behind Muon.
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_eigenbasis.py
 

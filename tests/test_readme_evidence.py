@@ -1,0 +1,242 @@
+"""README's section "What Sophia buys" against the runs in assets/evidence: its table, the numbers of its verdicts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from assets.claims import clipped
+from compare import group, read_run, speed_rows, verdict
+from tests.conftest import ROOT
+
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## What Sophia buys")[1].split("\n## ")[0]
+OPENING, VERDICTS = (" ".join(part.split()) for part in (SECTION.split("GPT-2 with 30M")[0], SECTION.split("```")[2]))
+EVIDENCE = ROOT / "assets/evidence"
+
+ROWS = {  # of the table in "What Sophia buys": how the folders of their runs begin
+    "AdamW": "adamw",
+    "Sophia-G": "sophiag",
+    "Sophia-H": "sophiah",
+    "Sophia-G, AdamW for the embeddings": "sophiag_adamw",
+    "the same, beta2 0.95": "sophiag_tuned",
+    "Sophia-G in the eigenbasis, AdamW for the embeddings": "sophiag_eigenbasis",
+    "the same, tuned further (`config/train_gpt2_30m_sophiag_eigenbasis.py`)": "sophiag_eigenbasis_fresh",
+    "Sophia-G, spectral, AdamW for the rest (`config/train_gpt2_30m_sophiag_tuned.py`)": "sophiag_spectral",
+    "SOAP, AdamW for embeddings and vectors": "soap",
+    "Muon, AdamW for embeddings and vectors": "muon",
+    "Lion": "lion",
+    "NAdamW with AdamW's settings": "nadamw",
+}
+
+COLUMNS = {  # of the same: where their runs are, and of how many steps
+    "780 steps": ("30m_python", 780),
+    "1,560 steps": ("30m_python", 1560),
+    "5,200 steps": ("30m_python", 5200),
+    "260, large batches": ("30m_large", 260),
+    "390, books": ("30m_books", 390),
+}
+
+
+FRESH, SPECTRAL = "sophiag_eigenbasis_fresh", "sophiag_spectral"
+SHORT, MIDDLE, LONG, LARGE, BOOKS = COLUMNS
+STEPS, SECONDS = 1, 4  # columns of compare.py's speed-ups
+
+
+def read_groups(pattern):
+    return group([read_run(path.parent) for path in sorted(EVIDENCE.glob(f"{pattern}/config.json"))])
+
+
+def of_seeds(row, steps, seeds):
+    (one,) = group([read_run(EVIDENCE / f"30m_python/{row}_max_iters={steps}_seed={seed}") for seed in seeds])
+    return one
+
+
+def row_of(one):
+    run = one.runs[0].name.rpartition("/")[2].removeprefix("best_")
+    return max((row for row in ROWS.values() if run.startswith(f"{row}_")), key=len)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """{(row, column): the group of runs of a cell}."""
+    cells = {}
+    for column, (name, steps) in COLUMNS.items():
+        for one in read_groups(f"{name}/*"):
+            if one.steps == steps:
+                assert (row_of(one), column) not in cells, "two groups in one cell"
+                cells[row_of(one), column] = one
+    return cells
+
+
+def p(ours, theirs):
+    value = verdict(ours.losses, theirs.losses)[0]
+    return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"  # as compare.py prints it
+
+
+def behind(ours, theirs):
+    return f"{np.mean(ours.losses) - np.mean(theirs.losses):.3f}"
+
+
+def speed_ups(groups, baseline):
+    """{(row, column): cells of compare.py's table of speed-ups}, of the runs on Python text against a row's."""
+    ours = {key: one for key, one in groups.items() if key[1] in (SHORT, MIDDLE, LONG)}
+    order = sorted(ours, key=lambda key: key[0] != baseline)
+    keys = {(ours[key].label, f"{ours[key].steps:,}"): key for key in order}
+    return {keys[label, steps]: cells for label, steps, *cells in list(speed_rows([ours[key] for key in order]))[1:]}
+
+
+def assert_said(text, *claims):
+    for claim in claims:
+        assert claim in text, claim
+
+
+def test_the_table_is_what_the_runs_say(groups):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in SECTION.splitlines() if line.startswith("| ")]
+    said = {(ROWS[row[0]], head): cell for row in rows[2:] for head, cell in zip(rows[0][1:], row[1:], strict=True)}
+    measured = {}
+    for key, one in groups.items():
+        spread = f" ± {one.interval:.3f}" if one.interval else ", one seed"
+        measured[key] = f"{np.mean(one.losses):.3f}{spread}"
+    assert {key: cell for key, cell in said.items() if cell} == measured
+    assert "of eight seeds for AdamW, Muon and the spectral step at 780 and 1,560 steps, else of three" in " ".join(
+        SECTION.split()
+    )
+    eight = {(row, column) for row in ("adamw", "muon", SPECTRAL) for column in (SHORT, MIDDLE)}
+    assert {key for key, one in groups.items() if len(one.runs) == 8} == eight
+    assert {len(one.runs) for key, one in groups.items() if key not in eight} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    "row, better, worse",
+    [
+        ("sophiag", [], [MIDDLE, LARGE, BOOKS]),  # worse in three of the five
+        ("sophiah", [], list(COLUMNS)),
+        ("lion", [], [SHORT, MIDDLE, LARGE, BOOKS]),
+        ("sophiag_adamw", [SHORT], []),
+        (SPECTRAL, [SHORT, MIDDLE, LONG, BOOKS], []),  # in the four columns that ran
+        (FRESH, [SHORT, MIDDLE, LONG, LARGE], []),
+    ],
+)
+def test_better_and_worse_than_adamw(groups, row, better, worse):
+    columns = [column for column in COLUMNS if (row, column) in groups]
+    said = [verdict(groups[row, column].losses, groups["adamw", column].losses)[1] for column in columns]
+    assert [column for column, word in zip(columns, said, strict=True) if word == "better"] == better
+    assert [column for column, word in zip(columns, said, strict=True) if word == "worse"] == worse
+
+
+def test_against_adamw(groups):
+    def against_adamw(row, *columns):
+        return [p(groups[row, column], groups["adamw", column]) for column in columns]
+
+    middle, large, books, short, long = against_adamw("sophiag", MIDDLE, LARGE, BOOKS, SHORT, LONG)
+    late = [behind(groups["sophiag", column], groups["adamw", column]) for column in (SHORT, LONG)]
+    first, second = (groups["sophiag_adamw", column] for column in (SHORT, MIDDLE))
+    (former,) = (one for one in read_groups("30m_python_h200/adamw_*") if one.steps == 780)
+    spectral = against_adamw(SPECTRAL, SHORT, MIDDLE, LONG, BOOKS)
+    fresh = against_adamw(FRESH, SHORT, MIDDLE, LONG, LARGE)
+    (again,) = read_groups("30m_spectral_again/sophiag*")
+    assert_said(
+        VERDICTS,
+        f"worse than AdamW at 1,560 steps (p = {middle}), with large batches ({large}) and on books ({books});",
+        f"it is behind by {' and '.join(late)}, no difference shown ({short} and {long})",
+        f"better at 780 steps by {behind(groups['adamw', SHORT], first)} ({p(first, groups['adamw', SHORT])}; not",
+        f"30m_python_h200/`, {behind(former, first)} and no difference shown, {p(first, former)})",
+        f"at 1,560 no difference is shown ({p(second, groups['adamw', MIDDLE])})",
+        f"in the four columns that ran (p = {', '.join(spectral[:3])}; books {spectral[3]})",
+        f"second host's three seeds came to {np.mean(again.losses):.3f} ± {again.interval:.3f} at 780",
+        f"at all lengths (p = {', '.join(fresh[:3])}) and with large batches ({fresh[3]})",
+    )
+    assert abs(np.mean(first.losses) - np.mean(groups["adamw", SHORT].losses)) < 0.01
+    assert abs(np.mean(second.losses) - np.mean(groups["adamw", MIDDLE].losses)) < 0.01
+
+
+def test_against_muon_and_each_other(groups):
+    spectral = [groups[SPECTRAL, column] for column in (SHORT, MIDDLE, LONG, BOOKS)]
+    muon = [groups["muon", column] for column in (SHORT, MIDDLE, LONG, BOOKS)]
+    ahead, ps = [behind(*pair) for pair in zip(muon, spectral, strict=True)], list(map(p, spectral, muon))
+    before = [(of_seeds(SPECTRAL, n, (3, 4, 5)), of_seeds("muon", n, (3, 4, 5))) for n in (780, 1560)]
+    assert all(verdict(ours.losses, theirs.losses)[1].startswith("no difference") for ours, theirs in before)
+    five, rival = ([of_seeds(row, n, range(6, 11)) for n in (780, 1560)] for row in (SPECTRAL, "muon"))
+    apart, p_five = list(map(behind, rival, five)), list(map(p, five, rival))
+    needs = speed_ups(groups, "muon")
+    soap, fresh = ([groups[row, column] for column in (SHORT, MIDDLE)] for row in ("soap", FRESH))
+    fresh.append(groups[FRESH, LONG])
+    assert_said(
+        VERDICTS,
+        f"put it ahead by {apart[0]} at 780 and {apart[1]} at 1,560 steps (p = {p_five[0]} and {p_five[1]}; all "
+        f"eight {ps[0]} and {ps[1]})",
+        f"Muon needs {needs[SPECTRAL, SHORT][STEPS]} and {needs[SPECTRAL, MIDDLE][STEPS]} times its steps",
+        f"At 5,200 it is ahead by {ahead[2]} ({ps[2]}), both with",
+        f"on books by {ahead[3]} ({ps[3]})",
+        f"SOAP is {' and '.join(map(behind, soap, spectral))} behind it at 780 and 1,560 steps "
+        f"({' and '.join(map(p, soap, spectral))})",
+        f"Muon is better at 780 and 1,560 ({p(fresh[0], muon[0])} and {p(fresh[1], muon[1])}), at 5,200 no difference "
+        f"is shown ({p(fresh[2], muon[2])})",
+        f"SOAP is better at 1,560 ({p(fresh[1], soap[1])})",
+        f"the spectral step at all three ({', '.join(map(p, fresh, spectral))})",
+    )
+    assert_said(OPENING, f"above the spectral step by {ahead[1]} to {ahead[2]} nats on code and by {ahead[3]} on books")
+
+
+def test_speed_ups(groups):
+    cells = speed_ups(groups, "adamw")
+
+    def both(row, key=STEPS):
+        return f"{cells[row, SHORT][key]} and {cells[row, MIDDLE][key]}"
+
+    def short(row, column, key=STEPS):  # without its interval
+        return cells[row, column][key].split()[0]
+
+    alone = {row: read_run(EVIDENCE / f"30m_python/{row}_max_iters=1560_seed=6") for row in ("adamw", "muon", SPECTRAL)}
+    assert {run.device for run in alone.values()} == {"1 x NVIDIA H100 80GB HBM3"}
+    ms = {row: run.final["seconds"] / 1.56 for row, run in alone.items()}
+    other = read_run(EVIDENCE / "30m_python/muon_max_iters=780_seed=3").final["seconds"] / 0.78
+    h100 = f"{float(short(SPECTRAL, MIDDLE)) * ms['adamw'] / ms[SPECTRAL]:.2f}"
+    assert cells[SPECTRAL, LONG][STEPS].startswith("> 1.00")
+    assert_said(
+        VERDICTS,
+        f"needs {both(SPECTRAL)} times its steps at 780 and 1,560",
+        f"at 1,560 {cells[SPECTRAL, MIDDLE][SECONDS]} times its seconds",
+        f"on an H100 {h100}, {ms[SPECTRAL]:.1f} ms a step against {ms['adamw']:.1f}, one run each",
+        f"needs {both('muon')} times its steps, {both('muon', SECONDS)} times its seconds",
+        f"{other:.0f} to {ms['muon']:.0f} ms a step on an H100",
+        f"needs {both(FRESH)} times its steps, {both(FRESH, SECONDS)} times its seconds (H100)",
+    )
+    assert_said(
+        OPENING,
+        f"needs {short(SPECTRAL, SHORT)} and {short(SPECTRAL, MIDDLE)} times as many",
+        f"at 1,560 {short(SPECTRAL, MIDDLE, SECONDS)} (H200) or {h100} (H100) times the seconds",
+        f"for Muon's loss {short('muon', SHORT)} and {short('muon', MIDDLE)} times as many steps",
+    )
+
+
+def test_clipped_steps(groups):
+    adamw, sophiag = (np.mean(clipped(groups[row, LONG])) for row in ("adamw", "sophiag"))
+    assert_said(VERDICTS, f"clipped in {adamw:.1f}% of AdamW's steps and {sophiag:.1f}% of Sophia-G's")
+
+
+def test_large_batches_and_124m():
+    state = json.loads((EVIDENCE / "30m_large/sweep.json").read_text())
+    muon = {run["swept"]["learning_rate"]: run["loss"] for run in state["runs"] if run["optimizer"] == "muon"}
+    muon = {rate: loss for rate, loss in muon.items() if loss}
+    assert min(muon, key=muon.get) == max(muon) == 0.016
+    assert_said(VERDICTS, f"with one seed Muon came to {min(muon.values()):.3f} at the highest rate that ran")
+    names = {"muon": "Muon", SPECTRAL: "the spectral step", "soap": "SOAP", "sophiag_eigenbasis": "Sophia-G in the"}
+    runs = {row: read_run(EVIDENCE / f"124m_python/{row}_max_iters=2300_seed=1") for row in (*names, "adamw")}
+    loss = {row: run.final["val/loss"] for row, run in runs.items()}
+    *seconds, last = (f"{run.final['seconds']:.0f}" for run in runs.values())
+    said = [f"{loss[row]:.3f} with {name}" for row, name in (names | {"adamw": "AdamW"}).items()]
+    assert_said(VERDICTS, *said, f"after {', '.join(seconds)} and {last} seconds")
+    assert_said(OPENING, f"at 124M, with one seed, {loss[SPECTRAL] - loss['muon']:.3f} below it")
+
+
+def test_rho_and_beta2_are_what_the_sweep_says():
+    state = json.loads((EVIDENCE / "30m_rho_beta2/sweep.json").read_text())
+    loss = {(run["swept"]["rho"], run["swept"]["beta2"]): run["loss"] for run in state["runs"]}
+    rhos, betas = ({key[i] for key in loss} for i in (0, 1))
+    by_rho = [[loss[rho, beta2] for beta2 in betas] for rho in sorted(rhos)]
+    by_beta2 = [[loss[rho, beta2] for rho in rhos] for beta2 in betas]
+    assert all(max(own) - min(own) < 0.03 for own in by_rho) and "beta2 matters by less than 0.03" in VERDICTS
+    spread = [max(own) - min(own) for own in by_beta2]
+    assert f"rho by {min(spread):.2f} to {max(spread):.2f}" in VERDICTS
+    assert f"{min(by_rho[-1]):.2f} to {max(by_rho[-1]):.2f}, with 98% or more" in VERDICTS
