@@ -58,6 +58,19 @@ def seeds(tmp_path, name, losses, steps=100, **config):
     ]
 
 
+def test_many_groups_are_drawn_without_training_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", lambda figure, prefix: figure)
+    runs = [*seeds(tmp_path, "adamw", [1.8]), *seeds(tmp_path, "lion", [1.7])]
+    styled = [(one, {"color": "C0"}) for one in compare.group([compare.read_run(run) for run in runs])]
+    few = figures.draw_losses(styled, tmp_path, "nats")
+    monkeypatch.setattr(figures, "LEGEND", 1)
+    many = figures.draw_losses(styled, tmp_path, "nats")
+    for figure, curves in ((few, 4), (many, 2)):  # a panel; that of the steps has the legend's too
+        assert len(figure.axes[1].lines) == curves
+        assert any("train/loss" in text.get_text() for text in figure.legends[0].get_texts()) == (curves == 4)
+    assert few.axes[0].get_ylim()[1] > 2.0 > many.axes[0].get_ylim()[1]  # the loss half way
+
+
 def test_sophia_with_adamw_or_eigenbasis_is_an_optimizer_of_its_own(tmp_path, capsys):
     sophia = {"hess_bs": 1, "hess_interval": 10}
     adamw = seeds(tmp_path, "adamw", [2.0, 2.01])

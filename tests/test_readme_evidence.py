@@ -35,8 +35,6 @@ COLUMNS = {  # of the same: where their runs are, and of how many steps
     "260, large batches": ("30m_large", 260),
     "390, books": ("30m_books", 390),
 }
-
-
 FRESH, SPECTRAL = "sophiag_eigenbasis_fresh", "sophiag_spectral"
 SHORT, MIDDLE, LONG, LARGE, BOOKS = COLUMNS
 STEPS, SECONDS = 1, 4  # columns of compare.py's speed-ups
@@ -98,8 +96,9 @@ def test_the_table_is_what_the_runs_say(groups):
         spread = f" ± {one.interval:.3f}" if one.interval else ", one seed"
         measured[key] = f"{np.mean(one.losses):.3f}{spread}"
     assert {key: cell for key, cell in said.items() if cell} == measured
-    assert "of eight seeds for AdamW, Muon and the spectral step at 780 and 1,560 steps, else of three" in " ".join(
-        SECTION.split()
+    assert_said(
+        " ".join(SECTION.split()),
+        "of eight seeds for AdamW, Muon and the spectral step at 780 and 1,560 steps, else of three",
     )
     eight = {(row, column) for row in ("adamw", "muon", SPECTRAL) for column in (SHORT, MIDDLE)}
     assert {key for key, one in groups.items() if len(one.runs) == 8} == eight
@@ -199,7 +198,7 @@ def test_speed_ups(groups):
         f"at 1,560 {cells[SPECTRAL, MIDDLE][SECONDS]} times its seconds",
         f"on an H100 {h100}, {ms[SPECTRAL]:.1f} ms a step against {ms['adamw']:.1f}, one run each",
         f"needs {both('muon')} times its steps, {both('muon', SECONDS)} times its seconds",
-        f"{other:.0f} to {ms['muon']:.0f} ms a step on an H100",
+        f"{other:.0f} to {ms['muon']:.0f} ms a step on two H100 hosts",
         f"needs {both(FRESH)} times its steps, {both(FRESH, SECONDS)} times its seconds (H100)",
     )
     assert_said(
