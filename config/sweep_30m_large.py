@@ -20,5 +20,5 @@ best["sophiag_spectral"]["hess_bs"] = 64
 best["sophiah"]["hess_bs"] = 256  # a quarter, as there; Sophia-G's default follows the batch
 optimizers = {}
 for name, settings in best.items():
-    shares = {"muon": (4, 2, 1, 0.5), "sophiag_spectral": (2, 1, 0.5, 0.25)}.get(name, (1, 0.5, 0.25, 0.125))
+    shares = {"muon": (8, 4, 2, 1), "sophiag_spectral": (4, 2, 1, 0.5)}.get(name, (1, 0.5, 0.25, 0.125))
     optimizers[name] = settings | large | {"learning_rate": [settings["learning_rate"] * share for share in shares]}
