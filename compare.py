@@ -12,7 +12,8 @@ What is claimed, and when:
   (0.01 and not 0.05: with five optimizers against one baseline, one false claim in 20 such tables.)
 - A speed-up is what the baseline needs for the same final loss, over what this optimizer took. It is read off the
   final losses of the baseline's runs of several lengths, each its own schedule (of each length the best settings),
-  interpolated monotonically on log steps, and never outside of them. Its 95% interval follows the spread of the seeds.
+  interpolated monotonically on log steps, and never outside of them. Its 95% interval follows the spread of the seeds,
+  not the error of the interpolation: the baseline's lengths should be close, each at most twice the one before.
 - In seconds, a step takes what it took in the runs that had their device alone, of both sides on the same device.
 """
 
@@ -21,6 +22,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from training.errors import UserError, command
 from training.tracking import CONFIG, METRICS, STATE, read_metrics
 
 ALPHA = 0.01
+WIDE = 2.5  # a gap between two lengths of the baseline, above which a speed-up comes with a warning
 LINES = 1000  # of a run's metrics are enough for any figure
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
 SHAPE = {"n_layer", "n_head", "n_embd"}  # the model's size says it
@@ -484,6 +487,11 @@ def notes(groups):
         else:
             yield "Speed-up: what the baseline needs for the same final loss over what this took; < and >: outside of"
             yield "the lengths that the baseline was trained for."
+        lengths = [b.steps for b in baseline_lengths(groups[0], groups)]
+        for short, long in pairwise(lengths):
+            if long > WIDE * short:
+                yield f"No run of the baseline lies between {short:,} and {long:,} steps: there a speed-up depends on"
+                yield "the interpolation too, and its interval does not say how much."
 
 
 def upload(figures, project, name):

@@ -298,6 +298,13 @@ def test_the_table_of_speed_ups(tmp_path, capsys):
     assert printed.split("\nwrote")[0] in (tmp_path / "out.md").read_text()
 
 
+@pytest.mark.parametrize("longer, said", [(200, False), (300, True)])
+def test_a_wide_gap_between_lengths_is_named(tmp_path, capsys, longer, said):
+    runs = [*seeds(tmp_path, "adamw", [2.0, 2.01]), *seeds(tmp_path, "adamw", [1.8, 1.81], steps=longer)]
+    _, printed = compared(capsys, *runs, *seeds(tmp_path, "lion", [1.9, 1.91]))
+    assert (f"No run of the baseline lies between 100 and {longer} steps" in printed) == said
+
+
 def test_outside_of_the_lengths_nothing_is_extrapolated(tmp_path, capsys):
     runs = [*seeds(tmp_path, "adamw", [3.0, 3.01]), *seeds(tmp_path, "adamw", [2.5, 2.51], steps=200)]
     runs += [*seeds(tmp_path, "lion", [1.0, 1.01]), *seeds(tmp_path, "muon", [3.5, 3.51])]

@@ -350,7 +350,8 @@ def test_bad_files(tmp_path, capsys):
 RUNS = {"30m_lr": 32, "30m_hess_bs": 6, "30m_python": 96, "30m_books": 128, "rho_beta2": 16, "30m_attn": 9}
 RUNS |= {"30m_python_780": 36, "30m_python_1560": 36, "30m_python_5200": 33, "30m_large": 36, "124m_python": 5}
 RUNS |= {"30m_recipe": 22, "30m_eigenbasis": 32, "30m_eigenbasis_recipe": 13, "30m_eigenbasis_fresh": 12}
-RUNS |= {"30m_python_7800": 3, "30m_again_780": 15, "30m_again_1560": 15, "30m_further": 50, "30m_spectral": 16}
+RUNS |= {"30m_python_3120": 3, "30m_python_7800": 3, "30m_again_780": 15, "30m_again_1560": 15}
+RUNS |= {"30m_further": 50, "30m_spectral": 16}
 
 
 def test_ready_sweeps(tmp_path, monkeypatch):
@@ -380,7 +381,9 @@ def configs(name, tmp_path):
         yield trial, vars(load_config(kind, trial.words[1:])), best[tuned.get(trial.optimizer, trial.optimizer)] | later
 
 
-@pytest.mark.parametrize("name", ["python_780", "python_1560", "python_5200", "python_7800", "again_780", "again_1560"])
+@pytest.mark.parametrize(
+    "name", [f"python_{length}" for length in (780, 1560, 3120, 5200, 7800)] + ["again_780", "again_1560"]
+)
 def test_what_was_best_runs_longer(tmp_path, monkeypatch, name):
     """With the settings of the tuning's best run, the warm-up's share included, and seeds of its own."""
     monkeypatch.chdir(ROOT)
@@ -414,8 +417,8 @@ def test_what_was_best_otherwise(tmp_path, monkeypatch):
         if "sophia" in trial.optimizer:
             assert config["hess_bs"] == (64 if config["eigenbasis"] else 256)
         assert config["embedding_lr"] == best["embedding_lr"] and config["warmup_iters"] == best["warmup_iters"] // 3
-    assert len(shares) == 9 and shares.pop("muon") == [0.25, 0.5, 1, 2]
-    assert shares.pop("sophiag_spectral") == [0.5, 1, 2, 4]
+    assert len(shares) == 9 and shares.pop("muon") == [0.125, 0.25, 0.5, 1]
+    assert shares.pop("sophiag_spectral") == [0.25, 0.5, 1, 2]
     assert all(own == [1, 2, 4, 8] for own in shares.values())
     for _, config, best in configs("124m_python", tmp_path):
         assert (config["n_layer"], config["n_embd"]) == (12, 768) and not config["scale_attn_by_inverse_layer_idx"]
