@@ -1,8 +1,8 @@
 # Large batches, which the paper's claim is about: half a million tokens a step (1024 x 512), 260 steps (136M tokens),
-# at 30M on Python source text. What was best before, at its rate of the matrices, half, a quarter and an eighth of it.
-# Muon and the spectral Sophia-G came out best at the highest rates, so they have eight times to once and four times to
-# half of it. The rate of the embeddings is kept. Sophia-G in the eigenbasis comes with the recipe that took 25 runs
-# more than the others had.
+# at 30M on Python source text. What was best before, at its rate of the matrices, half, a quarter and an eighth of
+# it. Muon and the spectral Sophia-G came out best at the highest rates, so they have eight times to once and four
+# times to half of it, and are best at the highest again. SOAP is too, and was not given higher ones. The rate of the
+# embeddings is kept. Sophia-G in the eigenbasis comes with the recipe that took 25 runs more than the others had.
 #   python data/python/prepare.py
 #   python sweep.py config/sweep_30m_large.py --out_dir=out/sweep_30m_large --seeds=3
 

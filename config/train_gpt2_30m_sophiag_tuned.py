@@ -4,7 +4,7 @@
 # (102M tokens). Better than the tuned AdamW, Muon and the recipe in the eigenbasis at 780, 1560 and 5200 steps, than
 # SOAP at the first two, and on books, where a warm-up of 40% and an embedding_lr of 8e-3 were best. At 124M, with half
 # the matrices' rate and one seed, it ended 0.003 above Muon (see README, "What Sophia buys"). With batches of 1024
-# sequences four times the rate was best, the highest tried (sweep_30m_large.py).
+# sequences four times the rate was best, the highest tried, with one seed (sweep_30m_large.py).
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_tuned.py
 
