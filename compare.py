@@ -13,7 +13,7 @@ What is claimed, and when:
 - A speed-up is what the baseline needs for the same final loss, over what this optimizer took. It is read off the
   final losses of the baseline's runs of several lengths, each its own schedule (of each length the best settings),
   interpolated monotonically on log steps, and never outside of them. Its 95% interval follows the spread of the seeds,
-  not the error of the interpolation, which a gap of more than 2.5 times between two lengths brings: it is named.
+  not the error of the interpolation: gaps of more than 2.5 times between two of the baseline's lengths are named.
 - In seconds, a step takes what it took in the runs that had their device alone, of both sides on the same device.
 """
 
