@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from training.config import PRETRAINED, load_config, setting
-from training.data import open_corpus
-from training.distributed import World
+from training.data import open_dataset
+from training.distributed import Distributed
 from training.errors import UserError, command
 from training.pretrained import load_model
 
@@ -43,13 +43,13 @@ class EvaluateConfig:
 
 def main(words=None):
     config = load_config(EvaluateConfig, sys.argv[1:] if words is None else words)
-    device = World(config.device).device
+    device = Distributed(config.device).device
     model, tokenizer, settings = load_model(config.init_from, config.out_dir)
     dataset = config.dataset or settings.get("dataset")
     if not dataset:
         origin = config.out_dir if config.init_from == "resume" else config.init_from
         raise UserError(f"{origin} does not say what it was trained on; give --dataset=NAME.")
-    block_size, corpus = model.config.block_size, open_corpus(dataset)
+    block_size, corpus = model.config.block_size, open_dataset(dataset)
     stride = config.stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(f"stride = {stride} would leave tokens out, block_size is {block_size}; lower it.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from training.config import PRETRAINED, load_config, setting
-from training.distributed import World
+from training.distributed import Distributed
 from training.errors import UserError, command
 from training.pretrained import load_model
 
@@ -42,7 +42,7 @@ class SampleConfig:
 
 def main(words=None):
     config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
-    device = World(config.device).device
+    device = Distributed(config.device).device
     model, tokenizer, _ = load_model(config.init_from, config.out_dir)
     prompt = prompt_ids(config.start, tokenizer)
     if len(prompt) > model.config.block_size:

@@ -1,7 +1,7 @@
 """Where documents come from: files of your own (.txt, .jsonl, .parquet, plain or compressed) and the Hugging Face hub.
 
-    files = sources.find_files(args.source)
-    documents = sources.split_by_hash(sources.read_documents(files, "text"), val_fraction=0.005)
+files = sources.find_files(args.source)
+documents = sources.split_by_hash(sources.read_documents(files, "text"), val_fraction=0.005)
 """
 
 import argparse

@@ -97,7 +97,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
     assert not (tmp_path / "o.json").exists(), "nothing half-written"
 
 
-PEER = '''
+PEER = """
 from dataclasses import dataclass
 import torch
 from model_of_ours import GPT as Ours, GPTConfig as Shape
@@ -117,7 +117,7 @@ class GPT(Ours):
         super().__init__(Shape(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
-'''
+"""
 
 
 @pytest.mark.parametrize(

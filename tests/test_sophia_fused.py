@@ -1,6 +1,6 @@
 """The fused kernels: in Triton's interpreter where there is no GPU, and on the GPU with
 
-    python -m pytest -m gpu tests/test_sophia_fused.py
+python -m pytest -m gpu tests/test_sophia_fused.py
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Token files, and which of their windows belong to which step: pure functions of (seed, step), nothing to restore.
 
-    corpus = open_corpus("shakespeare_char")
+    corpus = open_dataset("shakespeare_char")
     starts = window_starts(len(corpus.train), seed=1337, step=0, total_bs=480, block_size=1024)
     inputs, targets = take_windows(corpus.train, starts, block_size=1024)
 
@@ -28,7 +28,7 @@ _ORDER, _LABELS = 0, 1  # what a stream of random numbers is for
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TokenDataset:
     """train, val: uint16 memory maps; every id is below vocab_size; tokenizer as in meta.json ("gpt2" without one)."""
 
     folder: Path
@@ -65,13 +65,13 @@ class Corpus:
         return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
 
 
-def open_corpus(dataset):
+def open_dataset(dataset):
     """Map data/`dataset`/train.bin and val.bin; UserError where they are missing, or are not what their name says."""
     folder = DATA / dataset
     meta = _read_meta(folder / "meta.json")
     train, val = (_map_tokens(folder / f"{split}.bin", dataset) for split in ("train", "val"))
     vocab_size, tokenizer = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE), meta.get("tokenizer", "gpt2")
-    return Corpus(folder, train, val, _identity(folder), vocab_size, tokenizer)
+    return TokenDataset(folder, train, val, _identity(folder), vocab_size, tokenizer)
 
 
 def _identity(folder):
@@ -107,7 +107,7 @@ def _map_tokens(path, dataset):
     return np.memmap(path, dtype="<u2", mode="r")
 
 
-def check_corpus(corpus, total_bs, block_size):
+def check_dataset(corpus, total_bs, block_size):
     """Read both files once: {"train_sha256": ..., "val_sha256": ...}. UserError if too short or an id is out of range.
 
     The result is remembered in `.checked.json` beside the files, by size and modification time.

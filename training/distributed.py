@@ -1,6 +1,6 @@
 """The ranks of a run, the devices they own, and the signals they get: one process, or as many as torchrun started.
 
-with World(device="auto", backend="auto") as world:
+with Distributed(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
 """
 
@@ -24,7 +24,7 @@ NOTICE_TIME = 5  # seconds in which a rank notices by itself that another died, 
 LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
 
 
-class World:
+class Distributed:
     """rank, size, local_rank and device of this process; the collectives that a run needs, free for one process.
 
     one_machine: whether all ranks are on it, as far as torchrun says.
@@ -38,7 +38,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
+        self.is_rank0 = self.rank == 0
         self.one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == self.size
         self.device = self._device(device)
         self.distributed = "RANK" in os.environ
@@ -54,7 +54,7 @@ class World:
                 backend, store=self._store, rank=self.rank, world_size=self.size, device_id=own, timeout=patience
             )
             self._control = dist.new_group(backend="gloo", timeout=patience)
-        self._lifeline = Lifeline(self) if self.distributed and self.size > 1 else None
+        self._rank_monitor = RankMonitor(self) if self.distributed and self.size > 1 else None
         self.backend = backend if self.distributed else "none"
 
     def _device(self, name):
@@ -85,8 +85,8 @@ class World:
         return self
 
     def __exit__(self, kind, *_):
-        if self._lifeline:
-            self._lifeline.close(well=kind is None)
+        if self._rank_monitor:
+            self._rank_monitor.close(well=kind is None)
         if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a rank that died
             if kind is None:
                 dist.barrier(group=self._control)  # gloo aborts a rank that leaves while another still talks to it
@@ -110,10 +110,10 @@ class World:
             dist.all_gather_object(things, thing, group=self._control)
         return things
 
-    def on_main(self, function):
+    def on_rank0(self, function):
         """Call `function()` on rank 0 and give its result to all; a UserError there is raised on every rank."""
         result = error = None
-        if self.is_main:
+        if self.is_rank0:
             try:
                 result = function()
             except UserError as raised:
@@ -126,7 +126,7 @@ class World:
             raise UserError(error)
         return result
 
-    def everywhere(self, function):
+    def local_rank0_first(self, function):
         """Call `function()` on one rank of each machine, then on the others; a UserError on any is raised on all."""
         result = error = None
         for first in (True, False):
@@ -148,7 +148,7 @@ class World:
         dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._control)
         return vote.item() > 0
 
-    def same(self, facts):
+    def assert_same_on_all_ranks(self, facts):
         """UserError that says what differs where the dicts `facts` are not the same on all ranks."""
         ours = self.gather(facts)
         for rank, theirs in enumerate(ours):
@@ -161,13 +161,13 @@ class World:
 
     def explain(self, error):
         """The RunError for a collective that failed with `error`, naming the rank that died; None for other errors."""
-        if self._lifeline:
-            self._lifeline.leaving.set()
+        if self._rank_monitor:
+            self._rank_monitor.leaving.set()
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-        if not self._lifeline or not (isinstance(error, dist.DistError) or of_gloo):
+        if not self._rank_monitor or not (isinstance(error, dist.DistError) or of_gloo):
             return None
-        if self._lifeline.broken.wait(NOTICE_TIME):
-            return RunError(self._lifeline.sentence())
+        if self._rank_monitor.broken.wait(NOTICE_TIME):
+            return RunError(self._rank_monitor.sentence())
         return RunError(f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto.")
 
     def synchronize(self):
@@ -184,7 +184,7 @@ class World:
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
 
-class Lifeline:
+class RankMonitor:
     """Tells every rank at once when another died. Without it the host waits for its GPU, NCCL for the dead until the
     time-out, and then nobody can say who it was.
 
@@ -199,7 +199,7 @@ class Lifeline:
         self.rank, self.dead, self.leaving, self.broken = world.rank, None, threading.Event(), threading.Event()
         self._closed, patience = False, 60
         both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        server = socket.create_server(("", 0), backlog=world.size, **both) if world.is_main else None
+        server = socket.create_server(("", 0), backlog=world.size, **both) if world.is_rank0 else None
         port, secret = world.gather((server and server.getsockname()[1], secrets.token_bytes(16)))[0]
         self._ranks = {}  # connection: the rank at its other end
         if server:

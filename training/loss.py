@@ -90,9 +90,7 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
-    def kernel(
-        logits, targets, losses, columns, stride, DRAWN: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr
-    ):
+    def kernel(logits, targets, losses, columns, stride, DRAWN: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
         """One row a program: its log-sum-exp in one pass, a drawn label in another, its gradient in the last.
 
         A lane has a running peak and sum of its own, so that lanes meet once a row and not once a tile.

@@ -1,8 +1,8 @@
 """Weights trained elsewhere: OpenAI's GPT-2, a Hugging Face folder, nanoGPT's or the official Sophia repo's ckpt.pt.
 
-    model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH"
-    model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint
-    checkpoint = start_from(config)                                        # to train on from config.init_from
+model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH"
+model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint
+checkpoint = start_from(config)                                        # to train on from config.init_from
 """
 
 import dataclasses

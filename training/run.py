@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, cross_entropy, peak_flops
 from training import data
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
 from training.curvature import hessian_vector_product
-from training.distributed import Signals, World
+from training.distributed import Distributed, Signals
 from training.errors import RunError, UserError
 from training.fp8 import to_fp8
 from training.loss import LinearLoss, has_kernel
@@ -52,7 +52,7 @@ class Run:
         self.config = config
         self._tracker = self._writer = self._ddp = None
         self._prefetcher = data.Prefetcher()
-        self.world = World(config.device, config.backend, config.nccl_timeout)
+        self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
         try:
             self._set_up()
@@ -73,15 +73,17 @@ class Run:
             )
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
-        world.same({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
-        config.init_from = world.on_main(lambda: _check_out_dir(config))
-        self.corpus = world.everywhere(lambda: data.open_corpus(config.dataset))
-        hashes = world.everywhere(lambda: data.check_corpus(self.corpus, config.total_bs, config.block_size))
-        world.same(hashes)
+        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
+        config.init_from = world.on_rank0(lambda: _check_out_dir(config))
+        self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
+        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
+        world.assert_same_on_all_ranks(hashes)
 
         checkpoint, resume = None, config.init_from == "resume"
         if config.init_from != "scratch":
-            checkpoint = world.everywhere(lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config))
+            checkpoint = world.local_rank0_first(
+                lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config)
+            )
         if resume:
             _check_state_fits(config, checkpoint)
         torch.manual_seed(config.seed)
@@ -124,7 +126,7 @@ class Run:
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
         self._logged = None  # (step, seconds) of the last line that knows them
         self._peak_flops = peak_flops(_device_name(world.device), config.dtype)
-        if world.is_main and not config.eval_only:
+        if world.is_rank0 and not config.eval_only:
             if config.init_from != "resume":
                 for path in _run_files(config.out_dir):
                     path.unlink(missing_ok=True)
@@ -205,7 +207,7 @@ class Run:
             raise explained from error
 
     def _say(self, text):
-        if self.world.is_main:
+        if self.world.is_rank0:
             print(text, flush=True)
 
     # ----- the optimizer
@@ -282,7 +284,7 @@ class Run:
                     raise UserError(f"the last checkpoint could not be written ({self._writer.error})")
 
         try:
-            self.world.on_main(finish)
+            self.world.on_rank0(finish)
         except UserError as error:
             raise RunError(f"{error}; free space in {self.config.out_dir} and resume from the one before.") from None
 
@@ -463,7 +465,7 @@ class Run:
     def evaluate(self):
         """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
         config, world = self.config, self.world
-        world.everywhere(self.corpus.check_unchanged)
+        world.local_rank0_first(self.corpus.check_unchanged)
         windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
@@ -505,7 +507,7 @@ class Run:
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
         if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
-            newest = world.on_main(lambda: self._writer and self._writer.newest())
+            newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
                 f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
@@ -528,7 +530,7 @@ class Run:
         return metrics
 
     def _log(self, metrics):
-        if self.world.is_main:
+        if self.world.is_rank0:
             if self._tracker:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
@@ -536,7 +538,7 @@ class Run:
     def _save(self, step):
         """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(_rng_state(self.world))
-        if not self.world.is_main and not self.config.fsdp:
+        if not self.world.is_rank0 and not self.config.fsdp:
             return
         checkpoint = {
             "model": self.model.state_dict(keep_vars=True),  # so that the tied matrix is one object

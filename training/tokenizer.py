@@ -1,7 +1,7 @@
 """Text to token ids and back, for the two kinds of vocabulary that a meta.json can name.
 
-    tokenizer = get_tokenizer("gpt2")                        # or {"characters": "\\n !&',-.ABC..."}
-    tokenizer.decode(tokenizer.encode("To be")) == "To be"
+tokenizer = get_tokenizer("gpt2")                        # or {"characters": "\\n !&',-.ABC..."}
+tokenizer.decode(tokenizer.encode("To be")) == "To be"
 """
 
 import hashlib

@@ -145,9 +145,9 @@ def test_vocabulary_is_padded_for_gpt2_only(tmp_path):
     characters = write_corpus(tmp_path / "characters", vocab_size=61)
     plain = write_corpus(tmp_path / "plain")
     (plain / "meta.json").unlink()
-    assert data.open_corpus(gpt2).model_vocab_size == 50304
-    assert data.open_corpus(characters).model_vocab_size == 61
-    assert data.open_corpus(plain).model_vocab_size == 50304 and data.open_corpus(plain).tokenizer == "gpt2"
+    assert data.open_dataset(gpt2).model_vocab_size == 50304
+    assert data.open_dataset(characters).model_vocab_size == 61
+    assert data.open_dataset(plain).model_vocab_size == 50304 and data.open_dataset(plain).tokenizer == "gpt2"
 
 
 def spoil(folder, how):
@@ -188,7 +188,7 @@ def test_bad_files_are_one_sentence(tmp_path, how, said):
     folder = write_corpus(tmp_path / "c")
     spoil(folder, how)
     with pytest.raises(UserError, match=said) as error:
-        data.check_corpus(data.open_corpus(folder), total_bs=24, block_size=16)
+        data.check_dataset(data.open_dataset(folder), total_bs=24, block_size=16)
     assert "\n" not in str(error.value)
 
 
@@ -197,12 +197,12 @@ def test_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     scanned = []
     scan = data._scan
     monkeypatch.setattr(data, "_scan", lambda path: scanned.append(path.name) or scan(path))
-    first = data.check_corpus(data.open_corpus(folder), 24, 16)
+    first = data.check_dataset(data.open_dataset(folder), 24, 16)
     assert first["train_sha256"] == hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()
-    assert data.check_corpus(data.open_corpus(folder), 24, 16) == first
+    assert data.check_dataset(data.open_dataset(folder), 24, 16) == first
     assert scanned == ["train.bin", "val.bin"]
     stat = (folder / "val.bin").stat()
     write_corpus(folder, seed=1)
     os.utime(folder / "train.bin", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    changed = data.check_corpus(data.open_corpus(folder), 24, 16)
+    changed = data.check_dataset(data.open_dataset(folder), 24, 16)
     assert changed["train_sha256"] != first["train_sha256"] and len(scanned) == 4

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.distributed import Lifeline, World
+from training.distributed import Distributed, RankMonitor
 from training.errors import UserError
 
 
@@ -44,7 +44,7 @@ def two_lifelines(before=lambda port: None):
 
     def make(rank):
         gather = (lambda word: [said.put(word) or word]) if rank == 0 else hear
-        made[rank] = Lifeline(SimpleNamespace(rank=rank, size=2, is_main=rank == 0, gather=gather))
+        made[rank] = RankMonitor(SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather))
         made[rank].leaving.set()
 
     first = threading.Thread(target=make, args=(0,), daemon=True)
@@ -102,7 +102,7 @@ def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, 
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     with pytest.raises(UserError, match=said):
-        World(device)
+        Distributed(device)
 
 
 @pytest.mark.parametrize("local, one_machine", [(None, True), (8, True), (4, False)])
@@ -110,4 +110,4 @@ def test_one_machine_or_several(monkeypatch, local, one_machine):
     monkeypatch.setenv("WORLD_SIZE", "8")
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert World("cpu").one_machine == one_machine
+    assert Distributed("cpu").one_machine == one_machine

@@ -88,9 +88,7 @@ SAME = ["--learning_rate=1e-2", "--decay_lr=False", "--weight_decay=0", "--grad_
      (train_adam, adamw, official_groups, True, True), (train_sophiag, sophiag, official_groups, True, False)],
     ids=["nanogpt", "nanogpt with biases", "official adamw", "official sophiag"],
 )  # fmt: skip
-def test_an_imported_run_goes_on_as_before(
-    corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias
-):
+def test_an_imported_run_goes_on_as_before(corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias):
     path, tiny = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
     expected = foreign(path, corpus, make, groups, official, bias)
     more = ["--hess_interval=1000", "--rho=0.1"] if script is train_sophiag else []
@@ -170,7 +168,7 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
     words = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
     script.main([*words, f"--init_from={init_from}"])
     assert "weights, for step 0; " in capsys.readouterr().out
-    corpus = data.open_corpus(gpt2_corpus)
+    corpus = data.open_dataset(gpt2_corpus)
     windows = data.take_windows(corpus.val, data.evaluation_starts(700, 128, 16), 16)
     logits = hf_model(torch.from_numpy(windows[0])).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(windows[1]).flatten())

@@ -98,7 +98,7 @@ def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
     words = [*tiny_words(corpus, tmp_path), "--max_iters=3", "--batch_size=6"]
     train_adam.main(words)
     config = train_adam.load_config(train_adam.AdamConfig, words)
-    corpus = data.open_corpus(config.dataset)
+    corpus = data.open_dataset(config.dataset)
     torch.manual_seed(config.seed)
     model = GPT(train_adam.Run._model_config(type("run", (), {"config": config, "corpus": corpus}), None))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95))
