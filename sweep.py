@@ -41,13 +41,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compare import Parser
-from figures import draw_sweep
+from analysis.figures import draw_sweep
+from analysis.runs import STATE
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
-from training.errors import UserError, command
-from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
+from training.errors import Parser, UserError, command
+from training.tracking import METRICS, SHARED, read_metrics, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 APART = 10  # seconds between starts on one GPU: runs of one length that start together also leave it idle together

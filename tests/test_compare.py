@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import compare
-import figures
+from analysis import figures
 from training.errors import UserError, command
 
 CONFIG = {

@@ -10,9 +10,9 @@ import pytest
 import compare
 import train_adam
 import train_sophiag
+from analysis.figures import new_figure
 from assets import claims
 from assets.evidence import collect
-from figures import new_figure
 from sweep import state_text
 from tests.conftest import read_lines, tiny_words
 from tests.test_compare import write_run

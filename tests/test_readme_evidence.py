@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from analysis.runs import group, read_run
+from analysis.stats import verdict
+from analysis.tables import speed_rows
 from assets.claims import clipped
-from compare import group, read_run, speed_rows, verdict
 from tests.conftest import ROOT
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## What Sophia buys")[1].split("\n## ")[0]

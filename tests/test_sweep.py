@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-import figures
 import sweep
+from analysis import figures
 from tests.conftest import ROOT, read_lines, tiny_words
 from training.config import load_config
 from training.errors import command

@@ -4,6 +4,7 @@ if __name__ == "__main__":
     command(main)
 """
 
+import argparse
 import os
 import sys
 
@@ -18,6 +19,13 @@ class RunError(UserError):
     """A run that cannot go on, through no fault of its input; the message says what to do. Exit code 1."""
 
     exit_code = 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as every script here does."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains).")
 
 
 def command(main):

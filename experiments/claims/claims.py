@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import group, read_run
-from figures import COLOURS, new_figure
+from analysis.figures import COLOURS, new_figure
+from analysis.runs import group, read_run
 
 HERE = Path(__file__).resolve().parent
 NAMES = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.runs import size_name
 from training.errors import UserError
 
 COLOURS = (  # colour-blind readers' too
@@ -75,11 +76,6 @@ def draw(groups, prefix, unit, scaling=False):
     return written
 
 
-def size_name(parameters):
-    """'124M', '0.85M'."""
-    return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2g}M"
-
-
 def running_mean(curve, width):
     """Each row of `curve`, places and values, as means over `width` neighbours; shorter by width - 1."""
     return [np.convolve(row, np.full(width, 1 / width), "valid") for row in curve]
@@ -100,7 +96,9 @@ def draw_losses(styled, prefix, unit):
     """Loss against steps, tokens, FLOPs and seconds. The frame leaves out the runs' beginning, their fall."""
     from matplotlib.ticker import EngFormatter
 
-    figure, panels = new_figure(2, 2)
+    logged = {key for one, _ in styled for run in one.runs for key in run.final}
+    quantities = {name: key for name, key in QUANTITIES.items() if key in logged}  # older runs do not log FLOPs
+    figure, panels = new_figure(2, 2) if len(quantities) == 4 else new_figure(1, len(quantities), width=15)
     late, many = [], len(styled) > LEGEND
     beginning = 0.6 if many else 0.1  # of a run
     for one, style in styled:
@@ -108,7 +106,7 @@ def draw_losses(styled, prefix, unit):
         losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in one.runs]
         losses = np.array(losses)
         late += list(losses[:, np.array(sorted(common)) >= max(common) * beginning].ravel())
-        for axes, key in zip(panels, QUANTITIES.values(), strict=True):
+        for axes, key in zip(panels, quantities.values(), strict=True):
             runs = (one.timed or one.runs) if key == "seconds" else one.runs
             for run in runs:
                 curve = run.curve("train/loss", key)
@@ -116,14 +114,14 @@ def draw_losses(styled, prefix, unit):
                     continue
                 where, train = running_mean(curve, max(1, round(SMOOTHING * curve.shape[1])))
                 axes.plot(where, train, linewidth=0.7, alpha=0.4, **style)
-            where = [[line[key] for line in run.evaluations if line["step"] in common] for run in runs]
+            where = [[line.get(key, np.nan) for line in run.evaluations if line["step"] in common] for run in runs]
             where = np.mean(where, axis=0)
             axes.plot(where, losses.mean(axis=0), **STRONG, markevery=max(1, len(where) // 25), **style)
             if len(one.runs) > 1:
                 axes.fill_between(where, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=style["color"])
     late = [loss for loss in late if math.isfinite(loss)] or [0, 1]
     margin = 0.05 * (max(late) - min(late)) or 0.1
-    for axes, quantity in zip(panels, QUANTITIES, strict=True):
+    for axes, quantity in zip(panels, quantities, strict=True):
         axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
         if not axes.lines or all(np.isnan(line.get_xdata()).all() for line in axes.lines):
             axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
