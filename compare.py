@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from analysis.figures import draw
-from analysis.runs import STATE, check_comparable, group, read_run, unit
+from analysis.runs import STATE, check_comparable, group, read_run
 from analysis.tables import report, run_table
 from training.errors import Parser, UserError, command
 
@@ -45,7 +45,7 @@ def main(argv=None):
     text = "\n".join(report(groups)) + "\n"
     print(text, end="")
     if arguments.out:
-        figures = draw(groups, arguments.out, unit(runs), arguments.scaling)
+        figures = draw(groups, arguments.out, arguments.scaling)
         Path(f"{arguments.out}.md").write_text(text + "\n" + "\n".join(run_table(groups)) + "\n", encoding="utf-8")
         print(f"wrote {arguments.out}.md, {', '.join(figures)}; each figure as .svg too")
         if arguments.wandb:

@@ -1,4 +1,4 @@
-"""The figures of compare.py and sweep.py, all in one look. Each is written as PNG and SVG.
+"""The figures of compare.py, sweep.py and experiments/, in one style. Each is written as PNG and SVG.
 
 figure, panels = new_figure(1, 2)
 save(figure, "out/losses")     # out/losses.png and out/losses.svg
@@ -9,33 +9,34 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import size_name
+from analysis.runs import loss_unit, size_name
 from training.errors import UserError
 
-COLOURS = (  # colour-blind readers' too
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999999", "#7A5230"
+COLOURS = (  # that colour-blind readers can tell apart
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#882255", "#999999", "#7A5230"
 )  # fmt: skip
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
-LEGEND = 14  # more groups than this are named by their optimizer alone, and shown without their train/loss
-STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # val/loss; train/loss is thin and light
-SMOOTHING = 0.02  # the width of a running mean, as a share of a run's logged steps
+MARKERS = "osD^vPX*"
+LEGEND = 14  # with more groups, the legend names only optimizers, and train/loss is not drawn
+STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # for val/loss; train/loss is thin and light
+SMOOTHING = 0.02  # width of the running mean, as a share of a run's logged steps
 QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
 METERS = {  # metric -> label of its axis
     "lr": "learning rate",
-    "grad_norm": "gradient norm, unclipped",
-    "train/clip_rate": "steps clipped so far",
-    "train/win_rate": "win rate (not clipped)",
+    "grad_norm": "gradient norm before clipping",
+    "train/clip_rate": "share of steps clipped so far",
+    "train/win_rate": "win rate (coordinates not clipped)",
     "tokens_per_second": "tokens a second",
     "memory_gib": "peak memory (GiB)",
 }
 
 
 def new_figure(rows, columns, width=11, height=4.4):
-    """(figure, array of its panels). UserError without matplotlib."""
+    """(figure, array of its panels). UserError if matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure  # without pyplot it draws with Agg, and opens no window
+        from matplotlib.figure import Figure  # without pyplot no window opens
     except ImportError:
-        raise UserError("a figure needs matplotlib: pip install matplotlib, or leave --out away.") from None
+        raise UserError("a figure needs matplotlib: pip install matplotlib, or run without --out.") from None
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
@@ -46,7 +47,7 @@ def new_figure(rows, columns, width=11, height=4.4):
 
 
 def save(figure, prefix):
-    """Write PREFIX.png and PREFIX.svg; the name of the former."""
+    """Write PREFIX.png and PREFIX.svg; returns the name of the PNG."""
     from matplotlib import rc_context
 
     try:
@@ -59,13 +60,14 @@ def save(figure, prefix):
     return f"{prefix}.png"
 
 
-def draw(groups, prefix, unit, scaling=False):
-    """All figures of compare.py, from its groups of runs; the names of the PNGs. `unit`: what a loss is measured in."""
-    optimizers = list(dict.fromkeys(one.optimizer for one in groups))
+def draw(groups, prefix, scaling=False):
+    """Draw all figures of compare.py; returns the names of the PNGs."""
+    unit = loss_unit([run for group in groups for run in group.runs])
+    optimizers = list(dict.fromkeys(group.optimizer for group in groups))
     styles = []
-    for i, one in enumerate(groups):
-        before = sum(other.optimizer == one.optimizer for other in groups[:i])
-        colour = optimizers.index(one.optimizer) if len(optimizers) > 1 else i
+    for i, group in enumerate(groups):
+        before = sum(other.optimizer == group.optimizer for other in groups[:i])
+        colour = optimizers.index(group.optimizer) if len(optimizers) > 1 else i
         dash = before if len(optimizers) > 1 else i // len(COLOURS)
         styles.append({"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]})
     styled = list(zip(groups, styles, strict=True))
@@ -77,15 +79,15 @@ def draw(groups, prefix, unit, scaling=False):
 
 
 def running_mean(curve, width):
-    """Each row of `curve`, places and values, as means over `width` neighbours; shorter by width - 1."""
+    """Means over `width` neighbours of each row of `curve`; the rows become shorter by width - 1."""
     return [np.convolve(row, np.full(width, 1 / width), "valid") for row in curve]
 
 
 def legend(figure, axes, styled, more=()):
-    """One entry a group under the figure, or, where they are too many, one an optimizer; then those of `more`."""
+    """A legend under the figure: the groups, or only the optimizers if there are many groups; then `more`."""
     entries = {}
-    for one, style in styled:
-        entries.setdefault(one.label if len(styled) <= LEGEND else one.optimizer, {"linewidth": 1.8, **style})
+    for group, style in styled:
+        entries.setdefault(group.label if len(styled) <= LEGEND else group.optimizer, {"linewidth": 1.8, **style})
     for label, style in [*entries.items(), *more]:
         axes.plot([], [], label=label, **style)
     columns = max(1, min(len(entries) + len(more), 110 // (8 + max(map(len, entries)))))
@@ -93,21 +95,21 @@ def legend(figure, axes, styled, more=()):
 
 
 def draw_losses(styled, prefix, unit):
-    """Loss against steps, tokens, FLOPs and seconds. The frame leaves out the runs' beginning, their fall."""
+    """Draw loss against steps, tokens, FLOPs and seconds, without the steep fall at the beginning."""
     from matplotlib.ticker import EngFormatter
 
-    logged = {key for one, _ in styled for run in one.runs for key in run.final}
+    logged = {key for group, _ in styled for run in group.runs for key in run.final}
     quantities = {name: key for name, key in QUANTITIES.items() if key in logged}  # older runs do not log FLOPs
     figure, panels = new_figure(2, 2) if len(quantities) == 4 else new_figure(1, len(quantities), width=15)
     late, many = [], len(styled) > LEGEND
-    beginning = 0.6 if many else 0.1  # of a run
-    for one, style in styled:
-        common = set.intersection(*({line["step"] for line in run.evaluations} for run in one.runs))
-        losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in one.runs]
+    beginning = 0.6 if many else 0.1  # share of a run that does not set the range of losses
+    for group, style in styled:
+        common = set.intersection(*({line["step"] for line in run.evaluations} for run in group.runs))
+        losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in group.runs]
         losses = np.array(losses)
         late += list(losses[:, np.array(sorted(common)) >= max(common) * beginning].ravel())
         for axes, key in zip(panels, quantities.values(), strict=True):
-            runs = (one.timed or one.runs) if key == "seconds" else one.runs
+            runs = (group.timed or group.runs) if key == "seconds" else group.runs
             for run in runs:
                 curve = run.curve("train/loss", key)
                 if many or not curve.size:
@@ -117,33 +119,33 @@ def draw_losses(styled, prefix, unit):
             where = [[line.get(key, np.nan) for line in run.evaluations if line["step"] in common] for run in runs]
             where = np.mean(where, axis=0)
             axes.plot(where, losses.mean(axis=0), **STRONG, markevery=max(1, len(where) // 25), **style)
-            if len(one.runs) > 1:
+            if len(group.runs) > 1:
                 axes.fill_between(where, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=style["color"])
     late = [loss for loss in late if math.isfinite(loss)] or [0, 1]
     margin = 0.05 * (max(late) - min(late)) or 0.1
     for axes, quantity in zip(panels, quantities, strict=True):
         axes.set(xlabel=quantity, ylabel=f"loss ({unit})", xlim=(0, None))
         if not axes.lines or all(np.isnan(line.get_xdata()).all() for line in axes.lines):
-            axes.text(0.5, 0.5, "these runs shared their device", transform=axes.transAxes, ha="center", color="gray")
-        elif "seconds" in quantity and len({one.timed[0].device for one, _ in styled if one.timed}) > 1:
+            axes.text(0.5, 0.5, "these runs shared their GPU", transform=axes.transAxes, ha="center", color="gray")
+        elif "seconds" in quantity and len({group.timed[0].device for group, _ in styled if group.timed}) > 1:
             axes.set_xlabel(f"{quantity}, of several devices")
         axes.set_ylim(min(late) - margin, max(late) + margin)
         if "seconds" not in quantity:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     val, train = STRONG | {"color": "gray"}, {"linewidth": 0.7, "color": "gray"}
-    val_label = "val/loss, mean and range of the seeds" if any(len(o.runs) > 1 for o, _ in styled) else "val/loss"
+    val_label = "val/loss, mean and range over seeds" if any(len(o.runs) > 1 for o, _ in styled) else "val/loss"
     thin = [] if many else [(f"train/loss, mean over {SMOOTHING:.0%} of the run", train)]
     legend(figure, panels[0], styled, [(val_label, val), *thin])
     return save(figure, prefix)
 
 
 def draw_training(styled, prefix):
-    """Learning rate, gradient norm, share of clipped steps, win rate, speed and memory, against steps."""
+    """Draw learning rate, gradient norm, share of clipped steps, win rate, speed and memory against steps."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     figure, panels = new_figure(2, 3, width=14, height=3.8)
     for axes, (key, label) in zip(panels, METERS.items(), strict=True):
-        curves = [(run.curve(key, "step"), style) for one, style in styled for run in one.runs]
+        curves = [(run.curve(key, "step"), style) for group, style in styled for run in group.runs]
         curves = [(curve, style) for curve, style in curves if curve.size]
         for curve, style in curves:
             where, values = running_mean(curve, 1 if key == "lr" else max(1, round(SMOOTHING * curve.shape[1])))
@@ -151,7 +153,7 @@ def draw_training(styled, prefix):
         axes.set(xlabel="optimizer steps", ylabel=label, xlim=(0, None))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if not curves:
-            axes.text(0.5, 0.5, "not known of these runs", transform=axes.transAxes, ha="center", color="gray")
+            axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center", color="gray")
             axes.set(xticks=[], yticks=[])
         elif key == "grad_norm":
             axes.set_yscale("log")
@@ -166,60 +168,103 @@ def draw_training(styled, prefix):
     return save(figure, prefix)
 
 
-def best_of_each(items, key, loss=lambda one: one.losses.mean()):
-    """{key(item): the item of the lowest loss with that key}, in the order of the keys."""
-    keys = sorted({key(one) for one in items})
-    return {k: min((one for one in items if key(one) == k), key=loss) for k in keys}
+def best_of_each(items, key, loss=lambda group: group.losses.mean()):
+    """{key(item): the item with the lowest loss of those with that key}, sorted by key."""
+    keys = sorted({key(group) for group in items})
+    return {k: min((group for group in items if key(group) == k), key=loss) for k in keys}
+
+
+def best_by_horizon(groups):
+    """{steps: the best of these groups with so many}."""
+    return best_of_each(groups, lambda group: group.steps)
 
 
 def means_and_errors(groups):
-    return [one.losses.mean() for one in groups], [one.interval or 0 for one in groups]
+    return [group.losses.mean() for group in groups], [group.interval or 0 for group in groups]
 
 
 def draw_finals(styled, prefix, unit):
-    """Final loss of every group, with its seeds and its interval; and against the length of the schedule."""
+    """Draw each group's final losses, their mean and 95% interval; and, of several horizons, loss against steps."""
     from matplotlib.ticker import NullLocator
 
-    finished = [(one, style) for one, style in styled if one.finished and np.isfinite(one.losses).all()]
-    lengths = len({one.steps for one, _ in finished}) > 1
-    optimizers = list(dict.fromkeys(one.optimizer for one, _ in styled))
+    finished = [(group, style) for group, style in styled if group.converged]
+    horizons = len({group.steps for group, _ in finished}) > 1
+    optimizers = list(dict.fromkeys(group.optimizer for group, _ in styled))
     styled = sorted(styled, key=lambda item: (optimizers.index(item[0].optimizer), item[0].steps))
-    figure, panels = new_figure(1, 1 + lengths, width=13 if lengths else 8, height=max(2.5, 1.2 + 0.35 * len(styled)))
+    figure, panels = new_figure(1, 1 + horizons, width=13 if horizons else 8, height=max(2.5, 1.2 + 0.35 * len(styled)))
     places = np.arange(len(styled))[::-1]
-    for place, (one, style) in zip(places, styled, strict=True):
-        if (one, style) not in finished:
+    for place, (group, style) in zip(places, styled, strict=True):
+        if (group, style) not in finished:
             at = {"transform": panels[0].get_yaxis_transform(), "va": "center", "ha": "center", "color": "gray"}
-            panels[0].text(0.5, place, "diverged" if one.finished else "not finished", **at)
+            panels[0].text(0.5, place, "diverged" if group.finished else "not finished", **at)
             continue
-        panels[0].plot(one.losses, np.full(len(one.losses), place), "o", alpha=0.35, markersize=5, color=style["color"])
-        panels[0].errorbar(one.losses.mean(), place, xerr=one.interval, fmt="D", capsize=4, color=style["color"])
+        losses, colour = group.losses, style["color"]
+        panels[0].plot(losses, np.full(len(losses), place), "o", alpha=0.35, markersize=5, color=colour)
+        panels[0].errorbar(losses.mean(), place, xerr=group.interval, fmt="D", capsize=4, color=colour)
     panels[0].set(xlabel=f"final val/loss ({unit}); mean, 95% interval, seeds", ylim=(-0.6, len(styled) - 0.4))
-    panels[0].set_yticks(places, [one.label for one, _ in styled])
-    if lengths:
-        for optimizer in dict.fromkeys(one.optimizer for one, _ in finished):
-            own = [(one, style) for one, style in finished if one.optimizer == optimizer]
-            best = best_of_each([one for one, _ in own], lambda one: one.steps)
+    panels[0].set_yticks(places, [group.label for group, _ in styled])
+    if horizons:
+        for optimizer in dict.fromkeys(group.optimizer for group, _ in finished):
+            own = [(group, style) for group, style in finished if group.optimizer == optimizer]
+            best = best_by_horizon([group for group, _ in own])
             style = STRONG | {"color": own[0][1]["color"], "label": optimizer, "capsize": 4}
             panels[1].errorbar(list(best), *means_and_errors(best.values()), **style)
         panels[1].set(xscale="log", ylabel=f"final val/loss ({unit})")
-        panels[1].set_xlabel("optimizer steps of the whole schedule;\nof each length the best settings")
-        steps = sorted({one.steps for one, _ in finished})
+        panels[1].set_xlabel("training steps of the complete schedule;\nthe best settings at each horizon")
+        steps = sorted({group.steps for group, _ in finished})
         panels[1].set_xticks(steps, [f"{step:,}" for step in steps])
         panels[1].xaxis.set_minor_locator(NullLocator())
         panels[1].legend(frameon=False, fontsize=8, loc="upper right")
     return save(figure, prefix)
 
 
+def draw_final_losses(groups, out, labels=None):
+    """Draw one clean figure: mean final val/loss against training horizon, a curve for each optimizer.
+
+    Bars are 95% intervals of the mean over seeds. Of several groups of an optimizer at one horizon the best is drawn.
+    Points at the same horizon are moved apart a little, so that no bar hides another.
+
+    labels: {optimizer, as in Group.optimizer: its name in the figure}; others are left out. None: all, as they are.
+    out: the prefix of the PNG, whose name is returned, and of the SVG.
+    """
+    from matplotlib.ticker import NullLocator
+
+    finished = [group for group in groups if group.converged]
+    labels = labels or {group.optimizer: group.optimizer for group in finished}
+    curves = {name: best_by_horizon([group for group in finished if group.optimizer == name]) for name in labels}
+    curves = {name: best for name, best in curves.items() if best}
+    if not curves:
+        raise UserError(f"{out}: there is no finished run of {' or '.join(labels)}; give other labels.")
+    figure, (axes,) = new_figure(1, 1, width=9, height=5.4)
+    for i, (name, best) in enumerate(curves.items()):
+        apart = 1.013 ** (i - (len(curves) - 1) / 2)
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": labels[name]}
+        means, errors = means_and_errors(best.values())
+        style |= {"markersize": 7, "linewidth": 2, "elinewidth": 1.5, "capsize": 4}
+        axes.errorbar([steps * apart for steps in best], means, errors, **style)
+    ticks = sorted({steps for best in curves.values() for steps in best})
+    axes.set(xscale="log", xlim=(ticks[0] / 1.1, ticks[-1] * 1.1))
+    axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=12)
+    axes.set_xlabel("training steps of the complete schedule (log scale)", fontsize=13)
+    axes.set_ylabel(f"final val/loss ({loss_unit([run for group in finished for run in group.runs])})", fontsize=13)
+    lines, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda i: -next(iter(list(curves.values())[i].values())).losses.mean())
+    axes.legend([lines[i] for i in order], [names[i] for i in order], frameon=False, fontsize=13, loc="upper right")
+    return save(figure, out)
+
+
 def draw_scaling(groups, prefix, unit):
-    """Final loss against model size, one line an optimizer, with a power law where there are three sizes."""
+    """Draw final loss against model size for each optimizer, with a fitted power law from three sizes on."""
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
     from scipy import stats
 
     figure, (axes,) = new_figure(1, 1, width=8, height=5)
-    finished = [one for one in groups if one.finished and np.isfinite(one.losses).all()]
-    ticks = sorted({one.runs[0].parameters for one in finished})
-    for i, optimizer in enumerate(dict.fromkeys(one.optimizer for one in finished)):
-        best = best_of_each([one for one in finished if one.optimizer == optimizer], lambda one: one.runs[0].parameters)
+    finished = [group for group in groups if group.converged]
+    ticks = sorted({group.parameters for group in finished})
+    for i, optimizer in enumerate(dict.fromkeys(group.optimizer for group in finished)):
+        best = best_of_each([g for g in finished if g.optimizer == optimizer], lambda group: group.parameters)
         sizes, (losses, error) = list(best), means_and_errors(best.values())
         label, colour = optimizer, COLOURS[i % len(COLOURS)]
         if len(sizes) > 2:
@@ -239,11 +284,11 @@ def draw_scaling(groups, prefix, unit):
 
 
 def draw_sweep(trials, out_dir):
-    """A figure for each swept setting and a heat map for each optimizer that sweeps two; the names of the PNGs.
+    """Draw loss against each swept setting, and a heat map for optimizers that sweep two; the names of the PNGs.
 
-    A whole grid gets a line through the best over the other settings. A random search gets a star at its best run: in
-    such a line the value that was drawn most often would look best. A heat map of one leaves cells empty.
-    trials: sweep.py's, each with `optimizer`, `swept` (setting -> value) and `loss`, inf where it failed or diverged.
+    A grid search gets a line through the best run at each value. A random search gets a star at its best run only: a
+    line would favour the value that was drawn most often. Its heat map has empty cells.
+    trials: those of sweep.py, with `optimizer`, `swept` (setting -> value) and `loss`, inf if it failed or diverged.
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -254,7 +299,7 @@ def draw_sweep(trials, out_dir):
         figure, (axes,) = new_figure(1, 1, width=7.5, height=4.8)
         here = [trial for trial in trials if key in trial.swept]
         losses = [trial.loss for trial in here if math.isfinite(trial.loss)] or [0, 1]
-        above = max(losses) + 0.06 * ((max(losses) - min(losses)) or 1)  # where those without a loss are drawn
+        above = max(losses) + 0.06 * ((max(losses) - min(losses)) or 1)  # the height of runs that failed
         notes = {}
         for i, optimizer in enumerate(optimizers):
             own = [trial for trial in here if trial.optimizer == optimizer]
@@ -273,7 +318,7 @@ def draw_sweep(trials, out_dir):
             for trial in own:
                 place = trial.swept[key], above if math.isinf(trial.loss) else trial.loss
                 lines += axes.plot(*place, "x" if math.isinf(trial.loss) else "o", alpha=0.35, **style)
-            if not is_grid(own):  # all optimizers have the same few values: side by side
+            if not is_grid(own):  # optimizers share values, so draw them side by side
                 points = 4 * (i - (len(optimizers) - 1) / 2)
                 for line in lines:
                     line.set_transform(axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans))
@@ -296,7 +341,7 @@ def draw_sweep(trials, out_dir):
 
 
 def is_grid(trials):
-    """Whether one optimizer's trials are all combinations of the values they have."""
+    """Whether an optimizer's trials are all combinations of their values."""
     return len(trials) == math.prod(len({trial.swept[key] for trial in trials}) for key in trials[0].swept)
 
 
@@ -305,7 +350,7 @@ def tick(value):
 
 
 def heat_map(trials, prefix):
-    """Loss over two swept settings, the value in every cell; empty where a random search has no run."""
+    """Draw the loss over two swept settings as a table of coloured cells."""
     down, across = trials[0].swept
     rows, columns = (sorted({trial.swept[key] for trial in trials}) for key in (down, across))
     losses = np.full((len(rows), len(columns)), np.nan)

@@ -89,6 +89,11 @@ class Group:
         return all(run.finished for run in self.runs)
 
     @property
+    def converged(self):
+        """Whether all runs are finished, with a finite loss."""
+        return self.finished and bool(np.isfinite(self.losses).all())
+
+    @property
     def timed(self):
         """The runs whose times count: those with a GPU to themselves, on the device that most of these had."""
         return max(unshared_by_device(self.runs).values(), key=len, default=[])
@@ -123,7 +128,7 @@ def unclean(runs):
     return [run for run in runs if not run.clean]
 
 
-def unit(runs):
+def loss_unit(runs):
     """The unit of a loss."""
     return "nats a character" if all(isinstance(r.conditions["tokenizer"], dict) for r in runs) else "nats a token"
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from analysis.runs import unclean, unit
+from analysis.runs import loss_unit, unclean
 from analysis.stats import ALPHA, baseline_horizons, baseline_needs, baseline_of, step_cost, verdict
 
 WIDE = 2.5  # a larger factor between two horizons of the baseline is named beside speed-ups
@@ -57,7 +57,7 @@ def speed_rows(groups):
 
     The column of FLOPs is left out where the runs do not log them.
     """
-    others = [g for g in groups if g.optimizer != groups[0].optimizer and g.finished and np.isfinite(g.losses).all()]
+    others = [group for group in groups if group.optimizer != groups[0].optimizer and group.converged]
     rows = []
     for group in others:
         if len(baseline := baseline_horizons(group, groups)) < 2:
@@ -111,7 +111,7 @@ def run_table(groups):
 def notes(groups):
     """What a reader of the tables has to know, one sentence a line."""
     runs = [run for group in groups for run in group.runs]
-    yield f"Losses are in {unit(runs)}. Seconds are training time, without compilation, evaluation and checkpoints."
+    yield f"Losses are in {loss_unit(runs)}. Seconds: training time without compilation, evaluation and checkpoints."
     if any("train/clip_rate" in line for run in runs for line in run.lines[-2:]):
         yield "Clipped: share of steps whose gradient norm was above grad_clip."
     if any(len(group.runs) > 1 for group in groups):
