@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.figures import draw_final_losses
-from analysis.runs import STATE, group, read_run, unclean
+from analysis.runs import group, read_run, unclean
 from analysis.stats import verdict
 from analysis.tables import markdown, speed_rows
 from benchmarks.report import markdown_table
@@ -25,7 +25,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import describe
 from training.errors import Parser, UserError, command
-from training.tracking import METRICS
+from training.tracking import METRICS, STATE
 
 EXPERIMENTS = Path(__file__).resolve().parent
 ROOT = EXPERIMENTS.parent
@@ -85,7 +85,7 @@ def horizon(name, optimizer, steps):
 def loss_cell(one):
     """'1.297 ± 0.001 (8)': mean, half the 95% interval, seeds. Marked where a run has no clean commit."""
     if one is None:
-        return ""
+        return "not run"
     spread = f" ± {one.interval:.3f}" if one.interval is not None else ""
     return f"{one.losses.mean():.3f}{spread} ({len(one.runs)})" + f" {MARK}" * bool(unclean(one.runs))
 
@@ -105,23 +105,25 @@ def table(head, rows, left=(0,)):
     notes = ["Final validation loss in nats a token: mean ± half the 95% interval (seeds)."] if " ± " in text else []
     if MARK in text:
         notes.append(f"{MARK} Some of these runs started with uncommitted changes and have not been rerun.")
-    return "\n\n".join([text, " ".join(notes)] if notes else [text])
+    return "\n\n".join([text, "\n".join(notes)] if notes else [text])
 
 
 # ----- tables
 
 
 def results_main():
-    """Six optimizers at three horizons."""
+    """Six optimizers at three horizons, and the figure of them."""
+    figure = "![Final loss against the number of steps](assets/30m_python_final.png)"
     rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in MAIN]
-    return table(("optimizer", *(f"{steps:,} steps ({steps * 65536 / 1e6:.0f}M tokens)" for steps in HORIZONS)), rows)
+    head = ("optimizer", *(f"{steps:,} steps ({steps * 65536 / 1e6:.0f}M tokens)" for steps in HORIZONS))
+    return f"{table(head, rows)}\n\n{figure}"
 
 
 def results_30m():
     """All optimizers at all horizons."""
-    horizons = (*HORIZONS, 7800)
-    rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in horizons)) for name in NAMES]
-    return table(("optimizer", *(f"{steps:,} steps" for steps in horizons)), rows)
+    rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in NAMES]
+    rows.append((f"{NAMES['adamw']}, 7,800 steps", "", "", loss_cell(horizon("30m_python", "adamw", 7800))))
+    return table(("optimizer", *(f"{steps:,} steps" for steps in HORIZONS)), rows)
 
 
 def verdicts(baseline, names):
@@ -244,7 +246,7 @@ def drawn_in_claims():
 
 
 FIGURES = {  # in assets/: how it is drawn, and the data that it shows
-    "final_losses": (draw_main, lambda: [one.losses.tolist() for one in main_groups()]),
+    "30m_python_final": (draw_main, lambda: [one.losses.tolist() for one in main_groups()]),
     "claims": (draw_claims, drawn_in_claims),
 }
 
