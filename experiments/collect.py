@@ -111,7 +111,7 @@ def thinned(run):
     """At most LINES lines of its metrics."""
     lines = read_metrics(run / METRICS)
     kept = {0, len(lines) - 1, *(i for i, line in enumerate(lines) if "val/loss" in line)}
-    kept |= set([i for i, line in enumerate(lines) if "train/loss" in line][-1:])  # has the run's share of clipped steps
+    kept |= set([i for i, line in enumerate(lines) if "train/loss" in line][-1:])  # the share of clipped steps is in it
     if len(kept) > LINES:
         raise UserError(f"{run / METRICS} has {len(kept)} lines with a val/loss; at most {LINES} lines are committed.")
     others = [i for i in range(len(lines)) if i not in kept]

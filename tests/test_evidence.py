@@ -14,8 +14,8 @@ from analysis.figures import new_figure
 from assets import claims
 from assets.evidence import collect
 from sweep import state_text
+from tests.analysis.made_runs import write_run
 from tests.conftest import read_lines, tiny_words
-from tests.test_compare import write_run
 from training.errors import UserError
 
 FOLDERS = sorted(path for path in collect.EVIDENCE.glob("*/") if path.name != "__pycache__")

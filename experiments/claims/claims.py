@@ -1,10 +1,9 @@
 """The paper's further claims (arXiv:2305.14342, sections 3 and 4) at 30M on Python source text, a panel each.
 
-    python -m assets.claims        # writes assets/claims.png
+    python experiments/results.py        # draws assets/claims.png when its data changed
 
-From what is in assets/evidence/ and assets/bench/: the share of clipped steps, the need for
-scale_attn_by_inverse_layer_idx, how much Sophia-G minds rho and beta2 (a diagonal step, AdamW for the embeddings) and
-what share of the hidden matrices it leaves unclipped at each rho, Sophia-H against Sophia-G, and the curvature's cost.
+The share of clipped steps, scale_attn_by_inverse_layer_idx, how sensitive Sophia-G (AdamW for the embeddings) is to rho
+and beta2, the share of the hidden matrices that it leaves unclipped, Sophia-H against Sophia-G, the cost of curvature.
 """
 
 import json
@@ -15,7 +14,7 @@ import numpy as np
 from analysis.figures import COLOURS, new_figure
 from analysis.runs import group, read_run
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "adamw": "AdamW",
     "sophiag": "Sophia-G",
@@ -23,12 +22,12 @@ NAMES = {
     "sophiag+eigenbasis+adamw": "the same, in\nthe eigenbasis",
     "sophiah": "Sophia-H",
 }
-LATER = "sophiag_tuned", "sophiag_eigenbasis_fresh", "sophiag_spectral"  # after the first tunings
+LATER = "sophiag_adamw_beta2", "sophiag_eigenbasis_fresh", "sophiag_spectral"  # after the first tunings
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
 
 
 def runs_of(name):
-    folders = [path.parent for path in sorted((HERE / "evidence" / name).glob("*/config.json"))]
+    folders = sorted((ROOT / "experiments" / name / "runs").iterdir())
     return [read_run(folder) for folder in folders if not folder.name.startswith(LATER)]
 
 
@@ -38,12 +37,12 @@ def groups_of(name):
 
 
 def clipped(one):
-    """Of each run the share of its steps whose gradient was clipped, in percent."""
+    """The share of clipped steps of each run, in percent."""
     return [100 * run.curve("train/clip_rate", "step")[1][-1] for run in one.runs]
 
 
 def draw_clipped(axes, python):
-    """A bar for each length of each optimizer, the mean; dots: the seeds."""
+    """Bars: means for each optimizer and training horizon; dots: seeds."""
     lengths = sorted({length for _, length in python})
     for i, optimizer in enumerate(NAMES):
         own = [length for length in lengths if (optimizer, length) in python]
@@ -55,7 +54,7 @@ def draw_clipped(axes, python):
             axes.text(place, max(values), f"{length:,}", ha="center", va="bottom", fontsize=7)
     axes.set_xticks(range(len(NAMES)), NAMES.values(), fontsize=8)
     axes.axhline(10, color="gray", linewidth=1, linestyle="--")
-    axes.set(ylabel="steps with a clipped gradient (%)", title="Clipped steps, by length of the run")
+    axes.set(ylabel="steps with a clipped gradient (%)", title="Clipped steps, by number of steps")
     note = "the paper: AdamW above the dashed line,\nSophia under 1%"
     axes.text(0.01, 0.97, note, transform=axes.transAxes, va="top", fontsize=8, color="gray")
 
@@ -73,7 +72,7 @@ def draw_attention(axes, python, attention):
 
 
 def draw_sensitivity(axes, python, runs):
-    """A line over rho for each beta2, one seed a point; behind them the tuned AdamW's mean and 95% interval."""
+    """A line over rho for each beta2, one seed a point; behind them the mean and 95% interval of the tuned AdamW."""
     points = {(run.config["rho"], run.config["beta2"]): run.final["val/loss"] for run in runs}
     rhos, betas = (sorted({key[i] for key in points}) for i in (0, 1))
     adamw = python["adamw", 780]
@@ -92,7 +91,7 @@ def draw_sensitivity(axes, python, runs):
 
 
 def draw_win_rates(axes, runs):
-    """The share of the hidden matrices that is not clipped, over the run, for each rho at the config's beta2."""
+    """The share of the hidden matrices' coordinates that is not clipped, over the run, for each rho at beta2 0.99."""
     for run in sorted((run for run in runs if run.config["beta2"] == 0.99), key=lambda run: run.config["rho"]):
         steps, rates = run.curve("train/win_rate/matrices", "step")
         (line,) = axes.plot(steps, 100 * rates, linewidth=1.2)
@@ -115,7 +114,7 @@ def draw_estimators(axes, python):
             color=COLOUR[name],
             label=NAMES[name],
         )
-    axes.set(xscale="log", xlabel="optimizer steps of the whole schedule", ylabel="final val/loss (nats)")
+    axes.set(xscale="log", xlabel="training steps of the complete schedule", ylabel="final val/loss (nats)")
     axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
     axes.xaxis.minorticks_off()
     axes.set_title("Sophia-H against Sophia-G, mean and 95% interval")
@@ -136,9 +135,10 @@ def draw_cost(axes, rows):
     axes.set_title("Cost of curvature, 124M, one H200")
 
 
-def main(prefix=HERE / "claims"):
+def draw_claims(prefix):
+    """Draw PREFIX.png."""
     python, attention, sensitivity = groups_of("30m_python"), groups_of("30m_attn"), runs_of("30m_rho_beta2")
-    bench = json.loads((HERE / "bench" / "train.json").read_text(encoding="utf-8"))
+    bench = json.loads((ROOT / "assets/bench/train.json").read_text(encoding="utf-8"))
     figure, panels = new_figure(2, 3, width=19, height=4.4)
     draw_clipped(panels[0], python)
     draw_attention(panels[1], python, attention)
@@ -147,8 +147,3 @@ def main(prefix=HERE / "claims"):
     draw_win_rates(panels[4], sensitivity)
     draw_estimators(panels[5], python)
     figure.savefig(f"{prefix}.png", dpi=150)
-    print(f"wrote {prefix}.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """Figure 2 of arXiv:2305.14342: five optimizers on a function with sharp and flat directions and a local maximum in x.
 
-    python -m assets.toy2d        # writes assets/toy2d.png
+    python -m experiments.toy2d.toy2d        # writes assets/toy2d.png
 
-Every optimizer starts at the same point and has the learning rate, of one grid for all, that is best for it: the
-fewest steps after which it stays within 0.05 of the minimum. Newton's method has no learning rate.
+Every optimizer starts at the same point. Its learning rate is the best of one grid for all: it needs the fewest steps
+until it stays within 0.05 of the minimum. Newton's method has no learning rate.
 """
 
 from pathlib import Path
@@ -120,7 +120,7 @@ def main():
     for name, (lr, points, steps) in runs.items():
         end = ", ".join(f"{v:.3f}" for v in points[-1].tolist())
         print(f"{name:<18} lr {'none' if lr is None else f'{lr:.3g}':<7} steps to the minimum {steps}, ends at ({end})")
-    draw(runs, Path(__file__).with_suffix(".png"))
+    draw(runs, Path(__file__).resolve().parents[2] / "assets/toy2d.png")
 
 
 if __name__ == "__main__":
