@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from sophia import SophiaG, SophiaH
+from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 from training.combined import Combined
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
@@ -131,9 +132,12 @@ def make_optimizer(config, run):
     """The optimizer, and what its step() and statistics() take: for SophiaG the labels in a step, else nothing."""
     kind, bs = (SophiaG, {"bs": run.tokens_per_step}) if config.optimizer_name == "sophiag" else (SophiaH, {})
     groups = [group for group in run.parameter_groups() if group["name"] not in config.adamw_for]
-    for group in groups if config.eigenbasis else ():
-        group["eigenbasis"] = group["name"] == "matrices"
-        group["spectral"] = config.spectral and group["eigenbasis"]
+    if config.eigenbasis:
+        kind = SpectralSophiaG if config.spectral else EigenbasisSophiaG
+        fused_qkv = {p for name, p in run.model.named_parameters() if name.endswith("attn.c_attn.weight")}
+        for group in groups:
+            group["eigenbasis"] = group["name"] == "matrices"
+            group.setdefault("split", [3 if p in fused_qkv else 1 for p in group["params"]])
     optimizer = kind(
         groups,
         lr=config.learning_rate,
