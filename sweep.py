@@ -231,7 +231,7 @@ def grid(definition, out_dir, known=()):
             point = dict(zip(swept, values, strict=True))
             folder = out_dir / names.get(key_of(optimizer, point), label(optimizer, point))
             if (other := folders.setdefault(folder, (optimizer, point))) != (optimizer, point):
-                raise UserError(f"{other} and {(optimizer, point)} get the same label; change a value a little.")
+                raise UserError(f"{folder.name} would be the folder of {other} and {optimizer, point}; rename one.")
             argv = [*files, *(f"--{key}={value}" for key, value in {**settings, **point, "out_dir": folder}.items())]
             config = load_config(config_class, argv)
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
