@@ -100,14 +100,14 @@ class Trial:
 def main(argv=None):
     arguments, definition = read_command_line(sys.argv[1:] if argv is None else argv)
     if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise UserError("--seeds is 0 or more, --jobs 1 or more.")
+        raise UserError("--seeds must be 0 or more, and --jobs 1 or more.")
     out_dir = Path(arguments.out_dir)
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
     if not arguments.dirty and (changed := changed_files()):
         raise UserError(
-            f"{changed[0]} differs from the git commit, so the code of the runs would be unknown; commit it, "
-            "or start the sweep with --dirty=True, and its runs are marked."
+            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
+            "or start the sweep with --dirty=True to have its runs marked as not clean."
         )
     with locked(out_dir) as lock:
         gpus = visible_gpus() or [None]
@@ -242,7 +242,7 @@ def grid(definition, out_dir, known=()):
     other, reference = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
         if len(tokens) != len(reference) and "runs" not in definition:
-            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them as many.")
+            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
         if odd := [n for n in tokens if n != reference[0]]:
             raise UserError(
                 f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."
