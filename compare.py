@@ -17,7 +17,6 @@ What is claimed, and when:
 - In seconds, a step takes what it took in the runs that had their device alone, of both sides on the same device.
 """
 
-import argparse
 import json
 import math
 import re
@@ -28,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from figures import draw, size_name
-from training.errors import UserError, command
-from training.tracking import CONFIG, METRICS, STATE, read_metrics
+from training.errors import Parser, UserError, command
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
 
 ALPHA = 0.01
 WIDE = 2.5  # a gap between two lengths of the baseline, above which a speed-up comes with a warning
@@ -122,15 +121,8 @@ def alone_on_devices(runs):
     return {device: [run for run in runs if run.device == device and not run.shared] for device in devices}
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, as every script here does."""
-
-    def error(self, message):
-        raise UserError(f"{message} (--help explains).")
-
-
 def main(words=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run; the first is the baseline")
     parser.add_argument("--out", metavar="PREFIX", help="write the tables to PREFIX.md, draw PREFIX.png, .svg and more")
     parser.add_argument("--force", action="store_true", help="compare runs although they are not comparable")

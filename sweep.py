@@ -20,7 +20,6 @@ goes on from its checkpoint. A run that fails or diverges counts as loss inf; to
 Writes sweep.json and a figure for each swept setting; an optimizer with two of them gets a heat map.
 """
 
-import argparse
 import fcntl
 import itertools
 import json
@@ -41,13 +40,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compare import Parser
 from figures import draw_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
-from training.errors import UserError, command
-from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
+from training.errors import Parser, UserError, command
+from training.metrics import METRICS, STATE, read_metrics
+from training.tracking import SHARED, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 APART = 10  # seconds between starts on one GPU: runs of one length that start together also leave it idle together
@@ -89,7 +88,7 @@ class Trial:
 
 
 def main(words=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.py", help="what to sweep; it is run as code")
     parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
     parser.add_argument("--seeds", type=int, default=0, help="fresh seeds to run each optimizer's best with")

@@ -460,7 +460,7 @@ def test_the_equal_tuning_at_30m(tmp_path, monkeypatch, corpus, steps):
     for trial in sweep.grid(sweep.read_sweep(f"config/sweep_30m_{corpus}.py"), tmp_path):
         config = load_config(sweep.SophiaConfig if "sophia" in trial.optimizer else sweep.AdamConfig, trial.words[1:])
         name, rotated = trial.optimizer.split("_")[0], "eigenbasis" in trial.optimizer
-        adamws = {"_adamw": "embeddings", "_eigenbasis": "embeddings", "_spectral": "embeddings+vectors"}
+        adamws = {"_adamw": "embeddings", "_eigenbasis": "embeddings", "_spectral": "embeddings+scalars"}
         hess_bs = {"_eigenbasis": 16, "_spectral": 8}
         kind = trial.optimizer.removeprefix(name)
         assert (config.optimizer_name, config.dataset, config.n_layer) == (name, corpus, 6)

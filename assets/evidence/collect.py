@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from compare import Parser, read_run
+from compare import read_run
 from sweep import state_text
-from training.errors import UserError, command
-from training.tracking import CONFIG, METRICS, STATE, read_metrics, write_atomically
+from training.errors import Parser, UserError, command
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
+from training.tracking import write_atomically
 
 EVIDENCE = Path(__file__).resolve().parent
 LINES = 500  # of a file
