@@ -28,7 +28,6 @@ Writes a folder for each run (adamw_3fa21c: the digits stand for the swept value
 the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
 """
 
-import argparse
 import fcntl
 import inspect
 import itertools
@@ -56,7 +55,8 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import Parser, UserError, command
-from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
+from training.metrics import METRICS, STATE, read_metrics
+from training.tracking import SHARED, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
@@ -141,7 +141,7 @@ def read_command_line(argv):
 
     The definition is {"common": settings, "optimizers": {name: settings}}, with "runs" for a random search.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.py", help="the sweep file; it is run as code")
     parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
     parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
