@@ -8,14 +8,13 @@ import shlex
 
 import pytest
 
-from benchmarks.report import markdown_table
 from evaluate import EvaluateConfig
 from export_hf import ExportConfig
 from sample import SampleConfig
 from tests.conftest import ROOT
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import describe, load_config
+from training.config import load_config
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -68,7 +67,7 @@ def test_files_that_are_named_exist(page):
         return  # it names files of the past
     named = set(re.findall(r"(?:\w+/)+[\w.]+\.(?:py|png|svg|json|sbatch|md|yml)\b", PAGES[page]))
     named |= set(re.findall(r"(?<![\w/.-])\w+\.py\b", PAGES[page]))
-    folders = [ROOT, (ROOT / page).parent, ROOT / "training", ROOT / "config"]
+    folders = [ROOT, (ROOT / page).parent, ROOT / "training", ROOT / "data/text"]
     missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
     assert not [name for name in missing if not STANDS_FOR_A_NAME.search(name)]
 
@@ -104,33 +103,3 @@ def test_make_targets_exist():
 
 def test_readme_is_short():
     assert len(PAGES["README.md"].encode()) <= 12 * 1024
-
-
-def settings_table():
-    """docs/settings.md's table of settings; `python -m tests.test_readme` prints it."""
-    ours = {row[0]: row for row in describe(SophiaConfig)}
-    adam = {row[0]: row for row in describe(AdamConfig)}
-    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, (_, kind, default, help) in ours.items():
-        if name not in adam:
-            help = f"Sophia: {help}"
-        elif name == "optimizer_name":
-            default, help = f"{adam[name][2]} / {default}", f"{adam[name][3]} / {help}"
-        elif adam[name][2] != default:
-            default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
-        lines.append(f"| `{name}` | {kind} | {default} | {help} |")
-    lines += [f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |" for row in adam.values() if row[0] not in ours]
-    return "\n".join(lines)
-
-
-def test_settings_table_is_the_code():
-    assert settings_table() in PAGES["docs/settings.md"], "print it with: python -m tests.test_readme"
-
-
-@pytest.mark.parametrize("name", ["train", "optimizer"])
-def test_tables_of_measurements_are_their_files(name):
-    assert markdown_table(ROOT / f"assets/bench/{name}.json") in PAGES["docs/speed.md"]
-
-
-if __name__ == "__main__":
-    print(settings_table())
