@@ -67,8 +67,9 @@ def test_files_that_are_named_exist(page):
         return  # it names files of the past
     named = set(re.findall(r"(?:\w+/)+[\w.]+\.(?:py|png|svg|json|sbatch|md|yml)\b", PAGES[page]))
     named |= set(re.findall(r"(?<![\w/.-])\w+\.py\b", PAGES[page]))
+    made = {name for name in named if name.startswith("out/")}
     folders = [ROOT, (ROOT / page).parent, ROOT / "training", ROOT / "data/text"]
-    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    missing = [name for name in named - made if not any((folder / name).exists() for folder in folders)]
     assert not [name for name in missing if not STANDS_FOR_A_NAME.search(name)]
 
 

@@ -1,4 +1,4 @@
-"""Training from weights of elsewhere: an imported run goes on as if it had stayed at home; bad files are refused."""
+"""Weights from and to elsewhere: against Hugging Face's logits; an imported run goes on as it would have; bad files."""
 
 import dataclasses
 import json
@@ -12,11 +12,12 @@ import train_sophiag
 from model import GPT, GPTConfig
 from sophia import SophiaG
 from tests.conftest import ROOT, read_lines, tiny_words, write_corpus
+from tests.test_model import randomize, small_gpt, tokens
 from training import data
 from training.checkpoint import read_checkpoint
 from training.config import load_config
 from training.errors import command
-from training.pretrained import load_model, load_pretrained
+from training.hf import from_hf, from_pretrained, load_model, load_pretrained, to_hf
 
 SHAPE = dict(n_layer=1, n_head=4, n_embd=24, block_size=16, vocab_size=64)  # not the one of tiny_words
 STEPS = 5  # that the other code has done
@@ -144,6 +145,135 @@ def test_imported_weights_compute_what_they_were_trained_as(corpus, tmp_path):
 # ----- Hugging Face
 
 
+def small_hf(**settings):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = dict(n_positions=32, vocab_size=97, n_layer=3, n_head=4, n_embd=32, bos_token_id=None, eos_token_id=None)
+    return randomize(GPT2LMHeadModel(GPT2Config(**{**config, **settings})))
+
+
+@pytest.mark.parametrize("scale_attn", [False, True])
+def test_logits_of_hugging_face_weights(scale_attn):
+    hf_model = small_hf(scale_attn_by_inverse_layer_idx=scale_attn)
+    model = from_hf(hf_model)
+    idx = tokens(2, 32)
+    expected = hf_model(idx).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(idx)[0], expected[:, -1:], atol=1e-4, rtol=0)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.data_ptr() != hf_model.lm_head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale_attn", [False, True])
+def test_logits_of_our_weights_in_hugging_face(bias, scale_attn):
+    model = small_gpt(bias=bias, scale_attn_by_inverse_layer_idx=scale_attn)
+    hf_model = to_hf(model)
+    idx = tokens(2, 32)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
+    assert all(not p.is_meta for p in hf_model.parameters())
+    with torch.no_grad():
+        hf_model.transformer.wte.weight.zero_()
+    assert model.transformer.wte.weight.abs().sum() > 0, "to_hf must copy"
+
+
+def test_the_exact_gelu_both_ways():
+    hf_model = small_hf(activation_function="gelu")
+    model, idx = from_hf(hf_model), tokens(2, 32)
+    torch.testing.assert_close(model(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(to_hf(model)(idx).logits, hf_model(idx).logits, atol=1e-4, rtol=0)
+    tanh = from_hf(small_hf())
+    assert (tanh(idx, idx)[0] - model(idx, idx)[0]).abs().max() > 1e-3, "else this test shows nothing"
+
+
+def test_dropout_falls_where_hugging_face_drops():
+    model, idx = small_gpt(dropout=0.3).train(), tokens(2, 32)
+    hf_model = to_hf(model).train()
+    torch.manual_seed(0)
+    expected = hf_model(idx).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    assert (model(idx, idx)[0] - expected).abs().max() > 0.1, "another seed, another mask"
+
+
+def test_layer_scale_changes_the_logits():
+    idx = tokens(2, 32)
+    plain, scaled = small_gpt(), small_gpt(scale_attn_by_inverse_layer_idx=True)
+    assert (plain(idx, idx)[0] - scaled(idx, idx)[0]).abs().max() > 1e-2
+
+
+def test_to_hf_cuts_the_padded_vocabulary_and_survives_saving(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = small_gpt(vocab_size=128, bias=True)
+    to_hf(model, vocab_size=97).save_pretrained(tmp_path)
+    hf_model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    idx = tokens(2, 32)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx, idx)[0][..., :97], atol=1e-4, rtol=0)
+    assert (hf_model.config.vocab_size, hf_model.config.n_positions) == (97, 32)
+    with pytest.raises(ValueError, match="vocab_size=129 is more than the 128"):
+        to_hf(model, vocab_size=129)
+
+
+def test_released_gpt2_config_can_be_represented():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = from_hf(GPT2LMHeadModel(GPT2Config()))  # the defaults are those of OpenAI's 124M model
+    assert model.config == GPTConfig(1024, 50257, 12, 12, 768, dropout=0.0, bias=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"n_inner": 64},
+        {"scale_attn_weights": False},
+        {"add_cross_attention": True},
+        {"reorder_and_upcast_attn": True},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_from_hf_names_what_it_cannot_represent(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        from_hf(small_hf(**setting))
+
+
+def test_from_hf_wants_the_language_model():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, got a GPT2Model"):
+        from_hf(small_hf().transformer)
+
+
+def test_from_pretrained_has_the_weights_and_refuses_unknown_names(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    hf_model = small_hf()
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: hf_model)
+    idx = tokens(2, 32)
+    model = from_pretrained("gpt2", dropout=0.25)
+    assert model.config.dropout == 0.25
+    torch.testing.assert_close(model.eval()(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="'gpt3', choose one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+        from_pretrained("gpt3")
+
+
+def test_from_pretrained_without_network_says_what_is_missing(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    def offline(name):
+        raise OSError("couldn't connect")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", offline)
+    with pytest.raises(ValueError, match=r"the weights of gpt2-xl are neither in .* nor downloadable"):
+        from_pretrained("gpt2-xl")
+
+
+# ----- fine-tuning
+
+
 @pytest.fixture(scope="module")
 def gpt2_corpus(tmp_path_factory):
     folder = write_corpus(tmp_path_factory.mktemp("gpt2"), vocab_size=50257)
@@ -164,7 +294,7 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
         hf_model.save_pretrained(tmp_path / "hf")
         init_from = f"hf:{tmp_path}/hf"
     else:
-        monkeypatch.setattr(GPT, "from_pretrained", lambda name: GPT.from_hf(hf_model))
+        monkeypatch.setattr("training.hf.from_pretrained", lambda name: from_hf(hf_model))
     words = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
     script.main([*words, f"--init_from={init_from}"])
     assert "weights, for step 0; " in capsys.readouterr().out
