@@ -214,6 +214,7 @@ class WithAuxAdam(OptimizerContainer):
         self._matrices = next(group for group in groups if group["name"] == "matrices")
         self._blocks = [torch.nn.Parameter(block) for block in self._split(torch.Tensor.detach)]
         optimizer = make_optimizer(self._blocks, weight_decay=self._matrices["weight_decay"])
+        self._matrices.setdefault("lr", optimizer.defaults["lr"])
         others = [group for group in groups if group is not self._matrices]
         super().__init__(**{self._name: optimizer}, adamw=_adamw(others, betas, device))
 
