@@ -21,7 +21,7 @@ from training.config import PRETRAINED, load_config, setting
 from training.data import open_dataset
 from training.distributed import Distributed
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 
 
 @dataclass
@@ -41,8 +41,8 @@ class EvaluateConfig:
         """No two of these settings can contradict each other."""
 
 
-def main(words=None):
-    config = load_config(EvaluateConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(EvaluateConfig, argv)
     device = Distributed(config.device).device
     model, tokenizer, settings = load_model(config.init_from, config.out_dir)
     dataset = config.dataset or settings.get("dataset")

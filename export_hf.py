@@ -12,13 +12,12 @@ of a document, as Hugging Face's does.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config import PRETRAINED, load_config, setting
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model, to_hf
 from training.tokenizer import gpt2_files
 
 
@@ -35,8 +34,8 @@ class ExportConfig:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
 
-def main(words=None):
-    config = load_config(ExportConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(ExportConfig, argv)
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
@@ -52,7 +51,7 @@ def main(words=None):
 
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
-    hf_model = model.to_hf(tokenizer.vocab_size)
+    hf_model = to_hf(model, tokenizer.vocab_size)
     hf_model.generation_config.pad_token_id = tokenizer.eot  # GPT-2 has no token for it; a batch of prompts needs one
     hf_model.save_pretrained(folder)
     hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)

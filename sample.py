@@ -14,7 +14,7 @@ import torch
 from training.config import PRETRAINED, load_config, setting
 from training.distributed import Distributed
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 
 FILE = "FILE:"  # a start that names the file with the prompt
 
@@ -40,8 +40,8 @@ class SampleConfig:
         """No two of these settings can contradict each other."""
 
 
-def main(words=None):
-    config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(SampleConfig, argv)
     device = Distributed(config.device).device
     model, tokenizer, _ = load_model(config.init_from, config.out_dir)
     prompt = prompt_ids(config.start, tokenizer)

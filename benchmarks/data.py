@@ -21,9 +21,10 @@ from data import corpus
 from data.python import prepare as python
 from data.shakespeare_char import prepare as shakespeare_char
 from data.text import prepare as text
-from train_adam import AdamConfig, make_optimizer
+from train_adam import AdamConfig
 from training.config import load_config
 from training.errors import UserError
+from training.optimizers import make_optimizer
 from training.run import Run
 from training.tokenizer import GPT2Tokenizer
 
@@ -118,13 +119,12 @@ def measure_training(report, folder, device):
     settings |= {"out_dir": folder / "out", "device": device}
     config = load_config(AdamConfig, words + [f"--{key}={value}" for key, value in settings.items()])
     with Run(config) as run:
-        run.attach(make_optimizer(config, run.parameter_groups(), fused=True))
+        run.set_optimizer(make_optimizer)
         resident, steps = run.train_batch(0), itertools.count(1)
 
         def step(batch):
             run.backward(batch)
-            run.clip_gradients()
-            run.apply(run.optimizer.step)
+            run.optimizer_step()
 
         contenders = {"resident batch": lambda: step(resident), "pipeline": lambda: step(run.train_batch(next(steps)))}
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from model import GPTConfig
 from training.errors import UserError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 GPT2_VOCAB_SIZE = 50257
-PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64: faster matrix products, the padding rows are never a target
+PADDED_GPT2_VOCAB_SIZE = GPTConfig.vocab_size  # for faster matrix products; the padding rows are never a target
 _ORDER, _LABELS = 0, 1  # what a stream of random numbers is for
 
 
@@ -56,12 +57,12 @@ class TokenDataset:
 
     @property
     def model_vocab_size(self):
-        """The rows of the model's embedding: the vocabulary, GPT-2's padded to 50304."""
+        """The rows of the model's embedding: the vocabulary, GPT-2's padded."""
         return PADDED_GPT2_VOCAB_SIZE if self.vocab_size == GPT2_VOCAB_SIZE else self.vocab_size
 
     def fits(self, rows):
         """Whether a model that was trained elsewhere, with `rows` rows in its embedding, can read this corpus."""
-        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded to 50304 or not
+        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded or not
         return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
 
 
