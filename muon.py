@@ -230,8 +230,11 @@ class WhitenedMuon(Muon):
         return loss
 
     @torch.no_grad()
-    def update_factors(self) -> None:
+    def update_factors(self, scale: float = 1.0) -> None:
         """Take the present gradients into the factors, and compute P_l and P_r anew. For source="update_factors".
+
+        Args:
+            scale: of the gradients' second moments, where estimates are taken on batches of different sizes.
 
         Raises:
             RuntimeError: where no parameter has a gradient, or source is "gradient".
@@ -242,7 +245,7 @@ class WhitenedMuon(Muon):
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
         for batch, group in batches:
-            self._update_factors(batch, group, roots=True)
+            self._update_factors(batch, group, roots=True, scale=scale)
 
     def _direction(self, moved: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         if group["source"] == "gradient":
@@ -266,7 +269,7 @@ class WhitenedMuon(Muon):
                 x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
         return x
 
-    def _update_factors(self, batch: "_Batch", group: dict[str, Any], roots: bool) -> None:
+    def _update_factors(self, batch: "_Batch", group: dict[str, Any], roots: bool, scale: float = 1.0) -> None:
         grads = _stack(batch.grads)
         for side in _sides(group):
             x = grads if side == "left" else grads.mT
@@ -274,7 +277,7 @@ class WhitenedMuon(Muon):
             x = x.unflatten(1, (blocks, -1))  # (matrices, blocks, width, others)
             factors = batch.collect(f"{side}_factor", (*x.shape[1:3], x.shape[2]))
             weight = 1 - group["decay"]
-            new = batch.for_states(_product(x, x.mT, batch.dtype), factors)
+            new = batch.for_states(_product(x, x.mT, batch.dtype) * scale, factors)
             torch._foreach_lerp_(factors, new, weight)
             known = all(f"{side}_root" in state for state, _ in batch.states)
             if roots or not known:

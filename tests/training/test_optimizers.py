@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from train_adam import AdamConfig
-from training.optimizers import (
-    make_optimizer,
-)
+from train_sophiag import SophiaConfig
+from training.optimizers import load_state, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -97,9 +96,38 @@ def test_muon_has_the_matrices_and_frees_all_gradients():
         group["lr"] = 0.1
     optimizer.step()
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "scalars"]
-    assert [list(p.shape) for p in optimizer.optimizers["muon"].state] == [[8, 8]] * 3 + [[32, 8], [8, 8]]
-    assert [sorted(optimizer.state[p]) for p in optimizer.optimizers["muon"].state] == [["momentum_buffer"]] * 5
+    assert [sorted(optimizer.state[p]) for p in made[0]["params"]] == [["momentum_buffer"]] * 3
     others = [sorted(optimizer.state[p]) for group in made[1:] for p in group["params"]]
     assert others == [["exp_avg", "exp_avg_sq", "step"]] * 2
     optimizer.zero_grad()
     assert all(p.grad is None for group in made for p in group["params"])
+
+
+@pytest.mark.parametrize("name", ["whitened_muon", "sophia_muon"])
+def test_the_whitening_settings_reach_the_optimizer(name):
+    whitening = {"sides": "input", "exponent": 0.25, "ridge": 0.02, "decay": 0.9, "max_width": 4}
+    settings = {f"whiten_{key}": value for key, value in whitening.items()} | {"whiten_interval": 7}
+    config_class = SophiaConfig if name == "sophia_muon" else AdamConfig
+    optimizer = make_optimizer(config_class(optimizer_name=name, cautious_decay=True, **settings), groups(), CPU)
+    group = optimizer.optimizers["muon"].param_groups[0]
+    expected = whitening | {"cautious": True, "split": [3, 1, 1]}
+    expected |= {"source": "update_factors"} if name == "sophia_muon" else {"source": "gradient", "interval": 7}
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_muons_state_of_blocks_from_older_checkpoints_is_joined():
+    """They kept query, key and value as three parameters, the momentum in torch.optim.Muon's state."""
+    made = groups()
+    blocks = [
+        torch.nn.Parameter(b) for p, n in zip(made[0]["params"], [3, 1, 1], strict=True) for b in p.detach().chunk(n)
+    ]
+    former = torch.optim.Muon(blocks)
+    for b in blocks:
+        b.grad = torch.randn(b.shape)
+    former.step()
+    optimizer = make_optimizer(AdamConfig(optimizer_name="muon"), made, CPU)
+    load_state(optimizer, {"muon": former.state_dict(), "adamw": optimizer.optimizers["adamw"].state_dict()})
+    buffers = [former.state[b]["momentum_buffer"] for b in blocks]
+    for p, expected in zip(made[0]["params"], (torch.cat(buffers[:3]), *buffers[3:]), strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], expected)
+    assert optimizer.param_groups[0]["momentum"] == 0.95 and optimizer.param_groups[0]["split"] == [3, 1, 1]
