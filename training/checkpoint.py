@@ -1,10 +1,10 @@
-"""Checkpoints that a crash cannot tear and that notice damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
+"""Checkpoints that survive a crash and detect damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
 
     save_checkpoint(out_dir, {"model": ..., "optimizer": ..., "step": 1000, ...})
     CheckpointWriter(out_dir).save(...)                     # the same, while training goes on
     checkpoint, path = load_checkpoint(out_dir)
 
-A file is what torch.save writes, so torch.load reads it, followed by its SHA-256. Loading runs no code from the file.
+A file is torch.save's, which torch.load reads, followed by its SHA-256. Loading runs no code from the file.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _TRAILER = len(_MARK) + hashlib.sha256().digest_size
 
 
 class _HashingFile:
-    """A binary file that is only appended to, and knows the SHA-256 of what went in."""
+    """A binary file for appending that keeps the SHA-256 of its content."""
 
     def __init__(self, file):
         self.file, self.digest, self.error = file, hashlib.sha256(), None
@@ -35,7 +35,7 @@ class _HashingFile:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save would say something else instead
+            self.error = error  # torch.save raises a RuntimeError instead of it
             raise
 
     def flush(self):
@@ -43,10 +43,9 @@ class _HashingFile:
 
 
 def save_checkpoint(out_dir, checkpoint, keep=0):
-    """Write `checkpoint` as ckpt.pt; the one before becomes ckpt_prev.pt. The last `keep` stay as ckpt_STEP.pt too.
+    """Write `checkpoint` as ckpt.pt. The one before becomes ckpt_prev.pt; the last `keep` stay as ckpt_STEP.pt too.
 
-    At every moment there is a whole checkpoint under one of the two names: the file is complete and on disk before
-    it gets its name.
+    At every moment one of the two names has a complete checkpoint: a file gets its name when all of it is on disk.
     """
     out_dir = Path(out_dir)
     newest, temporary = out_dir / NEWEST, out_dir / f"{NEWEST}.tmp"
@@ -74,12 +73,12 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time. A write that fails leaves the last good one and warns.
+    """Write checkpoints in a thread, one at a time. A write that fails warns and leaves the last good checkpoint.
 
-    Training waits for the copy to host memory and never for the disk: of checkpoints that come while one is being
-    written the newest is next, the others are passed over with a warning.
+    Training waits for the copy to host memory, never for the disk. While a checkpoint is being written, only the newest
+    of those that arrive is kept for the next write; the others are skipped with a warning.
 
-    step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it went well.
+    step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it succeeded.
     """
 
     def __init__(self, out_dir, keep=0, step=None):
@@ -89,14 +88,14 @@ class CheckpointWriter:
     def save(self, checkpoint):
         """Copy `checkpoint` to host memory and leave it to the thread."""
         with self._lock:
-            passed_over, self._next = self._next, None  # before its successor takes as much memory
-        if passed_over:
+            skipped, self._next = self._next, None  # freed before its successor takes as much memory
+        if skipped:
             print(
-                f"warning: the checkpoint of step {passed_over['step']} is passed over, the disk has not finished the "
-                "one before; a larger --eval_interval would suit it.",
+                f"warning: the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
+                "being written; use a larger --eval_interval.",
                 file=sys.stderr,
             )
-            del passed_over
+            del skipped
         copy = copy_to_host(checkpoint)
         with self._lock:
             self._next = copy
@@ -128,27 +127,26 @@ class CheckpointWriter:
             )
 
     def wait(self):
-        """Return when nothing is being written."""
+        """Wait until nothing is being written."""
         while thread := self._thread:
             thread.join()
 
     def newest(self):
-        """The step of the newest checkpoint on disk, once nothing is being written; None without one."""
+        """Wait until nothing is being written; return the step of the newest checkpoint on disk, or None."""
         self.wait()
         return self.step
 
 
 def copy_to_host(thing, seen=None, keep=True):
-    """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one.
+    """Copy nested dicts and lists, with every tensor in host memory. Tensors that share memory share it in the copy.
 
-    A tensor that is sharded over the ranks is gathered whole, one at a time: then every rank has to call this, those
-    that do not want the copy with keep=False.
+    Sharded tensors are gathered one by one, so every rank has to call this, with keep=False if it needs no copy.
     """
     seen = {} if seen is None else seen
     if hasattr(thing, "full_tensor"):  # a DTensor
         if id(thing) not in seen:
-            whole = thing.detach().full_tensor()
-            seen[id(thing)] = whole.to("cpu", copy=True) if keep else None
+            full = thing.detach().full_tensor()
+            seen[id(thing)] = full.to("cpu", copy=True) if keep else None
         return seen[id(thing)]
     if isinstance(thing, torch.Tensor):
         if not keep:
@@ -165,7 +163,7 @@ def copy_to_host(thing, seen=None, keep=True):
 
 
 def _link(source, name):
-    """Give `source` a second name, atomically; where the file system has no links, a copy gets it."""
+    """Give `source` a second name, atomically. On a file system without links the name gets a copy."""
     temporary = name.with_suffix(".link")
     temporary.unlink(missing_ok=True)
     try:
@@ -182,9 +180,9 @@ def kept_checkpoints(out_dir):
 
 
 def load_checkpoint(out_dir, map_location="cpu"):
-    """(checkpoint, its path): ckpt.pt or, where that is missing or damaged, ckpt_prev.pt with a warning on stderr.
+    """(checkpoint, its path): ckpt.pt or, if that is missing or damaged, ckpt_prev.pt with a warning on stderr.
 
-    Raises UserError where there is none, or both are damaged.
+    Raises UserError if there is none, or if both are damaged.
     """
     problems = []
     for name in (NEWEST, PREVIOUS):
@@ -204,7 +202,7 @@ def load_checkpoint(out_dir, map_location="cpu"):
 
 
 def read_checkpoint(path, map_location="cpu"):
-    """The checkpoint in one file. Raises UserError if one bit of it is not as it was written."""
+    """The checkpoint in one file. Raises UserError if a bit of it has changed since it was written."""
     path = Path(path)
     digest, left = hashlib.sha256(), path.stat().st_size - _TRAILER
     with open(path, "rb") as file:

@@ -85,7 +85,7 @@ def test_without_hard_links_copies_serve(tmp_path, monkeypatch):
 
 
 def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, capsys):
-    """However slow the disk is: of what comes meanwhile the newest is written, the others are passed over."""
+    """However slow the disk is. Of those that arrive meanwhile the newest is written, the others are skipped."""
     written, gate, writing = [], threading.Event(), threading.Lock()
 
     def slow(out_dir, checkpoint, keep):
@@ -104,7 +104,7 @@ def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, ca
         writer.save(checkpoint(step))
     assert written == [], "save() did not wait for the disk"
     said = capsys.readouterr().err
-    assert "step 2 is passed over" in said and "step 3 is passed over" in said and "step 4" not in said
+    assert "step 2 is skipped" in said and "step 3 is skipped" in said and "step 4" not in said
     gate.set()
     writer.wait()
     assert written == [(1, 1.0), (4, 4.0)] and writer.step == 4
