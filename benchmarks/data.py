@@ -26,7 +26,7 @@ from training.config import load_config
 from training.errors import UserError
 from training.optimizers import make_optimizer
 from training.run import Run
-from training.tokenizer import GPT2Tokenizer
+from training.tokenizer import get_tokenizer
 
 TEXT_BYTES = 20_000_000
 CONFIG_124M = Path(__file__).resolve().parent.parent / "config/train_gpt2_small_adam.py"
@@ -42,7 +42,7 @@ def add_arguments(parser):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: use --device cpu, which trains a tiny model.")
-    GPT2Tokenizer()  # fills tiktoken's cache
+    get_tokenizer("gpt2")  # fills tiktoken's cache
     report = Report(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -171,7 +171,9 @@ def print_comparison(report, model, device):
 
 
 def tune(model, args):
-    """Time every kernel under other launch settings, to choose those in sophia._LAUNCH."""
+    """Time every kernel under other launch settings, to choose those in sophia_fused.LAUNCH."""
+    import sophia_fused  # needs Triton
+
     params = make_parameters(model, args.device)
     for p, g in zip(params, make_gradients(params, 1), strict=True):
         p.grad = g
@@ -188,22 +190,22 @@ def tune(model, args):
     calls = {
         "step": unclipped_step,
         "hessian": optimizer.update_hessian,
-        "square": lambda: optimizer._clip(optimizer._gather()),
+        "square": lambda: optimizer._clip(optimizer._collect()),
         "sums": optimizer.statistics,
     }
     configurations = [(512, 8, 2), (512, 4, 4), *itertools.product((1024,), (1, 2, 4, 8, 16), (4,))]
     configurations += [*itertools.product((2048,), (1, 2, 4, 8), (4, 8)), *itertools.product((4096,), (1, 2, 4), (8,))]
-    chosen = dict(sophia._LAUNCH)
+    chosen = dict(sophia_fused.LAUNCH)
     for kernel, call in calls.items():
         times = {}
         for configuration in configurations:
-            sophia._LAUNCH[kernel] = configuration
+            sophia_fused.LAUNCH[kernel] = configuration
             optimizer._tables.clear()
             try:
                 times[configuration] = alternate({"": call}, 5, args.calls, args.device)[""]
             except Exception as error:
                 print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
-        sophia._LAUNCH[kernel] = chosen[kernel]
+        sophia_fused.LAUNCH[kernel] = chosen[kernel]
         optimizer._tables.clear()
         for configuration, took in sorted(times.items(), key=lambda item: item[1]):
             mark = "  <- now" if configuration == chosen[kernel] else ""

@@ -211,7 +211,7 @@ def _run_config_file(cls, path):
         ) from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a config file of Python assignments ({error}).") from None
-    names = {}
+    names = {"__file__": path}
     try:
         exec(code, names)
     except (Exception, SystemExit) as error:

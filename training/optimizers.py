@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from sophia import SophiaG, SophiaH
+from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 from training.errors import UserError
 
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
@@ -94,11 +95,12 @@ def sophia(config, groups, device):
 
 
 def _sophia_class(config, groups):
-    """The class for `config`; the groups get the keys that it reads."""
-    for group in groups if config.eigenbasis else ():
+    """The class for `config`; with eigenbasis the group "matrices" is marked for it."""
+    if not config.eigenbasis:
+        return SophiaG if config.optimizer_name == "sophiag" else SophiaH
+    for group in groups:
         group["eigenbasis"] = group["name"] == "matrices"
-        group["spectral"] = config.spectral and group["eigenbasis"]
-    return SophiaG if config.optimizer_name == "sophiag" else SophiaH
+    return SpectralSophiaG if config.spectral else EigenbasisSophiaG
 
 
 def adamw_before_sophia(config, groups, device):
