@@ -276,14 +276,13 @@ class WhitenedMuon(Muon):
             blocks = _blocks(x.shape[1], group["max_width"])
             x = x.unflatten(1, (blocks, -1))  # (matrices, blocks, width, others)
             factors = batch.collect(f"{side}_factor", (*x.shape[1:3], x.shape[2]))
-            weight = 1 - group["decay"]
-            new = batch.for_states(_product(x, x.mT, batch.dtype) * scale, factors)
-            torch._foreach_lerp_(factors, new, weight)
+            moments = _product(x, x.mT, batch.dtype) * scale
+            torch._foreach_lerp_(factors, batch.for_states(moments, factors), 1 - group["decay"])
             known = all(f"{side}_root" in state for state, _ in batch.states)
             if roots or not known:
-                new = inverse_root(torch.cat(factors), group["exponent"], group["ridge"])
-                old = batch.collect(f"{side}_root", new.shape[1:])
-                torch._foreach_copy_(old, batch.for_states(new, old))
+                inverse = inverse_root(torch.cat(factors), group["exponent"], group["ridge"])
+                old = batch.collect(f"{side}_root", inverse.shape[1:])
+                torch._foreach_copy_(old, batch.for_states(inverse, old))
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
@@ -507,4 +506,4 @@ def _ns_schedule(coefficients: Sequence[Any], steps: int) -> list[tuple[float, f
     triples = [coefficients] * steps if isinstance(coefficients[0], (int, float)) else list(coefficients)
     if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(f"ns_coefficients = {coefficients!r} is not possible, expected (a, b, c) or a list of these")
-    return [tuple(map(float, triple)) for triple in triples]
+    return [(float(a), float(b), float(c)) for a, b, c in triples]
