@@ -280,8 +280,8 @@ class WhitenedMuon(Muon):
             torch._foreach_lerp_(factors, batch.for_states(moments, factors), 1 - group["decay"])
             known = all(f"{side}_root" in state for state, _ in batch.states)
             if roots or not known:
+                old = batch.collect(f"{side}_root", (*x.shape[1:3], x.shape[2]), identity=not known)
                 inverse = inverse_root(torch.cat(factors), group["exponent"], group["ridge"])
-                old = batch.collect(f"{side}_root", inverse.shape[1:])
                 torch._foreach_copy_(old, batch.for_states(inverse, old))
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -448,11 +448,13 @@ class _Batch:
         for views, wide in self._narrow:
             torch._foreach_copy_(views, wide)
 
-    def collect(self, key: str, shape: Sequence[int]) -> list[Tensor]:
-        """The states under `key`, each (matrices, *shape); zeros where one is missing."""
+    def collect(self, key: str, shape: Sequence[int], identity: bool = False) -> list[Tensor]:
+        """The states under `key`, each (matrices, *shape); zeros or identities where one is missing."""
         for state, count in self.states:
             if key not in state:
                 state[key] = self.params[0].new_zeros(count, *shape)
+                if identity:
+                    state[key].diagonal(dim1=-2, dim2=-1).fill_(1)
             elif state[key].shape != (count, *shape):
                 raise ValueError(
                     f"{key} has the shape {tuple(state[key].shape)}, expected {(count, *shape)}: max_width, "

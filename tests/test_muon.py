@@ -241,6 +241,20 @@ def test_a_step_with_found_inf_changes_nothing(cls):
         assert torch.equal(p, old) and all(torch.equal(state[key], old_state[key]) for key in old_state)
 
 
+def test_a_first_step_that_is_skipped_leaves_no_trace():
+    skipped, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    for params, skips in ((skipped, True), (plain, False)):
+        optimizer = WhitenedMuon(params, lr=0.05, interval=1)
+        if skips:
+            for p in params:
+                p.grad = torch.full_like(p, math.inf)
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            optimizer.found_inf = None
+        train(optimizer, params, 3)
+    assert all(torch.equal(a, b) for a, b in zip(skipped, plain, strict=True))
+
+
 def test_grad_scale_divides_the_gradients():
     scaled, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
     for params, scale in ((scaled, 1024.0), (plain, None)):

@@ -1,8 +1,8 @@
 # Whitened Muon at 30M on Python source: sides, exponent, decay, interval, blocks, and whose gradients give the factors.
 #   python data/python/prepare.py
 #   python sweep.py experiments/30m_whitening/sweep.py --out_dir=out/30m_whitening
-# All have the learning rates, decay, momentum and warm-up that were best for the spectral step (experiments/30m_spectral),
-# seeds 3 and 4, 780 steps of 128 x 512 tokens.
+# All have the learning rates, decay, momentum and warm-up that were best for the spectral step (30m_spectral), seeds 3
+# and 4, 780 steps of 128 x 512 tokens.
 
 common = {
     "dataset": "python",
