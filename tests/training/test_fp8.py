@@ -54,7 +54,7 @@ def test_refusals(corpus, tmp_path):
         main([*argv, "--dtype=bfloat16", "--fp8=True"])
     with pytest.raises(UserError, match="fp8 needs dtype = 'bfloat16'"):
         main([*argv, "--dtype=float32", "--fp8=True"])
-    with pytest.raises(UserError, match="cannot be differentiated twice"):
+    with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
         main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
     for name, size in (("n_embd", 40), ("block_size", 100)):
