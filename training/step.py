@@ -88,9 +88,9 @@ class Batches:
 
 
 class TrainStep:
-    """The steps of a model by an optimizer, for all ranks together.
+    """The training steps of a model on this rank, in step with the other ranks.
 
-    optimizer: to be set before the first step. scaler: fp16's, of torch.amp.
+    optimizer: to be set before the first step. scaler: torch.amp's, for fp16.
     counts: {"clipped", "skipped", "skipped_in_a_row": number}, on the device.
     loss, grad_norm: of the last step's batch: this rank's part of the loss, the global norm before clipping.
     """
