@@ -12,6 +12,8 @@ METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a ru
 NAMES = {
     "step": "optimizer steps before this line's",
     "tokens": "training tokens in those steps",
+    "sequences": "training sequences in those steps",
+    "epoch": "these sequences over those of one epoch",
     "flops": "FLOPs of those steps: forward, backward and curvature estimates",
     "seconds": "training time; without compilation, evaluation and checkpoints",
     "train/loss": "mean cross-entropy of the step's batch, nats a token",

@@ -28,10 +28,11 @@ class Batches:
     """This rank's share of each step's batch: micro-batches (inputs, targets, weight), (B, T) each and a number.
 
     With the weights, the mean over the ranks of the sums over their micro-batches is the mean over the batch.
+    start: (step, sequences of the stream that come before it), as a checkpoint has them.
     """
 
-    def __init__(self, config, corpus, world):
-        self.config, self.corpus, self.world = config, corpus, world
+    def __init__(self, config, corpus, world, start=(0, 0)):
+        self.config, self.corpus, self.world, self._start = config, corpus, world, start
         self._prefetcher = data.Prefetcher()
 
     def train(self, step, sequences=None):
@@ -45,6 +46,11 @@ class Batches:
         """
         return self._get(step, sequences, True)
 
+    def sequences_before(self, step):
+        """Sequences of the stream that come before `step`, whatever total_bs was in earlier parts of the run."""
+        start, seen = self._start
+        return max(0, seen + (step - start) * self.config.total_bs)
+
     def close(self):
         self._prefetcher.close()
 
@@ -56,7 +62,8 @@ class Batches:
         """The batch in host memory. The prefetcher's thread calls it; it changes nothing."""
         config = self.config
         self.corpus.check_whole()
-        starts = data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
+        stream = len(self.corpus.train), config.seed, step, config.total_bs, config.block_size
+        starts = data.window_starts(*stream, first=self.sequences_before(step))
         micro_batches, weight = self._micro_batches(sequences)
         batch = []
         for places in micro_batches:
