@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-import sophia
+import sophia_eigenbasis
 import train_sophiag
 from sophia import SophiaG
 from tests.conftest import read_lines
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from training.errors import UserError
 from training.run import Run
 
@@ -51,7 +51,12 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"]])
+MUON = ["--optimizer_name=sophia_muon", "--whiten_sides=input", "--whiten_exponent=0.25", "--cautious_decay=True"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"], MUON]
+)
 def test_resumed_exactly(tiny, tmp_path, more):
     words = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
@@ -60,6 +65,43 @@ def test_resumed_exactly(tiny, tmp_path, more):
     train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'parts'}", "--init_from=resume"])
     whole, parts = (load_checkpoint(tmp_path / name)[0]["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def to_old_form(checkpoint):
+    """The checkpoint as it was written when "scalars" were called "vectors" and a run did not count FLOPs."""
+    for state in checkpoint["optimizer"].values():
+        for group in state["param_groups"]:
+            group["name"] = group["name"].replace("scalars", "vectors")
+            group.pop("split", None)
+    checkpoint["config"]["adamw_for"] = checkpoint["config"]["adamw_for"].replace("scalars", "vectors")
+    del checkpoint["flops"]
+    return checkpoint
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_exactly(tiny, tmp_path, capsys):
+    words, out_dir = [*tiny, *ADAMW_FOR, "--max_iters=20"], tmp_path / "parts"
+    train_sophiag.main([*words, f"--out_dir={tmp_path / 'whole'}"])
+    train_sophiag.main([*words, f"--out_dir={out_dir}"])
+    checkpoint = to_old_form(read_checkpoint(out_dir / "ckpt_prev.pt"))
+    assert checkpoint["step"] == 10
+    save_checkpoint(out_dir, checkpoint)
+    capsys.readouterr()
+    words = [word.replace("scalars", "vectors") for word in words]
+    train_sophiag.main([*words, f"--out_dir={out_dir}", "--init_from=resume"])
+    assert "changed since the checkpoint: nothing" in capsys.readouterr().out
+    lines = [[line["train/loss"] for line in read_lines(tmp_path / name)[:-1]] for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+    flops = [[line["flops"] for line in read_lines(tmp_path / name)] for name in ("whole", "parts")]
+    assert flops[0] == flops[1]
+
+
+def test_flops_of_a_resumed_run_are_those_that_were_done(tiny, tmp_path):
+    """Ten steps with an estimate in each, then ten without."""
+    train_sophiag.main([*tiny, "--hess_interval=1", "--hess_bs=24", "--max_iters=10"])
+    train_sophiag.main([*tiny, "--hess_interval=100", "--hess_bs=24", "--max_iters=20", "--init_from=resume"])
+    flops = [line["flops"] for line in read_lines(tmp_path / "out")]
+    assert flops[20] - flops[10] == pytest.approx((flops[1] - flops[0]) * 10 / 2 * 1.01)
+    assert flops[10] == pytest.approx(10 * flops[1])
 
 
 def test_a_bad_gradient_skips_both(tiny, tmp_path, monkeypatch):
@@ -165,13 +207,13 @@ def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path, monkeypatch
     with pytest.raises(UserError, match="too high for Sophia"):
         train_sophiag.main([*words, "--adamw_for=embeddings"])
     assert not (tmp_path / "out").exists()
-    stepped, spectral = [], sophia._spectral
+    stepped, spectral = [], sophia_eigenbasis._spectral
 
-    def watched(parts, curvature):
-        stepped.append(parts.numel())
-        return spectral(parts, curvature)
+    def watched(blocks, *args):
+        stepped.append(blocks.numel())
+        return spectral(blocks, *args)
 
-    monkeypatch.setattr(sophia, "_spectral", watched)
+    monkeypatch.setattr(sophia_eigenbasis, "_spectral", watched)
     train_sophiag.main([*words, "--adamw_for=embeddings+scalars"])
     model = load_checkpoint(tmp_path / "out")[0]["model"]
     assert sum(stepped) == 4 * sum(t.numel() for name, t in model.items() if ".h." in name and t.ndim == 2)
@@ -182,11 +224,11 @@ def test_refusals(tiny):
         train_sophiag.main([*tiny, "--eigenbasis=True", "--optimizer_name=sophiah"])
     with pytest.raises(UserError, match="spectral needs the eigenvectors"):
         train_sophiag.main([*tiny, "--spectral=True"])
-    with pytest.raises(UserError, match="eigenbasis needs its matrices whole"):
+    with pytest.raises(UserError, match="eigenbasis needs complete matrices"):
         train_sophiag.main([*tiny, "--eigenbasis=True", "--fsdp=True"])
-    with pytest.raises(UserError, match="adamw_lr is held as a multiple"):
+    with pytest.raises(UserError, match="adamw_lr is kept as a multiple"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--adamw_for=scalars", "--adamw_lr=1e-3"])
-    with pytest.raises(UserError, match="both a rate of the embeddings"):
+    with pytest.raises(UserError, match="both set the learning rate of the embeddings"):
         train_sophiag.main([*tiny, "--adamw_for=embeddings+scalars", "--adamw_lr=1e-3", "--embedding_lr=1e-3"])
     with pytest.raises(UserError, match="multiple of learning_rate"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--embedding_lr=1e-3"])
