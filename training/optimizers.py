@@ -383,6 +383,8 @@ def state_differences(config, checkpoint):
         return 0 < start >= step
 
     defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
+    if config.optimizer_name in ("whitened_muon", "sophia_muon"):
+        defaults["whiten_max_width"] = None
     pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]
     return [
         (name, saved, wanted)

@@ -119,7 +119,7 @@ class Run:
         self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
         self._train_step = TrainStep(config, self.model, world, self._clock)
         if resume:
-            self._train_step.set_counts(checkpoint["counts"])
+            self._train_step.load_state_dict(checkpoint)
 
         self._resumed = checkpoint
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
@@ -398,6 +398,9 @@ class Run:
             "train/clip_rate": done.counts["clipped"] / (step + 1),
             "train/skipped": done.counts["skipped"],
             "skipped_in_a_row": done.counts["skipped_in_a_row"],
+            **{f"curvature/{name}": number for name, number in done.curvature.items()},
+            "curvature/skipped": done.counts["curvature_skipped"],
+            "curvature_skipped_in_a_row": done.counts["curvature_skipped_in_a_row"],
             "param_norm": total_norm(done.parameters, world),
         }
         states = self.optimizer.state.values()
@@ -407,11 +410,17 @@ class Run:
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | optimizers.statistics(config, self.optimizer)
-        if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+        in_a_row = {"updates": metrics.pop("skipped_in_a_row")}
+        in_a_row["curvature estimates"] = metrics.pop("curvature_skipped_in_a_row")
+        if not optimizers.OPTIMIZERS[config.optimizer_name].estimate:
+            del metrics["curvature/skipped"]
+        for what, count in in_a_row.items():
+            if count < config.max_skipped:
+                continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
-                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
+                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
                 f"in {config.out_dir}, with a lower --learning_rate."
             )
         if self._recent_losses and (median := statistics.median(self._recent_losses)):
@@ -463,7 +472,7 @@ class Run:
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
-            "counts": {name: count.item() for name, count in self._train_step.counts.items()},
+            **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "flops": self._flops_before + self._flops(step),

@@ -11,8 +11,11 @@ import train_sophiag
 from tests.conftest import interrupt, losses, read_lines, write_corpus
 from training import data
 from training.checkpoint import read_checkpoint, save_checkpoint
+from training.curvature import label_loss
 from training.errors import command
+from training.metrics import NAMES
 from training.run import Run
+from training.step import TrainStep
 
 TINY = {
     "device": "cpu", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "total_bs": 4, "batch_size": 2,
@@ -261,3 +264,61 @@ def test_a_run_that_has_learned_its_data_has_no_spike(tiny, tmp_path, monkeypatc
     train_adam.main([*tiny, "--max_iters=4"])
     lines = read_lines(tmp_path / "out")
     assert len(lines) == 5 and not any("train/spike" in line for line in lines)
+
+
+# ----- steps and estimates that are not finite
+
+
+def poison(monkeypatch, method, of_calls):
+    """Make `method` of a run leave a NaN gradient in its calls number `of_calls` (a function of the number)."""
+    calls, accumulate = [], TrainStep._accumulate
+
+    def poisoned(step, batch, loss):
+        value = accumulate(step, batch, loss)
+        if (loss is label_loss) == (method == "curvature"):
+            calls.append(None)
+            if of_calls(len(calls)):
+                next(step.model.parameters()).grad.fill_(float("nan"))
+        return value
+
+    monkeypatch.setattr(TrainStep, "_accumulate", poisoned)
+
+
+def test_steps_and_estimates_are_counted_apart(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, "curvature", lambda call: call in (1, 3))
+    train_sophiag.main([*tiny, "--max_iters=12", "--hess_interval=3"])
+    lines = read_lines(tmp_path / "out")[:-1]
+    assert [line["curvature/skipped"] for line in lines] == [1] * 6 + [2] * 6
+    assert {line["train/skipped"] for line in lines} == {0}
+    assert lines[0]["curvature/loss"] == pytest.approx(4.16, abs=0.1) and lines[0]["curvature/grad_norm"] is None
+    assert lines[3]["curvature/grad_norm"] == lines[5]["curvature/grad_norm"] > 0
+    assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["counts"]["curvature_skipped"] == 2
+
+
+@pytest.mark.parametrize("what, said", [("curvature", "4 curvature estimates"), ("training", "4 updates")])
+def test_either_ends_the_run(tiny, tmp_path, monkeypatch, capsys, what, said):
+    """Finite estimates between training gradients that are not, and the other way round, do not delay the end."""
+    poison(monkeypatch, what, lambda call: True)
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: train_sophiag.main([*tiny, "--max_iters=20", "--hess_interval=2", "--max_skipped=4"]))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and f"the last {said} up to step {6 if what == 'curvature' else 3}" in error, error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
+def test_what_an_estimate_was_is_logged_the_same_after_a_resume(tiny, tmp_path, optimizer):
+    words = [*tiny, f"--optimizer_name={optimizer}", "--hess_interval=7", "--hess_bs=2", "--lr_decay_iters=20"]
+    train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
+    for more in (["--max_iters=10"], ["--max_iters=20", "--init_from=resume"]):
+        train_sophiag.main([*words, *more])
+    whole, resumed = (read_lines(tmp_path / name)[:-1] for name in ("whole", "out"))
+    for key in ("curvature/loss", "curvature/grad_norm", "curvature/skipped"):
+        assert [line.get(key) for line in whole] == [line.get(key) for line in resumed], key
+    assert ("curvature/loss" in whole[0]) == (optimizer == "sophiag") and whole[0]["curvature/grad_norm"] > 0
+    assert all(name in NAMES for line in whole for name in line if not name.startswith("train/win_rate/"))
+
+
+def test_a_first_order_run_logs_no_estimates(tiny, tmp_path):
+    train_adam.main([*tiny, "--max_iters=2"])
+    assert not any(key.startswith("curvature/") for line in read_lines(tmp_path / "out") for key in line)
