@@ -38,7 +38,9 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
-    max_skipped: int = setting(20, "stop the run after this many steps in a row that were not finite", at_least=1)
+    max_skipped: int = setting(
+        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
+    )
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(
         1337,

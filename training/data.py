@@ -182,17 +182,19 @@ def _epoch(seed, epoch, n_tokens, block_size):
     return int(raw[0] % np.uint64(n_tokens)), np.argsort(raw[1:], kind="stable")
 
 
-def window_starts(n_tokens, seed, step, total_bs, block_size):
+def window_starts(n_tokens, seed, step, total_bs, block_size, first=None):
     """Where the `total_bs` sequences of a step start, (total_bs,) int64.
 
+    first: how many sequences of the stream come before them; default step * total_bs.
     An epoch reads floor(n_tokens / block_size) windows that do not overlap, each once, in a random order; the file
     is a ring, cut at a random place in each epoch, so that fewer than block_size tokens are left out of one.
     """
     per_epoch = n_tokens // block_size
+    first = step * total_bs if first is None else first
     starts = np.empty(total_bs, np.int64)
     done = 0
     while done < total_bs:
-        epoch, position = divmod(step * total_bs + done, per_epoch)
+        epoch, position = divmod(first + done, per_epoch)
         offset, order = _epoch(seed, epoch, n_tokens, block_size)
         windows = order[position : position + total_bs - done]
         starts[done : done + len(windows)] = (offset + windows * block_size) % n_tokens
