@@ -302,7 +302,7 @@ class Run:
 
     def _windows(self, step):
         config = self.config
-        return data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
+        return self.corpus.train_starts(config.seed, step * config.total_bs, config.total_bs, config.block_size)
 
     def _pinned(self, tensor):
         """In memory from which the device copies while the host goes on; torch reuses it when the copy is done."""
