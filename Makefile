@@ -1,12 +1,21 @@
-# make demo: two small GPTs trained on the CPU, one with AdamW and one with Sophia-G. make test, make lint: the checks.
+# make demo: train two small GPTs on the CPU, with AdamW and with Sophia-G. make test, make lint: the checks of .ci/run.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+.venv/installed-eval: requirements-eval.txt .venv/installed-dev
+	$(PIP) -r requirements-dev.txt -r requirements-eval.txt
 	touch $@
 
 demo: .venv/installed
@@ -16,15 +25,13 @@ demo: .venv/installed
 	$(BIN)/python compare.py out/demo_adam out/demo_sophiag --out=out/demo
 	$(BIN)/python sample.py --out_dir=out/demo_sophiag --max_new_tokens=400
 
-.venv/installed-eval: requirements-eval.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt
-	touch $@
-
 test: .venv/installed-eval
 	$(BIN)/python -m pytest -n 2
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sophia*.py model.py
 
 clean:
 	rm -rf .venv out

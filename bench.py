@@ -10,12 +10,10 @@ A subcommand prints its rows as it goes and writes them as JSON: {"device", "tor
 [{"contender", "model", "metric", "value", "unit"}]}. A contender that fails leaves a line in "errors" and no row.
 """
 
-import argparse
-
 from benchmarks import data, losses, optimizer, train
 from benchmarks.report import markdown_table
-from training.errors import command
-from training.tracking import git_commit
+from training.errors import Parser, command
+from training.tracking import git_state
 
 BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
@@ -25,19 +23,22 @@ BENCHMARKS = {
 }
 
 
-def main(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    commit, clean = git_state()
     commands = parser.add_subparsers(dest="what", required=True)
     for name, (module, help) in BENCHMARKS.items():
         sub = commands.add_parser(name, help=help)
         module.add_arguments(sub)
         sub.add_argument("--out", default=f"assets/bench/{name}.json")
-        sub.add_argument("--commit", default=git_commit(), help="recorded in the JSON; default: git's HEAD")
+        sub.add_argument(
+            "--commit", default=commit if clean else f"{commit}-dirty", help="recorded in the JSON; default: git's HEAD"
+        )
         sub.set_defaults(run=module.run)
     sub = commands.add_parser("table", help="a JSON that another subcommand wrote, as a Markdown table")
     sub.add_argument("result", metavar="JSON")
     sub.set_defaults(run=lambda args: print(markdown_table(args.result)))
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     args.run(args)
 
 

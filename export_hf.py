@@ -13,12 +13,13 @@ of a document, as Hugging Face's does.
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config import PRETRAINED, load_config, setting
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model, to_hf
 from training.tokenizer import gpt2_files
 
 
@@ -35,8 +36,8 @@ class ExportConfig:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
 
-def main(words=None):
-    config = load_config(ExportConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(ExportConfig, argv)
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
@@ -52,10 +53,17 @@ def main(words=None):
 
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
-    hf_model = model.to_hf(tokenizer.vocab_size)
+    hf_model = to_hf(model, tokenizer.vocab_size)
     hf_model.generation_config.pad_token_id = tokenizer.eot  # GPT-2 has no token for it; a batch of prompts needs one
     hf_model.save_pretrained(folder)
-    hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)
+    if tokenizer.spec is None:
+        print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
+        return
+    if isinstance(tokenizer.spec, str):
+        hf_tokenizer = gpt2_tokenizer(folder) if tokenizer.spec == "gpt2" else tiktoken_tokenizer(tokenizer)
+    else:
+        characters = tokenizer.spec.get("characters")
+        hf_tokenizer = character_tokenizer(characters) if characters else json_tokenizer(tokenizer)
     hf_tokenizer.model_max_length = model.config.block_size
     hf_tokenizer.save_pretrained(folder)
 
@@ -69,6 +77,28 @@ def gpt2_tokenizer(folder):
     (folder / "merges.txt").write_bytes(merges)
     pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]  # the first line is a version
     return GPT2Tokenizer(json.loads(vocab), pairs)
+
+
+def tiktoken_tokenizer(tokenizer):
+    """Another of tiktoken's vocabularies, converted by transformers."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tiktoken_to_fast(tokenizer.encoding, folder)
+        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **_end(tokenizer))
+
+
+def json_tokenizer(tokenizer):
+    """The tokenizer.json that the data was prepared with."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.json), **_end(tokenizer))
+
+
+def _end(tokenizer):
+    return {} if tokenizer.eot is None else {"eos_token": tokenizer.decode([tokenizer.eot])}
 
 
 def character_tokenizer(characters):

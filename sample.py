@@ -14,7 +14,7 @@ import torch
 from training.config import PRETRAINED, load_config, setting
 from training.distributed import Distributed
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 
 FILE = "FILE:"  # a start that names the file with the prompt
 
@@ -40,8 +40,8 @@ class SampleConfig:
         """No two of these settings can contradict each other."""
 
 
-def main(words=None):
-    config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(SampleConfig, argv)
     device = Distributed(config.device).device
     model, tokenizer, _ = load_model(config.init_from, config.out_dir)
     prompt = prompt_ids(config.start, tokenizer)
@@ -58,7 +58,7 @@ def main(words=None):
             print(tokenizer.decode(prompt), end="")
         sampling = (config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size, config.top_p)
         tokens = model.stream(idx, config.max_new_tokens, *sampling)
-        for text in decode_stream((token.item() for token in tokens), tokenizer):
+        for text in decode_stream((token.item() for token in tokens), tokenizer, prompt):
             print(text, end="", flush=True)
         print()
 
@@ -80,17 +80,23 @@ def prompt_ids(start, tokenizer):
     return tokenizer.encode(text)
 
 
-def decode_stream(ids, tokenizer):
-    """Yield the text of `ids` piece by piece, each as soon as it is whole: a character can be cut over several tokens,
-    and half of one decodes to U+FFFD."""
-    waiting = []
+def decode_stream(ids, tokenizer, prompt=()):
+    """Yield the text of `ids` after `prompt` piece by piece, each as soon as it is complete.
+
+    A character can be cut over several tokens: half of one decodes to U+FFFD. What a token adds, such as the blank
+    before a word, can depend on the token before it.
+    """
+    before, waiting = list(prompt[-1:]), []
+
+    def text():
+        return tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
+
     for i in ids:
         waiting.append(i)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd"):
-            yield text
-            waiting = []
-    yield tokenizer.decode(waiting)
+        if not text().endswith("\ufffd"):
+            yield text()
+            before, waiting = waiting, []
+    yield text()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,35 @@
-"""The same tuning budget for every optimizer: a grid or a random search, the best of each again with fresh seeds.
+"""Tune several optimizers with the same budget: grid or random search, then held-out seeds of each one's best run.
 
-python sweep.py config/sweep_30m_lr.py --out_dir=out/sweep_30m_lr --seeds=3
-python compare.py out/sweep_30m_lr/best_*_seed* --out=out/sweep_30m_lr/best
+python sweep.py experiments/30m_tuning/sweep.py --out_dir=out/tuning --seeds=3
+python compare.py out/tuning/best_*_seed* --out=out/tuning/best
 
-A sweep file is Python; it assigns
+A sweep file is Python. It assigns
 
     common = {"dataset": "python", "max_iters": 1560}              # settings of every run
     optimizers = {
         "adamw": {"config": "config/train_gpt2_30m_adam.py", "learning_rate": [5e-4, 1e-3, 2e-3, 4e-3]},
         "sophiag": {"config": "config/train_gpt2_30m_sophiag.py", "learning_rate": [...], "beta1": 0.9},
     }
-    runs = 16                                                      # optional: random search, so many runs each
+    runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-where what is a list is swept (all combinations, or `runs` of them drawn at random, the same ones each time, each value
-about as often as the others), and what is not is fixed. Every optimizer must get as many runs as the others, of as
-many tokens. Runs go one after another, or one on each GPU, or --jobs of them at a time: small models fill a GPU better
-together, but then their times say nothing. Killed and started again it does what is missing: a run that was cut off
-goes on from its checkpoint. A run that fails or diverges counts as loss inf; to have it run again, remove its folder.
-Writes sweep.json and a figure for each swept setting; an optimizer with two of them gets a heat map.
+or defines `def sweep(steps=780)` that returns {"common": ..., "optimizers": ..., "runs": ...}. The parameters of that
+function are options of the command line: --steps=1560. `python sweep.py FILE.py --help` lists them.
+
+A list is swept, any other value is fixed. A grid search runs all combinations. A random search draws `runs` of them,
+always the same ones, and each value about equally often. Every optimizer gets the same number of runs with the same
+number of tokens.
+
+Runs go one after another, one on each GPU, or --jobs at a time: small models use a GPU better together, but their times
+are then not compared. Started again after an interruption, the sweep does what is missing, and a run that was cut off
+resumes from its checkpoint. A sweep file may get more values, more optimizers or a larger `runs`; finished runs stay.
+A failed or diverged run has loss inf. Remove its folder to repeat it.
+
+Writes a folder for each run (adamw_3fa21c: the digits stand for the swept values), sweep.json with the swept values and
+the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
 """
 
-import argparse
 import fcntl
+import inspect
 import itertools
 import json
 import math
@@ -41,26 +49,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compare import Parser
-from figures import draw_sweep
+from analysis.figures import draw_sweep
+from analysis.runs import label
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
-from training.errors import UserError, command
-from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
+from training.errors import Parser, UserError, command
+from training.metrics import METRICS, STATE, read_metrics
+from training.tracking import SHARED, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
-APART = 10  # seconds between starts on one GPU: runs of one length that start together also leave it idle together
+APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
 
 
 @dataclass
 class Trial:
-    """One run of a sweep. swept: its values of the swept settings; seed: the fresh one of a repeat of the best, else
-    None; loss: None until it ends."""
+    """One run of a sweep. swept: its values of the swept settings; seed: its held-out seed if it repeats the best run,
+    else None; loss: None until it ends."""
 
     optimizer: str
     swept: dict
-    words: list  # of the command line, the script first
+    argv: list  # the script, then its command line
     folder: Path
     max_iters: int
     seed: int | None = None
@@ -69,7 +78,7 @@ class Trial:
     error: str = ""
 
     def read(self):
-        """Take step and final loss from the run's metrics; whether it is done."""
+        """Take step and final loss from the run's metrics; returns whether it is done."""
         lines = read_metrics(self.folder / METRICS, about=1000) if (self.folder / METRICS).exists() else []
         self.step = lines[-1]["step"] if lines else 0
         if self.step == self.max_iters and "val/loss" in lines[-1]:
@@ -77,115 +86,185 @@ class Trial:
         return self.loss is not None
 
     def start(self, device, lock, shared):
-        """(process, its log): start it, or go on with it, on the GPU `device` where that is not None."""
+        """Start or resume the run, on the GPU `device` if that is not None; returns (process, its log)."""
         environment = {key: value for key, value in os.environ.items() if key != SHARED}
         environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
         environment |= {SHARED: "1"} if shared else {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *self.words, "--init_from=auto"]
+        command = [sys.executable, *self.argv, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **streams), log
 
 
-def main(words=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("sweep", metavar="SWEEP.py", help="what to sweep; it is run as code")
-    parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
-    parser.add_argument("--seeds", type=int, default=0, help="fresh seeds to run each optimizer's best with")
-    help = "runs at a time, spread over the GPUs; default one on each, or 1; on one GPU they start 10 s apart"
-    parser.add_argument("--jobs", type=int, help=help)
-    arguments = parser.parse_args(words)
+def main(argv=None):
+    arguments, definition = read_command_line(sys.argv[1:] if argv is None else argv)
     if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise UserError("--seeds is 0 or more, --jobs 1 or more.")
-    out_dir, definition = Path(arguments.out_dir), read_sweep(arguments.sweep)
-    trials = grid(definition, out_dir)
+        raise UserError("--seeds must be 0 or more, and --jobs 1 or more.")
+    out_dir = Path(arguments.out_dir)
+    known = read_state(out_dir, definition)
+    trials = grid(definition, out_dir, known)
+    if not arguments.dirty and (changed := changed_files()):
+        raise UserError(
+            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
+            "or start the sweep with --dirty=True to have its runs marked as not clean."
+        )
     with locked(out_dir) as lock:
-        failed = read_state(out_dir, definition)
         gpus = visible_gpus() or [None]
         devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
         seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the others
         total = round(sum(trial.max_iters for trial in trials) * (1 + seeds))
         with tqdm(total=total, initial=steps_done(trials), unit="step", smoothing=0.1) as bar:
-            run_all(trials, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials))
+            run_all(trials, devices, lock, bar, known, partial(write_state, out_dir, definition, trials, known))
             again = best_again(trials, arguments.seeds, out_dir)
-            run_all(again, devices, lock, bar, failed, partial(write_state, out_dir, definition, trials + again))
+            run_all(again, devices, lock, bar, known, partial(write_state, out_dir, definition, trials + again, known))
     figures = draw_sweep(averaged(trials), out_dir)
     print("\n".join(summary(trials + again)))
     print(f"wrote {', '.join([str(out_dir / STATE), *figures])}")
 
 
-# ----- what to run
-
-
-def read_sweep(path):
-    """{"common": settings, "optimizers": {name: settings}} of a sweep file, and its "runs" where it assigns them.
-
-    UserError where it cannot be one.
-    """
+def changed_files():
+    """Files of this repository that differ from its git commit; none outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "status", "--porcelain", "--untracked-files=no"]
     try:
-        names = runpy.run_path(path)
+        status = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line[3:] for line in status.splitlines()]
+
+
+# ----- the sweep file and the command line
+
+
+def read_command_line(argv):
+    """(arguments, definition): the options, and what the sweep file defines under its own options.
+
+    The definition is {"common": settings, "optimizers": {name: settings}}, with "runs" for a random search.
+    """
+    parser = Parser(description=__doc__)
+    parser.add_argument("sweep", metavar="SWEEP.py", help="the sweep file; it is run as code")
+    parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
+    parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
+    help = "runs at a time, spread over the GPUs; default: one on each GPU, or 1. On one GPU they start 10 s apart"
+    parser.add_argument("--jobs", type=int, help=help)
+    help = "run although files differ from the git commit; config.json then says clean: false"
+    parser.add_argument("--dirty", type=boolean, default=False, metavar="True", help=help)
+    path = next((word for word in argv if word.endswith(".py") and not word.startswith("-")), None)
+    names, options = run_file(path, runpy.run_path, path) if path else {}, []
+    if inspect.isfunction(function := names.get("sweep")):
+        group = parser.add_argument_group(f"options of {path}")
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = parameter.default
+            if name in ("sweep", "out_dir", "seeds", "jobs", "dirty", "help"):
+                raise UserError(f"{path}: sweep()'s parameter {name} is an option of sweep.py already; rename it.")
+            if not isinstance(default, bool | int | float | str):
+                raise UserError(f"{path}: sweep()'s parameter {name} needs a number, string, True or False as default.")
+            kind = boolean if isinstance(default, bool) else type(default)
+            group.add_argument(f"--{name}", type=kind, default=default, help=f"default {default!r}")
+            options.append(name)
+    arguments = parser.parse_args(argv)
+    if arguments.sweep != path:
+        raise UserError(f"{arguments.sweep}: the name of a sweep file ends in .py; give it before any other such name.")
+    if inspect.isfunction(function):
+        names = run_file(path, function, **{name: getattr(arguments, name) for name in options})
+    return arguments, check_definition(names, path)
+
+
+def boolean(text):
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
+
+
+def run_file(path, function, *arguments, **options):
+    """The result of `function`, which runs code of the sweep file `path`: its exceptions become UserErrors."""
+    try:
+        open(path).close()
+        return function(*arguments, **options)
     except OSError as error:
         raise UserError(f"{path}: cannot read this sweep file ({error.strerror}).") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: running this sweep file raised {type(error).__name__}: {error}.") from None
+
+
+def check_definition(names, path):
+    """The definition in `names`, as it will be read back from sweep.json. UserError if it is none."""
+    names = names if isinstance(names, dict) else {}
     definition = {key: names.get(key) for key in ("common", "optimizers")}
-    named = definition["optimizers"]
-    parts = [*definition.values(), *(named.values() if isinstance(named, dict) else ())]
-    if not named or not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path}: a sweep file assigns dicts, `common` and `optimizers` (--help shows one).")
+    optimizers = definition["optimizers"]
+    parts = [*definition.values(), *(optimizers.values() if isinstance(optimizers, dict) else ())]
+    if not optimizers or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: a sweep file gives two dicts, `common` and `optimizers` (--help shows one).")
     if (runs := names.get("runs")) is not None:
         if type(runs) is not int or runs < 1:
-            raise UserError(f"{path}: runs = {runs!r}, wants a whole number from 1 on, or leave it away for all.")
+            raise UserError(f"{path}: runs = {runs!r}, but it must be an integer above 0; leave it out for all runs.")
         definition["runs"] = runs
     try:
-        return json.loads(json.dumps(definition))  # as it will be read back from sweep.json
+        return json.loads(json.dumps(definition))
     except TypeError as error:
         raise UserError(f"{path}: settings are numbers, strings, True, False and None ({error}).") from None
 
 
-def grid(definition, out_dir):
-    """The trials of every optimizer: its grid, or `runs` drawn from it.
+# ----- which runs
 
-    UserError for settings that a script would refuse, drawn or not, and for unequal budgets.
+
+def settings_of(definition, optimizer):
+    return {"optimizer_name": optimizer, **definition["common"], **definition["optimizers"][optimizer]}
+
+
+def grid(definition, out_dir, known=()):
+    """The trials of every optimizer: all combinations, or `runs` of them. Runs in `known` keep their folders.
+
+    UserError for settings that a training script refuses, drawn or not, and for unequal budgets.
     """
-    trials, budgets = [], {}
-    for optimizer, own in definition["optimizers"].items():
-        settings = {"optimizer_name": optimizer, **definition["common"], **own}
+    trials, budgets, folders = [], {}, {}
+    names = {key_of(run["optimizer"], run["swept"]): run["run"] for run in known if run["seed"] is None}
+    for optimizer in definition["optimizers"]:
+        if "/" in optimizer:
+            raise UserError(f"{optimizer!r} is to be a folder's name; name this optimizer without '/'.")
+        settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
         swept = {key: values for key, values in settings.items() if isinstance(values, list)}
         budgets[optimizer] = []
         for values in itertools.product(*swept.values()):
             point = dict(zip(swept, values, strict=True))
-            folder = out_dir / "_".join([optimizer, *(f"{key}={value}" for key, value in point.items())])
-            words = [*files, *(f"--{key}={value}" for key, value in {**settings, **point, "out_dir": folder}.items())]
-            config = load_config(config_class, words)
+            folder = out_dir / names.get(key_of(optimizer, point), label(optimizer, point))
+            if (other := folders.setdefault(folder, (optimizer, point))) != (optimizer, point):
+                raise UserError(f"{folder.name} would be the folder of {other} and {optimizer, point}; rename one.")
+            argv = [*files, *(f"--{key}={value}" for key, value in {**settings, **point, "out_dir": folder}.items())]
+            config = load_config(config_class, argv)
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
-            words = [str(Path(__file__).parent / script), *words]
-            trials.append(Trial(optimizer, point, words, folder, config.max_iters))
-    if not trials or len({trial.folder for trial in trials}) < len(trials):
-        raise UserError("an optimizer sweeps an empty list, or one with a value twice; every run is done once.")
-    other, theirs = next(iter(budgets.items()))
+            argv = [str(Path(__file__).parent / script), *argv]
+            trials.append(Trial(optimizer, point, argv, folder, config.max_iters))
+    if not trials or len(folders) < len(trials):
+        raise UserError("an optimizer sweeps an empty list, or one with a value twice; list each value once.")
+    other, reference = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
-        if len(tokens) != len(theirs) and "runs" not in definition:
-            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(theirs)}; all must get as many.")
-        if odd := [n for n in tokens if n != theirs[0]]:
-            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {theirs[0]:,}; make them as long.")
-    return list(draw(trials, definition["runs"])) if "runs" in definition else trials
+        if len(tokens) != len(reference) and "runs" not in definition:
+            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
+        if odd := [n for n in tokens if n != reference[0]]:
+            raise UserError(
+                f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."
+            )
+    return list(draw(trials, definition["runs"], set(names.values()))) if "runs" in definition else trials
 
 
-def draw(trials, runs):
+def key_of(optimizer, swept):
+    return optimizer, json.dumps(swept, sort_keys=True)
+
+
+def draw(trials, runs, known=()):
     """`runs` trials of each optimizer, drawn without replacement: random search (Bergstra & Bengio, JMLR 13, 2012).
 
-    Each next one is drawn among those whose values came least often so far, so that no value of a setting is left out.
-    An optimizer's name is the seed of its draw, which so depends on nothing but its own grid.
+    Those with a label in `known` come first. Each further one is drawn among those whose values came least often so
+    far, so that no value is left out. The draw is seeded with the optimizer's name, and depends only on its own grid.
     """
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         own, random = [trial for trial in trials if trial.optimizer == optimizer], Random(optimizer)
         if len(own) < runs:
             raise UserError(f"{optimizer} has {len(own)} combinations, fewer than runs = {runs}; give it more values.")
-        luck = {trial.folder: random.random() for trial in own}  # not sample(): Pythons differ in it
+        luck = {trial.folder: random.random() for trial in own}  # sample() differs between versions of Python
         values = {key: len({trial.swept[key] for trial in own}) for key in own[0].swept}
         drawn = Counter()  # how often each value of each setting
 
@@ -193,21 +272,22 @@ def draw(trials, runs):
             return sum(drawn[item] * values[item[0]] for item in trial.swept.items())
 
         for _ in range(runs):
-            trial = min(own, key=lambda trial: (excess(trial), luck[trial.folder]))
+            candidates = [trial for trial in own if trial.folder.name in known] or own
+            trial = min(candidates, key=lambda trial: (excess(trial), luck[trial.folder]))
             own.remove(trial)
             drawn.update(trial.swept.items())
             yield trial
 
 
 def best_again(trials, seeds, out_dir):
-    """Each optimizer's best trial with `seeds` fresh seeds: its own loss is that of a winner, too good on average."""
+    """Each optimizer's best trial with held-out seeds: as the lowest of many, its own loss is too good on average."""
     again = []
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         best = min((trial for trial in trials if trial.optimizer == optimizer), key=lambda trial: trial.loss)
         for seed in range(1, seeds + 1) if math.isfinite(best.loss) else ():
             folder = out_dir / f"best_{best.folder.name}_seed{seed}"
-            words = [*best.words, f"--seed={seed}", f"--out_dir={folder}"]
-            again.append(Trial(optimizer, best.swept, words, folder, best.max_iters, seed))
+            argv = [*best.argv, f"--seed={seed}", f"--out_dir={folder}"]
+            again.append(Trial(optimizer, best.swept, argv, folder, best.max_iters, seed))
     return again
 
 
@@ -215,13 +295,13 @@ def best_again(trials, seeds, out_dir):
 
 
 def locked(out_dir):
-    """An open file that is locked until this process and all the runs, which inherit it, have ended."""
+    """An open file, locked until this process and its runs, which inherit it, have ended."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"a sweep, or a run of one, is still at work in {out_dir}; wait for it or end it.") from None
+        raise UserError(f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it.") from None
     except OSError as error:
         raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); name another one.") from None
     return lock
@@ -231,11 +311,12 @@ def steps_done(trials):
     return sum(trial.max_iters if trial.loss is not None or trial.read() else trial.step for trial in trials)
 
 
-def run_all(trials, devices, lock, bar, failed, save_state):
+def run_all(trials, devices, lock, bar, known, save_state):
     """Run what is not done, one for each entry of `devices` at a time.
 
-    failed: {folder: error} of runs that failed before. They stay failed, unless their folder was removed.
+    Runs that failed before, as `known` from sweep.json says, stay failed unless their folder was removed.
     """
+    failed = {run["run"]: run["error"] for run in known if run["error"]}
     others = bar.n - steps_done(trials)
     for trial in trials:
         if trial.loss is None and trial.folder.name in failed and trial.folder.exists():
@@ -244,7 +325,7 @@ def run_all(trials, devices, lock, bar, failed, save_state):
     shared, last_start = len(devices) > len(set(devices)), {}
     apart = shared and devices[0] is not None
     save_state()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # that ends the runs, below
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the runs are stopped below
     try:
         while pending or running:
             rested = [d for d in free if not apart or time.monotonic() - last_start.get(d, -math.inf) > APART]
@@ -262,7 +343,7 @@ def run_all(trials, devices, lock, bar, failed, save_state):
                 log.close()
                 if not trial.read():
                     if process.returncode in (0, -signal.SIGTERM, -signal.SIGINT):
-                        raise UserError(f"{trial.folder.name} was ended by a signal; start the sweep again to go on.")
+                        raise UserError(f"{trial.folder.name} was stopped by a signal; start the sweep again to go on.")
                     lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     trial.loss, trial.error = math.inf, f"exit code {process.returncode}: {(lines or [''])[-1]}"
                     bar.write(f"{trial.folder.name} failed: {trial.error}", file=sys.stderr)
@@ -271,7 +352,7 @@ def run_all(trials, devices, lock, bar, failed, save_state):
             bar.update(others + steps_done(trials) - bar.n)
     finally:
         for _, _, process, _ in running:
-            process.terminate()  # it then writes a checkpoint
+            process.terminate()  # the run then writes a checkpoint
         for _, _, process, log in running:
             process.wait()
             log.close()
@@ -279,7 +360,7 @@ def run_all(trials, devices, lock, bar, failed, save_state):
 
 
 def visible_gpus():
-    """What CUDA_VISIBLE_DEVICES may be, one GPU each; empty without one."""
+    """The values of CUDA_VISIBLE_DEVICES that select one GPU each; empty without a GPU."""
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return (named or [str(i) for i in range(torch.cuda.device_count())]) if torch.cuda.is_available() else []
 
@@ -288,42 +369,64 @@ def visible_gpus():
 
 
 def read_state(out_dir, definition):
-    """{folder: error} of the runs that failed before. UserError where out_dir holds a sweep of something else."""
+    """The runs that out_dir's sweep.json lists. UserError if that sweep had other settings than `definition` has."""
     if not (out_dir / STATE).exists():
-        return {}
+        return []
     try:
         state = json.loads((out_dir / STATE).read_text(encoding="utf-8"))
-        known, failed = state["sweep"], {run["run"]: run["error"] for run in state["runs"] if run["error"]}
-    except (ValueError, KeyError, TypeError):
+        runs, difference = state["runs"], first_difference(state["sweep"], definition)
+        if not all({"run", "optimizer", "swept", "seed", "loss", "error"} <= run.keys() for run in runs):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out_dir / STATE} is damaged; name another --out_dir.") from None
-    if known != definition:
-        raise UserError(f"{out_dir} holds another sweep (see its {STATE}); name another --out_dir.")
-    return failed
+    if difference:
+        raise UserError(f"{out_dir} holds a sweep with {difference}; only add to it, or name another --out_dir.")
+    return runs
 
 
-def write_state(out_dir, definition, trials):
-    """All that is known; a loss is null where the run is not done, "inf" where it diverged or failed."""
-    runs = [
-        {
+def first_difference(known, definition):
+    """What `definition` changes in a `known` one, in words; "" if it only adds values, optimizers or runs."""
+    for optimizer in known["optimizers"]:
+        if optimizer not in definition["optimizers"]:
+            return f"the optimizer {optimizer}, which is missing now"
+        before, after = settings_of(known, optimizer), settings_of(definition, optimizer)
+        for key in {**before, **after}:
+            old, new = before.get(key), after.get(key)
+            if isinstance(old, list) and isinstance(new, list) and all(value in new for value in old):
+                continue
+            if old != new:
+                return f"{optimizer}'s {key} = {old!r}, which is {new!r} now"
+    before, after = known.get("runs") or math.inf, definition.get("runs") or math.inf
+    return f"runs = {known.get('runs')}, which is {definition['runs']} now" if after < before else ""
+
+
+def write_state(out_dir, definition, trials, known):
+    """Write sweep.json: a loss is null until the run is done, "inf" if it diverged or failed.
+
+    Runs in `known` that are no trial of today stay in it while their folder exists: repeats of a former best run.
+    """
+    runs = {
+        trial.folder.name: {
             "run": trial.folder.name, "optimizer": trial.optimizer, "swept": trial.swept, "seed": trial.seed,
             "loss": "inf" if trial.loss == math.inf else trial.loss, "error": trial.error,
         }
         for trial in trials
-    ]  # fmt: skip
-    write_atomically(out_dir / STATE, state_text({"sweep": definition, "runs": runs}))
+    }  # fmt: skip
+    runs |= {run["run"]: run for run in known if run["run"] not in runs and (out_dir / run["run"]).exists()}
+    write_atomically(out_dir / STATE, state_text({"sweep": definition, "runs": list(runs.values())}))
 
 
 def state_text(state):
-    """sweep.json with a line for each run."""
+    """The text of sweep.json, one line for each run."""
     runs = ",\n".join(json.dumps(run) for run in state["runs"])
     return f'{{"sweep": {json.dumps(state["sweep"])},\n"runs": [\n{runs}\n]}}\n'
 
 
-# ----- what came out
+# ----- results
 
 
 def averaged(trials):
-    """Of trials that sweep the seed one for all seeds of the same settings, with their mean loss: no seed is best."""
+    """One trial for all seeds of the same settings, with their mean loss: a sweep over seeds does not choose a seed."""
     groups = {}
     for trial in trials:
         swept = {key: value for key, value in trial.swept.items() if key != "seed"}
@@ -332,7 +435,7 @@ def averaged(trials):
 
 
 def summary(trials):
-    """A line an optimizer: its best, and what its fresh seeds gave."""
+    """One line for each optimizer: its best run, and the mean loss of its held-out seeds."""
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         every = [trial for trial in trials if trial.optimizer == optimizer and trial.seed is None]
         own = averaged(every)
@@ -342,7 +445,7 @@ def summary(trials):
         line = f"{optimizer}: best of {len(own)} runs {best.loss:.4f} at {settings or 'its only settings'}"
         line += f" (means of {len(every) // len(own)} seeds)" if len(own) < len(every) else ""
         line += f"; {lost} failed or diverged" if lost else ""
-        yield line + (f"; with fresh seeds {np.mean(seeds):.4f} (n = {len(seeds)})" if seeds else "")
+        yield line + (f"; with held-out seeds {np.mean(seeds):.4f} (n = {len(seeds)})" if seeds else "")
 
 
 if __name__ == "__main__":

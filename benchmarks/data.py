@@ -21,11 +21,12 @@ from data import corpus
 from data.python import prepare as python
 from data.shakespeare_char import prepare as shakespeare_char
 from data.text import prepare as text
-from train_adam import AdamConfig, make_optimizer
+from train_adam import AdamConfig
 from training.config import load_config
 from training.errors import UserError
+from training.optimizers import make_optimizer
 from training.run import Run
-from training.tokenizer import GPT2Tokenizer
+from training.tokenizer import get_tokenizer
 
 TEXT_BYTES = 20_000_000
 CONFIG_124M = Path(__file__).resolve().parent.parent / "config/train_gpt2_small_adam.py"
@@ -41,7 +42,7 @@ def add_arguments(parser):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: use --device cpu, which trains a tiny model.")
-    GPT2Tokenizer()  # tiktoken has its vocabulary from here on
+    get_tokenizer("gpt2")  # tiktoken has its vocabulary from here on
     report = Report(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -118,13 +119,12 @@ def measure_training(report, folder, device):
     settings |= {"out_dir": folder / "out", "device": device}
     config = load_config(AdamConfig, words + [f"--{key}={value}" for key, value in settings.items()])
     with Run(config) as run:
-        run.attach(make_optimizer(config, run.parameter_groups(), fused=True))
+        run.set_optimizer(make_optimizer)
         resident, steps = run.train_batch(0), itertools.count(1)
 
         def step(batch):
             run.backward(batch)
-            run.clip_gradients()
-            run.apply(run.optimizer.step)
+            run.optimizer_step()
 
         contenders = {"resident batch": lambda: step(resident), "pipeline": lambda: step(run.train_batch(next(steps)))}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.report import Report
 from sweep import visible_gpus
 from training.errors import UserError
-from training.tracking import METRICS, read_metrics
+from training.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "config/train_gpt2_small_sophiag.py --max_iters=200 --warmup_iters=20 --total_bs=64 --batch_size=64"

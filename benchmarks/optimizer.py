@@ -12,6 +12,7 @@ from torch import nn
 import sophia
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from data.corpus import positive
+from model import GPTConfig
 from training.errors import UserError
 
 
@@ -25,10 +26,10 @@ def add_arguments(parser):
 
 
 def gpt2_shapes(name):
-    """GPT-2's parameters: tied head, vocabulary padded to 50304, 1024 positions, no biases."""
+    """GPT-2's parameters: tied head, padded vocabulary, 1024 positions, no biases."""
     layers, _, width = GPT2_SIZES[name]
     block = [(width,), (3 * width, width), (width, width), (width,), (4 * width, width), (width, 4 * width)]
-    return [(50304, width), (1024, width), *block * layers, (width,)]
+    return [(GPTConfig.vocab_size, width), (GPTConfig.block_size, width), *block * layers, (width,)]
 
 
 def optimizer_contenders(args):

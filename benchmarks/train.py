@@ -19,16 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train_adam
-import train_sophiag
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from data.corpus import positive
-from model import GPT, GPTConfig, peak_flops
+from model import GPT, GPTConfig
 from sweep import visible_gpus
+from train_adam import AdamConfig
+from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import UserError
+from training.flops import peak_flops
+from training.metrics import METRICS, read_metrics
+from training.optimizers import make_optimizer
 from training.run import Run
-from training.tracking import METRICS, read_metrics
 
 # Sequences. On an H200 nanoGPT was fastest at 64 of 12, 32 and 64 (124M), ours as fast at 128; 355M: only 32 was run.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
@@ -88,27 +90,20 @@ def settings(model, args, micro_batch, **more):
 
 
 class Ours:
-    """A run of train_adam.py or train_sophiag.py whose steps are done one by one."""
+    """A run of train_adam.py or train_sophiag.py whose steps are taken one by one."""
 
-    def __init__(self, words, out_dir, sophia=False):
-        kind = train_sophiag.SophiaConfig if sophia else train_adam.AdamConfig
-        self.config = load_config(kind, [*words, f"--out_dir={out_dir}"])
-        self.run = Run(self.config)
-        self.arguments = {}
-        if sophia:
-            self.optimizer, self.arguments = train_sophiag.make_optimizer(self.config, self.run)
-        else:
-            self.optimizer = train_adam.make_optimizer(self.config, self.run.parameter_groups(), fused=True)
-        self.run.attach(self.optimizer)
-        self.sophia, self.steps = sophia, self.run.steps()
+    def __init__(self, argv, out_dir, sophia=False):
+        self.config = load_config(SophiaConfig if sophia else AdamConfig, [*argv, f"--out_dir={out_dir}"])
+        self.run, self.sophia = Run(self.config), sophia
+        self.run.set_optimizer(make_optimizer)
+        self.steps = self.run.steps()
 
     def __call__(self):
         step, run = next(self.steps), self.run
         if self.sophia and step % self.config.hess_interval == 0:
-            train_sophiag.update_hessian(self.config, run, self.optimizer, step)
+            run.curvature_step(step)
         run.backward(run.train_batch(step))
-        run.clip_gradients()
-        run.apply(self.optimizer.step, **self.arguments)
+        run.optimizer_step()
 
     def close(self):
         self.steps.close()
@@ -154,7 +149,13 @@ class Peer:
 def make_nanogpt(model, args):
     module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
     layers, heads, width = GPT2_SIZES[model]
-    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size, "vocab_size": 50304}
+    shape = {
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": width,
+        "block_size": args.block_size,
+        "vocab_size": GPTConfig.vocab_size,
+    }
     gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
     optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return Peer(gpt, optimizer, MICRO_BATCH[model], args)
@@ -169,7 +170,13 @@ def make_official(model, args):
     finally:
         sys.modules["sophia"] = ours
     layers, heads, width = GPT2_SIZES[model]
-    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size, "vocab_size": 50304}
+    shape = {
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": width,
+        "block_size": args.block_size,
+        "vocab_size": GPTConfig.vocab_size,
+    }
     gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
     optimizer = gpt.configure_optimizers("sophiag", 0.2, 3e-4, (0.965, 0.99), 0.05, args.device)
     return Peer(gpt, optimizer, OFFICIAL_MICRO_BATCH[model], args)

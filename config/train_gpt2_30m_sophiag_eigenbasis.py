@@ -1,11 +1,9 @@
-# GPT-2 with 30M parameters on Python source text with the best Sophia-G that divides the momentum by the curvature and
-# clips it, as the paper's does, but in the eigenbasis of the curvature: after an equal tuning and 25 runs more. 128
-# sequences of 512 tokens a step, 1560 steps (102M tokens). Better than the tuned AdamW at 780, 1560 and 5200 steps and
-# with batches of 1024; behind the spectral step (train_gpt2_30m_sophiag_tuned.py) at all three lengths, behind Muon at
-# 780 and 1560 and SOAP at 1560 (see README, "What Sophia buys"). At 124M it ran with one seed; on books Sophia-G in the
-# eigenbasis, tuned anew, is better than AdamW and behind Muon.
+# GPT-2 with 30M parameters on Python source text with Sophia-G's own step, momentum over curvature and clipped, in the
+# eigenbasis of the curvature. 128 sequences of 512 tokens a step, 1,560 steps (102M tokens).
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_eigenbasis.py
+# The settings come from 16 + 25 runs of 780 steps (experiments/30m_eigenbasis, 30m_eigenbasis_recipe and _fresh).
+# docs/results.md compares it with other optimizers. The spectral step (train_gpt2_30m_sophiag_spectral.py) is better.
 
 out_dir = "out/gpt2_30m_sophiag_eigenbasis"
 dataset = "python"
@@ -20,7 +18,7 @@ n_embd = 384
 optimizer_name = "sophiag"
 eigenbasis = True
 learning_rate = 1e-3
-# AdamW moves the embeddings, at a rate of their own.
+# AdamW updates the embeddings, at a learning rate of their own.
 adamw_for = "embeddings"
 embedding_lr = 1.6e-2
 weight_decay = 0.1

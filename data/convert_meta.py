@@ -6,7 +6,6 @@ The pickle may hold plain containers, strings and numbers only; nothing in it is
 character the meta.json names the characters; otherwise only how many ids there are, and samples are printed as ids.
 """
 
-import argparse
 import io
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.data import check_split, open_dataset
-from training.errors import UserError, command
+from training.errors import Parser, UserError, command
 from training.tracking import write_atomically
 
 LARGEST = 1 << 26  # bytes of a meta.pkl
@@ -67,7 +66,7 @@ def convert(found, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "folder", type=lambda text: Path(text).expanduser(), help="it holds meta.pkl and the .bin files"
     )

@@ -126,7 +126,7 @@ class GPT(Ours):
 )
 def test_numbers_and_switches_are_checked(capsys, words):
     with pytest.raises(SystemExit) as ended:
-        bench.main([*words.split(), "--device=cpu"])
+        command(lambda: bench.main([*words.split(), "--device=cpu"]))
     assert ended.value.code == 2 and words.split()[1] in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -167,15 +167,15 @@ def test_contenders_leave_nothing_behind(tmp_path, monkeypatch, broken):
     """Whether they were timed or failed in their first step: no thread, which would keep their model, no handler."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     monkeypatch.setitem(train.MICRO_BATCH, "30M", 8)
-    step, calls, handler = Run.apply, [], signal.getsignal(signal.SIGINT)
+    step, calls, handler = Run.optimizer_step, [], signal.getsignal(signal.SIGINT)
 
-    def fails_at_first(run, *arguments, **more):
+    def fails_at_first(run):
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("out of memory")
-        return step(run, *arguments, **more)
+        step(run)
 
-    monkeypatch.setattr(Run, "apply", fails_at_first)
+    monkeypatch.setattr(Run, "optimizer_step", fails_at_first)
     part, out = "speed" if broken == "ours" else "curvature", tmp_path / "t.json"
     words = f"train --parts {part} --device cpu --models 30M --rounds 1 --steps 1 --block_size 16 --compile False"
     bench.main([*words.split(), f"--out={out}"])

@@ -145,7 +145,7 @@ def test_a_second_signal_ends_at_once(corpus, tmp_path):
     """One process that is stuck in its step (here: asleep) does not get to the end of it."""
     script = (
         "import sys, time, train_adam\nfrom training.run import Run\n"
-        "Run.clip_gradients = lambda run: (print('asleep', flush=True), [time.sleep(0.2) for _ in range(300)])\n"
+        "Run.optimizer_step = lambda run: (print('asleep', flush=True), [time.sleep(0.2) for _ in range(300)])\n"
         "train_adam.main(sys.argv[1:])"
     )
     process = subprocess.Popen(
@@ -179,7 +179,7 @@ def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):
     (tmp_path / "hanging.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport time, train_adam\n"
         "from training.errors import command\nfrom training.run import Run\n"
-        "Run.clip_gradients = lambda run: (print('asleep', flush=True), time.sleep(300))\n"
+        "Run.optimizer_step = lambda run: (print('asleep', flush=True), time.sleep(300))\n"
         "command(lambda: train_adam.main(sys.argv[1:]))"
     )
     process = start(2, tiny_words(corpus, tmp_path / "out"), script=tmp_path / "hanging.py")

@@ -12,6 +12,7 @@ import train_adam
 from tests.conftest import read_lines, tiny_words, write_corpus
 from tests.test_sample import CHARACTERS, write_run
 from training.errors import command
+from training.hf import to_hf
 from training.tokenizer import get_tokenizer
 
 
@@ -54,7 +55,7 @@ def test_equal_to_a_plain_loop_over_hugging_face(tmp_path, capsys, characters, s
     model = write_run(tmp_path / "run", spread=8.0)
     for split, own in (("val", tokens), ("train", tokens[::-1])):
         found = evaluate.main(words(tmp_path / "run", corpus, stride=stride, batch_size=batch_size, split=split))
-        expected = plain_loop(model.to_hf(), own, stride, 16)
+        expected = plain_loop(to_hf(model), own, stride, 16)
         assert found["loss"] == pytest.approx(expected, abs=1e-4) and abs(expected - math.log(12)) > 0.1
         assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
         assert found["bits_per_byte"] == pytest.approx(expected / math.log(2), rel=1e-4), "a character is a byte here"

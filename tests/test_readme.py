@@ -1,65 +1,106 @@
-"""The README against the code: its snippet runs, its table is the settings, its files and scripts are there."""
+"""The README and the pages of docs against the repository: links resolve, commands parse, files exist, code runs.
+
+A Python block runs where the line before its fence is <!-- test: run -->; the blocks of a page share their names.
+"""
 
 import re
+import shlex
 
-from benchmarks.report import markdown_table
-from sophia import SophiaG
+import pytest
+
+from evaluate import EvaluateConfig
+from export_hf import ExportConfig
+from sample import SampleConfig
 from tests.conftest import ROOT
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import describe
+from training.config import load_config
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def settings_table():
-    """The README's table of settings; `python -m tests.test_readme` prints it."""
-    ours = {row[0]: row for row in describe(SophiaConfig)}
-    adam = {row[0]: row for row in describe(AdamConfig)}
-    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, (_, kind, default, help) in ours.items():
-        if name not in adam:
-            help = f"Sophia: {help}"
-        elif name == "optimizer_name":
-            default, help = f"{adam[name][2]} / {default}", f"{adam[name][3]} / {help}"
-        elif adam[name][2] != default:
-            default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
-        lines.append(f"| `{name}` | {kind} | {default} | {help} |")
-    lines += [f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |" for row in adam.values() if row[0] not in ours]
-    return "\n".join(lines)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+}
+SCRIPTS = {
+    "train_adam.py": AdamConfig,
+    "train_sophiag.py": SophiaConfig,
+    "sample.py": SampleConfig,
+    "evaluate.py": EvaluateConfig,
+    "export_hf.py": ExportConfig,
+}
+STANDS_FOR_A_NAME = re.compile(r"\b[A-Z]{3,}\b|[*{}]|\.\.\.")  # config/train_gpt2_SIZE_adam.py, data/NAME/prepare.py
 
 
-def test_settings_table_is_the_code():
-    assert settings_table() in README, "print it with: python -m tests.test_readme"
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-LOOP, TRAINER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def commands(text):
+    """The words of every command in the shell blocks of a page, one list a command."""
+    for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(python|torchrun|sbatch|make|pip) ", line):
+                yield shlex.split(line, comments=True)
 
 
-def test_the_loop_runs():
+def slugs(text):
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in slugs(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    if page == "CHANGELOG.md":
+        return  # it names files of the past
+    named = set(re.findall(r"(?:\w+/)+[\w.]+\.(?:py|png|svg|json|sbatch|md|yml)\b", PAGES[page]))
+    named |= set(re.findall(r"(?<![\w/.-])\w+\.py\b", PAGES[page]))
+    made = {name for name in named if name.startswith("out/")}
+    folders = [ROOT, (ROOT / page).parent, ROOT / "training", ROOT / "data/text"]
+    missing = [name for name in named - made if not any((folder / name).exists() for folder in folders)]
+    assert not [name for name in missing if not STANDS_FOR_A_NAME.search(name)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_accepted(page):
+    for words in commands(PAGES[page]):
+        script = next((word for word in words if word in SCRIPTS), None)
+        if script is None:
+            continue
+        arguments = words[words.index(script) + 1 :]
+        if not any(STANDS_FOR_A_NAME.search(word) for word in arguments if not word.startswith("--")):
+            load_config(SCRIPTS[script], [word for word in arguments if word not in ("...", "--help")])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- test: run -->" in PAGES[page]] or ["README.md"])
+def test_code_runs(page):
+    blocks = re.findall(r"<!-- test: run -->\n```python\n(.*?)```", PAGES[page], re.DOTALL)
+    assert blocks, page
     names = {}
-    exec(compile(LOOP, "README.md", "exec"), names)
-    assert names["optimizer"].statistics()["hessian_norm"] > 0
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    if page == "README.md":
+        assert names["optimizer"].statistics()["hessian_norm"] > 0
 
 
-def test_the_trainer_is_the_one_that_the_docstring_has_and_its_test_runs():
-    code = TRAINER.removeprefix("# needs: model, args, dataset, k, tokens, bs\n")
-    assert " ".join(code.split()) in " ".join(SophiaG.__doc__.split())
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for text in PAGES.values():
+        for target in re.findall(r"`make (\w+)`", text):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_tables_of_measurements_are_their_files():
-    for path in re.findall(r"bench.py table (assets/bench/\w+.json)", README):
-        assert markdown_table(ROOT / path) in README, path
-
-
-def test_files_that_it_names_are_there():
-    named = set(re.findall(r"(?:config|data|assets|training)/[\w/]+\.(?:py|png|svg|json)", README))
-    named |= set(re.findall(r"python (\w+\.py)", README))
-    assert {"train_adam.py", "config/train_gpt2_small_sophiag.py", "data/text/prepare.py"} <= named
-    made_up = {"FILE", "SIZE"}  # stand for names
-    missing = [name for name in named if not (ROOT / name).exists() and not made_up & set(re.split(r"[_./]", name))]
-    assert not missing
-
-
-if __name__ == "__main__":
-    print(settings_table())
+def test_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 12 * 1024

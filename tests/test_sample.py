@@ -12,7 +12,7 @@ from model import GPT, Cache, GPTConfig
 from model import sample as draw
 from training.checkpoint import save_checkpoint
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 from training.tokenizer import get_tokenizer
 
 CHARACTERS = "\n abcdefghij"  # 12
@@ -239,7 +239,7 @@ def test_load_model_gives_the_trained_weights(tmp_path):
 def test_text_from_openais_model(monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8, bias=True))
-    monkeypatch.setattr(GPT, "from_pretrained", lambda name: {"gpt2": model}[name])
+    monkeypatch.setattr("training.hf.from_pretrained", lambda name: {"gpt2": model}[name])
     sample.main(words(tmp_path / "none", init_from="gpt2", start="To be", top_k=None, top_p=0.9, max_new_tokens=12))
     tokenizer = get_tokenizer("gpt2")
     idx = torch.tensor([tokenizer.encode("To be")])

@@ -2,7 +2,7 @@
 
     config = load_config(SophiaConfig, ["config/train_gpt2_small_sophiag.py", "--batch_size=8"])
 
-Later words win over earlier ones. A config file is Python and is run as code: give only files that you trust.
+A later argument wins over earlier ones. A config file is Python and is run as code: give only files that you trust.
 """
 
 import dataclasses
@@ -21,13 +21,16 @@ PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:
 
 
 def setting(default, help, **limits):
-    """A dataclass field with its help text and its limits: choices=(...), at_least=, above=, at_most=, below=."""
+    """A dataclass field with its help and limits: choices=(...), at_least=, above=, at_most=, below=.
+
+    former: {value of older versions: value of now}; both are accepted.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
 class TrainConfig:
-    """What every training run can be told; the names are nanoGPT's and the official Sophia repository's."""
+    """The settings of every training run. Their names are nanoGPT's and the official Sophia repository's."""
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
@@ -44,7 +47,10 @@ class TrainConfig:
         below=2**31,
     )
 
-    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting(
+        "openwebtext",
+        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
+    )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
     gradient_accumulation_steps: int | None = setting(
@@ -118,7 +124,7 @@ class TrainConfig:
     nccl_timeout: int = setting(600, "seconds after which a rank that waits for the others gives up", at_least=1)
 
     def check(self):
-        """Raise UserError where settings contradict each other; fill in those that follow from others."""
+        """Raise UserError if settings contradict each other; fill in those that follow from others."""
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -143,35 +149,43 @@ class TrainConfig:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
-def load_config(cls, words):
-    """Build a `cls` from command-line words: config files and `--key=value`, in order. `--help` prints and exits 0.
+def load_config(cls, argv=None):
+    """Build a `cls` from command-line arguments: config files and `--key=value`, in order; by default the process's.
 
-    Raises UserError for an unknown key, a wrong type, an impossible value, or a file that cannot be run.
+    `--help` prints the settings and exits with 0. Raises UserError for an unknown key, a wrong type, an impossible
+    value, or a file that cannot be run.
     """
-    if "--help" in words or "-h" in words:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
         print(f"{sys.modules[cls.__module__].__doc__ or ''}\nsettings (--key=value, or key = value in a config file):")
         for name, kind, default, help in describe(cls):
             print(f"  {name:<32}{kind:<6} {default:<14} {help}")
         sys.exit(0)
     values = {}
-    for word in words:
-        if not word.startswith("--"):
-            values |= _run_config_file(cls, word)
+    for argument in argv:
+        if not argument.startswith("--"):
+            values |= _run_config_file(cls, argument)
             continue
-        key, equals, text = word[2:].partition("=")
+        key, equals, text = argument[2:].partition("=")
         if not equals:
-            raise UserError(f"{word}: write it as --{key}=VALUE.")
+            raise UserError(f"{argument}: write it as --{key}=VALUE.")
         field = _field(cls, key, "the command line")
         values[field.name] = _parse(field, text)
-    config = cls(**values)
+    config = cls(**with_current_values(cls, values))
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()
     return config
 
 
+def with_current_values(cls, settings):
+    """`settings`, a dict, with the values that older versions wrote replaced by those of now."""
+    former = {field.name: field.metadata["former"] for field in dataclasses.fields(cls) if "former" in field.metadata}
+    return {key: former.get(key, {}).get(value, value) if key in former else value for key, value in settings.items()}
+
+
 def describe(cls):
-    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the README's table."""
+    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the documentation."""
     rows = []
     for field in dataclasses.fields(cls):
         kind, _ = _kind(field)
@@ -183,7 +197,7 @@ def describe(cls):
 
 
 def _run_config_file(cls, path):
-    """The settings that a config file assigns. Imports, functions and names with a leading underscore are its own."""
+    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     try:
         code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
     except OSError as error:
@@ -192,7 +206,7 @@ def _run_config_file(cls, path):
         ) from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a config file of Python assignments ({error}).") from None
-    names = {}
+    names = {"__file__": path}
     try:
         exec(code, names)
     except (Exception, SystemExit) as error:
@@ -223,7 +237,7 @@ def _kind(field):
 
 
 def _parse(field, text):
-    """The value that a command-line word gives."""
+    """The value that a command-line argument gives."""
     kind, optional = _kind(field)
     if optional and text == "None":
         return None
@@ -238,7 +252,7 @@ def _parse(field, text):
 
 
 def _convert(field, value):
-    """The value that a config file gives; an int serves where a float is wanted."""
+    """The value that a config file gives; an int is accepted for a float."""
     kind, optional = _kind(field)
     if value is None and optional:
         return None
@@ -259,17 +273,17 @@ _LIMITS = {
 
 
 def _kind_of(choice):
-    """Itself; the same for "hf:DIR", which stands for every value that starts with "hf:" and goes on, and for those."""
+    """A choice as it is compared: "hf:DIR" and every value that starts with "hf:" and goes on are the same."""
     head, _, rest = choice.partition(":")
     return f"{head}:..." if rest else choice
 
 
 def _allowed(field):
     parts = []
-    for key, (_, words) in _LIMITS.items():
+    for key, (_, relation) in _LIMITS.items():
         if key in field.metadata:
             limit = field.metadata[key]
-            parts.append(f"{words} {', '.join(limit) if key == 'choices' else limit}")
+            parts.append(f"{relation} {', '.join(limit) if key == 'choices' else limit}")
     return ", ".join(parts)
 
 

@@ -23,13 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from model import GPTConfig
 from training.errors import UserError
 from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
 from training.tokenizer import check_spec, describe, read_tokenizer_json
 from training.tokenizer import identity as tokenizer_identity
+from training.tracking import write_atomically
 
 GPT2_VOCAB_SIZE = 50257
-PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64: faster matrix products, the padding rows are never a target
+PADDED_GPT2_VOCAB_SIZE = GPTConfig.vocab_size  # for faster matrix products; the padding rows are never a target
 _ORDER, _LABELS, _CORPUS = 0, 1, 2  # what a stream of random numbers is for
 MIXED = 10_000  # sequences of a mixture in which each corpus has its share exactly
 
@@ -85,12 +87,12 @@ class TokenDataset:
 
     @property
     def model_vocab_size(self):
-        """The rows of the model's embedding: the vocabulary, GPT-2's padded to 50304."""
+        """The rows of the model's embedding: the vocabulary, GPT-2's padded."""
         return PADDED_GPT2_VOCAB_SIZE if self.vocab_size == GPT2_VOCAB_SIZE else self.vocab_size
 
     def fits(self, rows):
         """Whether a model that was trained elsewhere, with `rows` rows in its embedding, can read this corpus."""
-        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded to 50304 or not
+        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded or not
         return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
 
     def check_tokenizer(self, theirs, origin):
@@ -99,8 +101,8 @@ class TokenDataset:
             of, ours = describe(theirs), describe(self.tokenizer)
             add = "" if self.tokenizer else f"name the tokenizer in {self.folder / 'meta.json'}, or "
             raise UserError(
-                f"{origin} was trained on {of}, and {self.folder} holds {f'other {ours}' if ours == of else ours}; "
-                f"{add}use data of the same tokenizer."
+                f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}; "
+                f"{add}give data of the tokenizer that {origin} was trained with."
             )
 
 
@@ -384,12 +386,7 @@ def check_split(corpus, split):
         largest = max(_scan(path, part, digest) for path, part in zip(files, parts, strict=True))
         entry = {"files": now, "largest": largest, "sha256": digest.hexdigest()}
         with contextlib.suppress(OSError):  # a read-only corpus is checked again next time
-            temporary = note.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                temporary.write_text(json.dumps(known | {split: entry}))
-                os.replace(temporary, note)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(note, json.dumps(known | {split: entry}))
     name, largest, sha256 = _named(corpus, split), entry["largest"], entry["sha256"]
     if sha256 != corpus.meta.get(f"{split}_sha256", sha256):
         raise UserError(

@@ -11,23 +11,18 @@ FSDP and DTensor are imported where they are used: it takes a second, which othe
 import torch
 
 from training.errors import UserError
-
-NOT_SHARDED = {
-    "sophiah": "Hutchinson's estimate differentiates twice, which FSDP cannot",
-    "muon": "it needs its matrices whole",
-    "soap": "it needs its matrices whole",
-    "sgd": "torch's fused SGD does not take sharded parameters",
-}
+from training.optimizers import OPTIMIZERS
 
 
 def check_sharding(config, world):
     """UserError where a run with `config` cannot be sharded."""
     if not world.distributed:
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
-    if config.optimizer_name in NOT_SHARDED:
+    if not OPTIMIZERS[config.optimizer_name].shards:
+        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards)
         raise UserError(
-            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True, "
-            f"{NOT_SHARDED[config.optimizer_name]}; use sophiag, adamw or lion, or --fsdp=False."
+            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True, which splits every parameter "
+            f"over the ranks; use one of {able}, or --fsdp=False."
         )
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # ranks with another number of passes than the rest would wait for them for ever

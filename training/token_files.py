@@ -67,7 +67,8 @@ def find_folder(dataset):
         raise UserError(f"dataset = '{dataset}': {_broken_link(link)}; name another folder.")
     near = difflib.get_close_matches(str(dataset), [path.name for path in DATA.glob("*/")], n=1)
     near = f", or use --dataset={near[0]}" if near and near[0] != str(dataset) else ""
-    raise UserError(f"there is no folder {folder}; make it with: {_preparing(folder)}{near}")
+    missing = f"{folder / 'train.bin'} is missing, there is no such folder"
+    raise UserError(f"{missing}; make it with: {_preparing(folder)}{near}")
 
 
 def is_folder(dataset):

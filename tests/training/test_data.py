@@ -168,7 +168,7 @@ def test_what_a_mixture_is_checked_for(corpora):
         (":1,b:1", "':1' is not"),
         ("a:0.7,a:0.3", "'a:0.3' is not"),
         ("a:0.7,./a:0.3", "names a corpus twice"),
-        ("a:0.7,none:0.3", "there is no folder"),
+        ("a:0.7,none:0.3", "there is no such folder"),
         ("a:1,b:0.00001", "b has less than one sequence in 10000"),
         ("a," * 200, "'a' is not NAME:SHARE"),
     ],
@@ -197,9 +197,9 @@ def test_going_on_with_another_tokenizer_is_refused(tmp_path):
     corpus_of(abc).check_tokenizer(abc, "out")
     corpus_of(abc).check_tokenizer(None, "out of a run that did not know it")
     for theirs, ours, said in (
-        (abc, cba, "out was trained on 3 characters, and .* holds other 3 characters"),
-        ("gpt2", cba, "out was trained on GPT-2 tokens, and .* holds 3 characters"),
-        (abc, None, "holds ids of an unknown tokenizer; name the tokenizer in .*meta.json, or use data"),
+        (abc, cba, "the model reads 3 characters and .* holds other 3 characters"),
+        ("gpt2", cba, "the model reads GPT-2 tokens and .* holds 3 characters"),
+        (abc, None, "holds ids of an unknown tokenizer; name the tokenizer in .*meta.json, or give data"),
         ("gpt2", "r50k_base", "holds r50k_base tokens"),
     ):
         with pytest.raises(UserError, match=said):

@@ -12,8 +12,8 @@ import evaluate
 import sample
 import train_adam
 import train_sophiag
-from tests.conftest import ROOT, read_lines, tiny_words, torchrun, write_corpus
-from tests.training.test_run import losses, refused
+from tests.conftest import ROOT, losses, read_lines, tiny_words, torchrun, write_corpus
+from tests.training.test_run import refused
 from training.checkpoint import read_checkpoint
 from training.errors import UserError
 from training.sharding import check_sharding
@@ -126,6 +126,7 @@ import json, math, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist, train_sophiag
 from training.run import Run
+from training.step import TrainStep
 
 out, exchanges, calls = sys.argv[1], [], []
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
@@ -134,11 +135,11 @@ def count(*arguments, exchange=getattr(dist, name), **more):
     return exchange(*arguments, **more)
 setattr(dist, name, count)
 
-def poisoned(run, *arguments, piece_loss=Run._piece_loss):
+def poisoned(step, *arguments, loss=TrainStep._loss):
     calls.append(1)
     bad = os.environ["RANK"] == "1" and len(calls) == {{}}
-    return piece_loss(run, *arguments) * (math.inf if bad else 1.0)
-Run._piece_loss = poisoned
+    return loss(step, *arguments) * (math.inf if bad else 1.0)
+TrainStep._loss = poisoned
 
 def watched(run, steps=Run.steps):
     yield from steps(run)
@@ -205,8 +206,12 @@ def test_one_process_is_told_of_torchrun(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     "script, words, said",
     [
-        (train_sophiag, ["--optimizer_name=sophiah"], "'sophiah' does not work with fsdp = True, .* use sophiag"),
-        (train_adam, ["--optimizer_name=muon"], "'muon' does not work .* whole; use sophiag, adamw or lion"),
+        (
+            train_sophiag,
+            ["--optimizer_name=sophiah"],
+            "'sophiah' does not work with fsdp = True, .* use one of adamw, nadamw, lion, sophiag",
+        ),
+        (train_adam, ["--optimizer_name=muon"], "'muon' does not work .* over the ranks; use one of adamw"),
         (train_adam, ["--optimizer_name=sgd"], "'sgd' does not work"),
         (train_sophiag, ["--hess_bs=7"], "hess_bs = 7 is not divisible by the 4 ranks, .* use --hess_bs=4"),
         (train_sophiag, ["--hess_bs=3"], "use --hess_bs=4"),

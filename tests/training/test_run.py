@@ -14,18 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_adam
 import train_sophiag
-from tests.conftest import read_lines, tiny_words, torchrun, write_corpus
+from tests.conftest import Interrupted, interrupt, losses, read_lines, tiny_words, torchrun, write_corpus
 from training import data
 from training.checkpoint import read_checkpoint
 from training.errors import command
+from training.optimizers import make_optimizer
 from training.run import Run
+from training.step import Batches, TrainStep
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 SPLIT = ["--hess_interval=5", "--rho=1.0", "--dropout=0.0"]  # rho: so large that a good part is not clipped
-
-
-def losses(out_dir):
-    return [line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_the_eigenbasis_does_not_depend_on_the_split(corpus, tmp_path):
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
 def test_compiling_anew_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
     """What a graph is warmed up with leaves dropout's generator as it was. The compiler itself is left out here."""
-    monkeypatch.setattr("training.run._compiler", lambda compiled: lambda function: function)
+    monkeypatch.setattr("training.step.compiler", lambda compiled: lambda function: function)
     words = [f"--optimizer_name={optimizer}", "--compile=True", "--dropout=0.2", "--hess_interval=2", "--hess_bs=8"]
     schedule = ["--lr_decay_iters=8", "--eval_interval=4"]
     train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), *words, *schedule, "--max_iters=8"])
@@ -117,30 +115,13 @@ def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
 def test_resume_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, script):
     words = ["--max_iters=40", "--dropout=0.1", "--grad_clip=0.5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     script.main([*tiny_words(corpus, whole), *words])
-
-    clip = Run.clip_gradients
-    calls = []
-
-    def fails_at_17(run):
-        calls.append(run)
-        if len(calls) == 18:
-            raise Interrupted
-        clip(run)
-
-    monkeypatch.setattr(Run, "clip_gradients", fails_at_17)
-    with pytest.raises(Interrupted):
-        script.main([*tiny_words(corpus, broken), *words])
+    interrupt(monkeypatch, script.main, [*tiny_words(corpus, broken), *words], steps=17)
     assert [line["step"] for line in read_lines(broken)] == list(range(17)), "past the checkpoint at step 10"
-    monkeypatch.setattr(Run, "clip_gradients", clip)
     torch.manual_seed(99)  # another process would have another random state
     script.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
 
@@ -163,12 +144,14 @@ def test_what_a_run_writes(tiny, tmp_path):
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 10, 20, 30]
     keys = (
         "step tokens seconds train/loss lr grad_norm train/clip_rate train/win_rate hessian_norm hessian_norm2 "
-        "param_norm momentum_norm tokens_per_second"
+        "param_norm momentum_norm tokens_per_second flops"
     )
     assert set(keys.split()) <= set(lines[1])
     assert lines[1]["tokens"] == 5 * 24 * 16
     facts = json.loads((out_dir / "config.json").read_text())
     assert facts["config"]["gradient_accumulation_steps"] == 2 and facts["config"]["hess_bs"] == 6
+    assert lines[1]["flops"] == pytest.approx(lines[1]["tokens"] * facts["model"]["flops_per_token"] * 1.025)
+    assert len(facts["source_sha256"]) == 64 and facts["clean"] in (True, False, None)
     assert facts["torch"] == torch.__version__ and len(facts["data"]["train_sha256"]) == 64
     assert sorted(path.name for path in out_dir.iterdir()) == [
         "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
@@ -192,7 +175,7 @@ def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys, monkeypatch):
     assert f"val/loss {last['val/loss']:.4f}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files
     monkeypatch.setattr(
-        "training.distributed.Signals.__init__", lambda signals: vars(signals).update(received=15, _before={})
+        "training.monitor.Signals.__init__", lambda signals: vars(signals).update(received=15, _before={})
     )
     train_adam.main([*tiny, "--init_from=resume", "--eval_only=True"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files, "nor when it is stopped"
@@ -213,9 +196,9 @@ def test_evaluation_is_the_mean_over_its_windows(tiny, tmp_path):
 def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp_path):
     backward = Run.backward
 
-    def poisoned(run, batch, **arguments):
-        backward(run, batch, **arguments)
-        if run.optimizer.state and not poisoned.done and not arguments:
+    def poisoned(run, batch):
+        backward(run, batch)
+        if run.optimizer.state and not poisoned.done:
             poisoned.done = True
             poisoned.before = [p.detach().clone() for p in run.model.parameters()]
             next(run.model.parameters()).grad.view(-1)[3] = math.nan
@@ -232,14 +215,14 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny, monkeypatch, script, tmp
 @pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "sgd", "lion", "muon", "soap"])
 def test_a_first_step_that_is_skipped_leaves_nothing_behind(tiny, tmp_path, monkeypatch, optimizer):
     """As under fp16, whose first scale is often too large. What torch does not initialize holds NaN here."""
-    piece_loss = Run._piece_loss
+    loss = TrainStep._loss
 
-    def infinite_at_first(run, *arguments):
+    def infinite_at_first(step, *arguments):
         infinite_at_first.calls += 1
-        return piece_loss(run, *arguments) * (math.inf if infinite_at_first.calls == 1 else 1.0)
+        return loss(step, *arguments) * (math.inf if infinite_at_first.calls == 1 else 1.0)
 
     infinite_at_first.calls = 0
-    monkeypatch.setattr(Run, "_piece_loss", infinite_at_first)
+    monkeypatch.setattr(TrainStep, "_loss", infinite_at_first)
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **more: torch.full_like(tensor, math.nan, **more))
     train_adam.main([*tiny, "--max_iters=5", f"--optimizer_name={optimizer}"])
     lines = read_lines(tmp_path / "out")
@@ -249,14 +232,14 @@ def test_a_first_step_that_is_skipped_leaves_nothing_behind(tiny, tmp_path, monk
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
     """A label of probability 0 gives that: the loss is infinite, its gradient p - onehot is not."""
-    piece_loss = Run._piece_loss
+    loss = TrainStep._loss
 
-    def infinite_once(run, *arguments):
+    def infinite_once(step, *arguments):
         infinite_once.calls += 1
-        return piece_loss(run, *arguments) + (math.inf if infinite_once.calls == 7 else 0.0)  # in step 3 of 2 passes
+        return loss(step, *arguments) + (math.inf if infinite_once.calls == 7 else 0.0)  # in step 3 of 2 passes
 
     infinite_once.calls = 0
-    monkeypatch.setattr(Run, "_piece_loss", infinite_once)
+    monkeypatch.setattr(TrainStep, "_loss", infinite_once)
     train_adam.main([*tiny, "--max_iters=6"])
     lines = read_lines(tmp_path / "out")
     assert [line["train/skipped"] for line in lines[:-1]] == [0, 0, 0, 1, 1, 1]
@@ -270,9 +253,9 @@ def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_f
     """The checkpoint that the error names is there."""
     if disk_is_full:
         monkeypatch.setattr("training.checkpoint.save_checkpoint", lambda *_: 1 / 0)
-    piece_loss = Run._piece_loss
+    loss = TrainStep._loss
     monkeypatch.setattr(
-        Run, "_piece_loss", lambda run, *a: piece_loss(run, *a) * (math.nan if run.optimizer.state else 1.0)
+        TrainStep, "_loss", lambda step, *a: loss(step, *a) * (math.nan if step.optimizer.state else 1.0)
     )
     with pytest.raises(SystemExit) as ended:
         command(lambda: train_adam.main([*tiny, "--max_skipped=4", "--eval_interval=2"]))
@@ -282,14 +265,14 @@ def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_f
 
 
 def test_a_spike_stands_out(tiny, tmp_path, monkeypatch):
-    piece_loss = Run._piece_loss
+    loss = TrainStep._loss
 
-    def spike(run, *arguments):
+    def spike(step, *arguments):
         spike.calls += 1
-        return piece_loss(run, *arguments) * (3.0 if spike.calls in (17, 18) else 1.0)
+        return loss(step, *arguments) * (3.0 if spike.calls in (17, 18) else 1.0)
 
     spike.calls = 0
-    monkeypatch.setattr(Run, "_piece_loss", spike)
+    monkeypatch.setattr(TrainStep, "_loss", spike)
     train_adam.main([*tiny, "--max_iters=12"])
     spikes = [line.get("train/spike") for line in read_lines(tmp_path / "out")]
     assert spikes[0] is None and spikes[8] == pytest.approx(3.0, abs=0.1)
@@ -299,10 +282,10 @@ def test_a_spike_stands_out(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["replaced", "cut short"])
 def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypatch, how):
     folder = write_corpus(tmp_path / "corpus")
-    clip = Run.clip_gradients
+    optimizer_step = Run.optimizer_step
 
     def change(run):
-        clip(run)
+        optimizer_step(run)
         change.calls += 1
         if change.calls == 5 and how == "replaced":
             write_corpus(tmp_path / "new", seed=1)
@@ -311,7 +294,7 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
             os.truncate(folder / "train.bin", 6000)
 
     change.calls = 0
-    monkeypatch.setattr(Run, "clip_gradients", change)
+    monkeypatch.setattr(Run, "optimizer_step", change)
     words = tiny_words(folder, tmp_path / "out")
     error = refused(capsys, train_adam.main, words)
     assert ("was changed while" if how == "replaced" else "was cut short") in error
@@ -359,23 +342,23 @@ def test_shorter_sequences_read_the_same_tokens(tiny):
 def test_batches_prepared_ahead_are_those_prepared_in_place(tiny, monkeypatch, start):
     """Every kind of request in the order of a run, over two epochs and two phases, from step 0 or as after a resume."""
     words = ["--block_size_schedule=0:4,20:16", "--batch_size=6", "--seed=5"]  # an epoch is 15 steps and 5/8
-    ahead, prepare = [], Run._prepare
+    ahead, prepare = [], Batches._prepare
 
     def batches():
         config = train_adam.load_config(train_adam.AdamConfig, [*tiny, *words, "--overwrite=True"])
         with Run(config) as run:
             for step in range(start, 32):
                 if step % 3 == 0:
-                    yield run.curvature_batch(step, 8)
-                    yield run.train_batch(step, 4)
+                    yield run._batches.curvature(step, 8)
+                    yield run._batches.train(step, 4)
                 yield run.train_batch(step)
-                wait(future for _, future in run._prefetcher._ahead.values())  # as long as a step takes
+                wait(future for _, future in run._batches._prefetcher._ahead.values())  # as long as a step takes
 
-    def counted(run, *request):
+    def counted(batches, *request):
         ahead.append(threading.current_thread().name == "prefetch")
-        return prepare(run, *request)
+        return prepare(batches, *request)
 
-    monkeypatch.setattr(Run, "_prepare", counted)
+    monkeypatch.setattr(Batches, "_prepare", counted)
     found = list(batches())
     assert ahead.count(False) <= 5, "in place: three first ones, and two of which nobody knew how far apart they are"
     monkeypatch.setattr(data.Prefetcher, "get", lambda prefetcher, prepare, *request: prepare(*request))
@@ -410,18 +393,7 @@ def test_phases_resume_exactly(corpus, tmp_path, monkeypatch, phases, interrupte
     words = [*PHASES[phases], "--dropout=0.1", "--max_iters=32", "--eval_interval=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train_sophiag.main([*tiny_words(corpus, whole), *words])
-    clip, calls = Run.clip_gradients, []
-
-    def fails(run):
-        calls.append(run)
-        if len(calls) == interrupted_at + 1:
-            raise Interrupted
-        clip(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "clip_gradients", fails)
-        with pytest.raises(Interrupted):
-            train_sophiag.main([*tiny_words(corpus, broken), *words])
+    interrupt(monkeypatch, train_sophiag.main, [*tiny_words(corpus, broken), *words], interrupted_at)
     torch.manual_seed(99)
     train_sophiag.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
     assert losses(broken) == losses(whole)
@@ -558,14 +530,14 @@ def test_gpu_trains_like_the_cpu(corpus, tmp_path, script, dtype, compiled):
 def test_graphs_are_cut_at_the_buckets_between_machines_only(corpus, tmp_path, monkeypatch, machines, graphs):
     """torch compiles a DDP model's graph bucket by bucket, of which the first holds 1 MiB of gradients."""
     counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr("training.run._compiler", lambda on: functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr("training.step.compiler", lambda on: functools.partial(torch.compile, backend=counter))
     alone = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in (alone | {"LOCAL_WORLD_SIZE": machines}).items():  # one rank, that thinks so of others
         monkeypatch.setenv(name, str(value))
     words = tiny_words(corpus, tmp_path)
     config = train_adam.load_config(train_adam.AdamConfig, [*words, "--n_layer=2", "--n_embd=128", "--compile=True"])
     with Run(config) as run:
-        run.attach(train_adam.make_optimizer(config, run.parameter_groups(), fused=True))
+        run.set_optimizer(make_optimizer)
         torch._dynamo.reset()
         run.backward(run.train_batch(0))
     assert counter.frame_count == graphs

@@ -301,7 +301,7 @@ def suggested(message):
 
 @pytest.mark.parametrize("name", ["~/none", "none", "./none", "{home}/none", "{home}/my data/none", "linked/none"])
 def test_a_missing_folder_is_met_by_the_command_that_makes_it(home, name):
-    with pytest.raises(UserError, match="there is no folder") as error:
+    with pytest.raises(UserError, match="there is no such folder") as error:
         data.open_dataset(name.format(home=home))
     script, *options = suggested(str(error.value))
     assert Path(script) == token_files.DATA / "text/prepare.py" and options[:2] == ["--source", "YOUR_TEXT.txt"]
@@ -333,8 +333,8 @@ def test_what_is_no_folder_is_named(home):
     refused("my data/c/train.bin", "is a file; name the folder")
     refused("loop", "loop is a link to loop, which leads to itself")
     refused("gone", "gone is a link to nowhere, which does not exist")
-    refused("x" * 300, "there is no folder")
-    refused("~nobody_of_that_name/c", "there is no folder")
+    refused("x" * 300, "there is no such folder")
+    refused("~nobody_of_that_name/c", "there is no such folder")
 
 
 def test_read_only_folders_are_checked_and_left_alone(tmp_path, monkeypatch):

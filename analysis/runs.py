@@ -1,0 +1,236 @@
+"""Read finished runs, check that they can be compared, and group those that differ only in the seed.
+
+runs = [read_run(folder) for folder in folders]
+check_comparable(runs)
+groups = group(runs)               # groups[0], the group of the first run, is the baseline
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.errors import UserError
+from training.metrics import CONFIG, METRICS, read_metrics
+
+LINES = 1000  # lines of metrics that are enough for any figure
+NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
+SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
+FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # a label leaves these out where the other differs
+
+
+@dataclass
+class Run:
+    """A run as its folder describes it.
+
+    clean: whether it was started from a clean git commit, so that its exact code is known.
+    shared: whether other runs used its GPU at the same time; its times are then NaN.
+    conditions: name -> value of everything that two runs must have in common to be compared.
+    lines: some lines of its metrics; evaluations: those with a val/loss, which is infinite if it was not finite.
+    """
+
+    name: str
+    config: dict
+    parameters: int
+    device: str
+    commit: str | None
+    clean: bool
+    shared: bool
+    conditions: dict
+    lines: list
+    evaluations: list
+
+    @property
+    def final(self):
+        return self.evaluations[-1]
+
+    @property
+    def finished(self):
+        """Whether the run completed its learning rate schedule."""
+        return self.final["step"] == self.config["max_iters"] >= (self.config.get("lr_decay_iters") or 0)
+
+    def curve(self, key, against):
+        """Two arrays: the values of the metric `against`, and those of the metric `key` on the same lines."""
+        points = [(line[against], line[key]) for line in self.lines if key in line and against in line]
+        points = np.array(points, dtype=float).reshape(-1, 2)
+        return points[~np.isnan(points).any(axis=1)].T
+
+
+@dataclass
+class Group:
+    """Runs with the same settings and different seeds."""
+
+    runs: list
+    label: str = ""
+
+    @property
+    def optimizer(self):
+        """Its name. Sophia in an eigenbasis, or with AdamW for some parameters, counts as another optimizer."""
+        config = self.runs[0].config
+        parts = [config["optimizer_name"], *(name for name in ("eigenbasis", "spectral") if config.get(name))]
+        return "+".join([*parts, *(["adamw"] if config.get("adamw_for", "none") != "none" else [])])
+
+    @property
+    def steps(self):
+        """The training horizon."""
+        return self.runs[0].config["max_iters"]
+
+    @property
+    def parameters(self):
+        return self.runs[0].parameters
+
+    @property
+    def finished(self):
+        return all(run.finished for run in self.runs)
+
+    @property
+    def converged(self):
+        """Whether all runs are finished, with a finite loss."""
+        return self.finished and bool(np.isfinite(self.losses).all())
+
+    @property
+    def timed(self):
+        """The runs whose times count: those with a GPU to themselves, on the device that most of these had."""
+        return max(unshared_by_device(self.runs).values(), key=len, default=[])
+
+    @property
+    def losses(self):
+        return np.array([run.final["val/loss"] for run in self.runs])
+
+    @property
+    def interval(self):
+        """Half the width of Student's 95% interval of the mean loss; None for one seed or infinite losses."""
+        from scipy import stats
+
+        losses = self.losses
+        if len(losses) < 2 or not np.isfinite(losses).all():
+            return None
+        return float(stats.t.ppf(0.975, len(losses) - 1) * np.std(losses, ddof=1) / math.sqrt(len(losses)))
+
+    def mean(self, key):
+        """Mean over the runs of a metric at the last step."""
+        return float(np.mean([run.final[key] for run in self.runs]))
+
+
+def unshared_by_device(runs):
+    """{device: its runs with a GPU to themselves}, sorted by the device's name."""
+    devices = sorted({run.device for run in runs if not run.shared})
+    return {device: [run for run in runs if run.device == device and not run.shared] for device in devices}
+
+
+def unclean(runs):
+    """The runs that no clean git commit stands for: their exact code is unknown."""
+    return [run for run in runs if not run.clean]
+
+
+def loss_unit(runs):
+    """The unit of a loss."""
+    return (
+        "nats a character" if all("characters" in (r.conditions["tokenizer"] or "") for r in runs) else "nats a token"
+    )
+
+
+def size_name(parameters):
+    """'124M', '0.85M'."""
+    return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2g}M"
+
+
+def label(optimizer, swept):
+    """The folder name of a sweep's run: adamw_780_seed3, adamw_3fa21c.
+
+    max_iters and seed are written out. All other swept settings become 6 hex digits of their SHA-256.
+    """
+    others = {key: value for key, value in swept.items() if key not in ("max_iters", "seed")}
+    parts = [optimizer, *([str(swept["max_iters"])] if "max_iters" in swept else [])]
+    if others:
+        parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
+    return "_".join([*parts, *([f"seed{swept['seed']}"] if "seed" in swept else [])])
+
+
+def read_run(folder):
+    """The run in `folder`. UserError if files are missing or damaged, or if the run was never evaluated."""
+    metrics, path = Path(folder, METRICS), Path(folder, CONFIG)
+    for file in (metrics, path):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: name the out_dir of a run.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        config, data, parameters = facts["config"], facts["data"], facts["model"]["num_params"]
+        conditions = {
+            "training data (SHA-256)": data["train_sha256"],
+            "validation data (SHA-256)": data["val_sha256"],
+            "tokenizer": facts["tokenizer"],
+            "total_bs * block_size": config["total_bs"] * config["block_size"],
+            "block_size": config["block_size"],
+            "eval_tokens": config["eval_tokens"],
+            "model parameters": parameters,
+        }
+        for key, kind in (("optimizer_name", str), ("max_iters", int), ("lr_decay_iters", int | None)):
+            if not isinstance(config.get(key), kind):
+                raise TypeError(f"{key} = {config.get(key)!r}")
+        device, commit = f"{facts['world_size']} x {facts['device_name']}", facts.get("git_commit")
+        clean = bool(commit) and not commit.endswith("-dirty") and facts.get("clean", True) is True
+        if "adamw_for" in config:  # older runs call the group of parameters "vectors"
+            config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
+    lines = [line for line in read_metrics(metrics, about=LINES) if is_valid(line)]
+    for line in lines:
+        if "val/loss" in line and line["val/loss"] is None:
+            line["val/loss"] = math.inf
+    evaluations = [line for line in lines if "val/loss" in line]
+    if not evaluations:
+        raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
+    shared = facts.get("shared_device", False)
+    for line in lines if shared else ():
+        line |= {key: math.nan for key in ("seconds", "tokens_per_second", "mfu") if key in line}
+    return Run(str(folder), config, parameters, device, commit, clean, shared, conditions, lines, evaluations)
+
+
+def is_valid(line):
+    """Whether a line of metrics has tokens and seconds, and holds only numbers (null where one was not finite)."""
+    known = all(isinstance(line.get(key), int | float) for key in ("tokens", "seconds"))
+    return known and all(value is None or isinstance(value, int | float) for value in line.values())
+
+
+def check_comparable(runs, scaling=False):
+    """UserError that lists how a run differs from the first. With `scaling`, model sizes may differ."""
+    for run in runs[1:]:
+        pairs = ((name, runs[0].conditions[name], value) for name, value in run.conditions.items())
+        differing = [
+            f"{name} ({value!s:.16}, not {first!s:.16})"
+            for name, first, value in pairs
+            if first != value and not (scaling and name == "model parameters")
+        ]
+        if differing:
+            raise UserError(f"{run.name} differs from {runs[0].name} in {', '.join(differing)}; --force allows it.")
+
+
+def group(runs):
+    """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart."""
+    groups, settings, labels = {}, {}, set()
+    for run in runs:
+        used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
+        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
+        key = json.dumps([own, run.conditions], sort_keys=True)
+        for other in groups.setdefault(key, Group([])).runs:
+            if other.config.get("seed") == run.config.get("seed"):
+                raise UserError(f"{run.name} repeats {other.name} (same settings, same seed); leave one of them out.")
+        groups[key].runs.append(run)
+        settings[key] = own
+    for key, seeds in groups.items():
+        rivals = [settings[other] for other in groups if groups[other].optimizer == seeds.optimizer]
+        differing = [name for name in settings[key] if any(r.get(name) != settings[key][name] for r in rivals)]
+        differing = [name for name in differing if FOLLOW.get(name) not in differing]
+        parts = [f"{name}={settings[key][name]}" for name in differing if name not in SHAPE]
+        folder = re.sub(r"[._-]*s(eed)?[=_-]?\d+$", "", Path(seeds.runs[0].name).name)
+        size = [size_name(seeds.parameters)] if len({run.parameters for run in runs}) > 1 else []
+        seeds.label = ", ".join([seeds.optimizer, *size, *(parts if len(parts) <= 3 else [folder])])
+        if seeds.label in labels:  # --force allows groups that differ in their conditions only
+            seeds.label += f", {folder}"
+        labels.add(seeds.label)
+    return list(groups.values())

@@ -1,0 +1,37 @@
+"""The best settings of each optimizer in a finished tuning, for sweep files that run them at other lengths.
+
+from experiments.best import best_of
+optimizers = best_of("30m_tuning", steps=1560)
+"""
+
+import json
+from pathlib import Path
+from runpy import run_path
+
+EXPERIMENTS = Path(__file__).resolve().parent
+
+
+def best_of(name, steps, only=None):
+    """The `optimizers` of a sweep: each with the settings of its lowest loss in experiments/NAME/sweep.json.
+
+    max_iters and seed are left out; the warm-up keeps its share of the run. only: some of the optimizers.
+    ValueError for an optimizer whose tuning has not ended: it would have had fewer runs than the others.
+    """
+    state, best = json.loads((EXPERIMENTS / name / "sweep.json").read_text(encoding="utf-8")), {}
+    common, named = state["sweep"]["common"], state["sweep"]["optimizers"]
+    for optimizer in only or named:
+        runs = [run for run in state["runs"] if run["optimizer"] == optimizer and run["seed"] is None]
+        losses = [run["loss"] for run in runs]
+        if not runs or None in losses or all(loss == "inf" for loss in losses):
+            raise ValueError(f"{optimizer} is not tuned yet in {name}, or diverged in every run")
+        run = min(runs, key=lambda run: float(run["loss"]))
+        best[optimizer] = {"optimizer_name": optimizer, **common, **named[optimizer], **run["swept"]}
+        tuned_for = best[optimizer].pop("max_iters")
+        best[optimizer].pop("seed", None)
+        best[optimizer]["warmup_iters"] = round(best[optimizer]["warmup_iters"] * steps / tuned_for)
+    return best
+
+
+def sweep_of(name):
+    """What experiments/NAME/sweep.py assigns, for a sweep file with the same ranges."""
+    return run_path(str(EXPERIMENTS / name / "sweep.py"))

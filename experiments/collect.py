@@ -1,0 +1,125 @@
+"""Bring finished runs into experiments/: small enough to commit, enough for compare.py to redo tables and figures.
+
+python experiments/collect.py NAME RUN [RUN ...]     # RUN: the out_dir of a run or of a sweep
+
+A run's config.json loses the folders of this machine. Its metrics.jsonl keeps at most LINES lines, the KEYS that tables
+and figures read, and 6 significant digits: every evaluation, the first and the last lines, and others evenly between.
+Of a sweep come the runs with held-out seeds, or every finished run where the sweep sweeps the seed; its sweep.json is
+merged with the one that is there. A run that is there already is not replaced: remove it first.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from analysis.runs import read_run
+from sweep import state_text
+from training.errors import Parser, UserError, command
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
+from training.tracking import write_atomically
+
+EXPERIMENTS = Path(__file__).resolve().parent
+LINES = 64  # of a run's metrics
+KEYS = (
+    "step", "tokens", "flops", "seconds", "train/loss", "val/loss", "val/accuracy", "lr", "grad_norm",
+    "train/clip_rate", "train/win_rate", "train/win_rate/matrices", "tokens_per_second", "memory_gib",
+)  # fmt: skip
+FOLDERS = re.compile(r"""(?<![^\s=:'"(])(?:~|\.\.)?/(?:[^\s/]+/)*(?=[^\s/])""")  # of an absolute path, or from ~ or ..
+
+
+def main(argv=None, experiments=EXPERIMENTS):
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("name", metavar="NAME", help="folder in experiments/")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run or of a sweep")
+    arguments = parser.parse_args(argv)
+    target, files, state = experiments / arguments.name, {}, None
+    if (target / STATE).exists():
+        state = read_state(target / STATE)
+    for folder in map(Path, arguments.runs):
+        runs = [folder]
+        if (folder / STATE).exists():
+            own = rounded(portable(read_state(folder / STATE)))
+            chosen = [run for run in own["runs"] if run["seed"] is not None or "seed" in run["swept"]]
+            runs = [folder / run["run"] for run in chosen if run["loss"] is not None]
+            state = merged(state, own)
+        for run in runs:
+            read_run(run)  # refuses what compare.py could not read
+            facts, lines = json.loads((run / CONFIG).read_text(encoding="utf-8")), thinned(run)
+            facts |= {key: portable(facts[key]) for key in ("config", "command") if key in facts}
+            place = target / "runs" / run.resolve().name
+            if place.exists() or place / CONFIG in files:
+                raise UserError(f"{place} is there, or would be written twice; remove it, or take another NAME.")
+            files[place / CONFIG] = json.dumps(facts, indent=2) + "\n"
+            files[place / METRICS] = "".join(json.dumps(line) + "\n" for line in lines)
+    if state is not None:
+        files[target / STATE] = state_text(state)
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    print(f"wrote {len(files)} files, {sum(map(len, files.values())) / 1e3:,.0f} kB, to {target}")
+
+
+def read_state(path):
+    """A sweep.json. UserError where it is damaged."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        for run in state["runs"]:
+            run["run"], run["swept"], run["seed"], run["loss"]
+        return {"sweep": state["sweep"], "runs": state["runs"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run the sweep again to mend it.") from None
+
+
+def merged(state, other):
+    """`other`'s runs after `state`'s; both definitions in a list where they differ (steps=780, steps=1560, ...)."""
+    if state is None:
+        return other
+    known = state["sweep"] if isinstance(state["sweep"], list) else [state["sweep"]]
+    sweeps = known + [other["sweep"]] * (other["sweep"] not in known)
+    runs = {run["run"]: run for run in state["runs"]}
+    for run in other["runs"]:
+        loss = runs.get(run["run"], run)["loss"]
+        if None not in (loss, run["loss"]) and loss != run["loss"]:
+            raise UserError(f"{run['run']} ended at {loss} in the sweep.json that is there, not at {run['loss']}.")
+        if run["loss"] is not None or run["run"] not in runs:
+            runs[run["run"]] = run
+    return {"sweep": sweeps if len(sweeps) > 1 else sweeps[0], "runs": list(runs.values())}
+
+
+def portable(value):
+    """`value`, of JSON, with the paths of this machine in its strings cut down to the name of the file."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
+def rounded(state):
+    """A sweep.json with losses of 6 significant digits, as the metrics have them."""
+    return state | {"runs": [run | {"loss": six_digits(run["loss"])} for run in state["runs"]]}
+
+
+def six_digits(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def thinned(run):
+    """At most LINES lines of its metrics."""
+    lines = read_metrics(run / METRICS)
+    kept = {0, len(lines) - 1, *(i for i, line in enumerate(lines) if "val/loss" in line)}
+    kept |= set([i for i, line in enumerate(lines) if "train/loss" in line][-1:])  # the share of clipped steps is in it
+    if len(kept) > LINES:
+        raise UserError(f"{run / METRICS} has {len(kept)} lines with a val/loss; at most {LINES} lines are committed.")
+    others = [i for i in range(len(lines)) if i not in kept]
+    places = np.linspace(len(others) - 1, 0, min(LINES - len(kept), len(others)))
+    kept |= {others[i] for i in places.round().astype(int)}
+    return [{key: six_digits(lines[i][key]) for key in KEYS if key in lines[i]} for i in sorted(kept)]
+
+
+if __name__ == "__main__":
+    command(main)

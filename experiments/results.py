@@ -1,0 +1,322 @@
+"""Write every table of README.md and docs/*.md that rests on measurements, and the figures of final losses and claims.
+
+python experiments/results.py            # rewrites what stands between <!-- generated: NAME --> and <!-- end -->
+python experiments/results.py --check    # changes nothing; fails when a table or a figure is not that of the runs
+
+Losses come from experiments/*/runs, speeds from assets/bench/*.json, settings from the dataclasses.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from analysis.figures import draw_final_losses
+from analysis.runs import group, read_run, unclean
+from analysis.stats import verdict
+from analysis.tables import markdown, speed_rows
+from benchmarks.report import markdown_table
+from experiments.claims.claims import draw_claims
+from train_adam import AdamConfig
+from train_sophiag import SophiaConfig
+from training.config import describe
+from training.errors import Parser, UserError, command
+from training.metrics import METRICS, STATE
+
+EXPERIMENTS = Path(__file__).resolve().parent
+ROOT = EXPERIMENTS.parent
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = "†"
+NAMES = {  # an optimizer's label in sweep.json -> its name in tables
+    "adamw": "AdamW",
+    "sophiag": "Sophia-G",
+    "sophiah": "Sophia-H",
+    "sophiag_adamw": "Sophia-G, AdamW for the embeddings",
+    "sophiag_adamw_beta2": "Sophia-G, the same with beta2 0.95",
+    "sophiag_eigenbasis": "Sophia-G in the eigenbasis",
+    "sophiag_eigenbasis_fresh": "Sophia-G in the eigenbasis, recipe",
+    "sophiag_spectral": "spectral step",
+    "soap": "SOAP",
+    "muon": "Muon",
+    "lion": "Lion",
+    "nadamw": "NAdamW, AdamW's settings",
+}
+MAIN = ("adamw", "sophiag", "sophiah", "soap", "muon", "sophiag_spectral")  # the rows and curves of the README
+FASTER = ("sophiag", "sophiah", "sophiag_adamw", "sophiag_eigenbasis_fresh", "soap", "muon", "sophiag_spectral")
+HORIZONS = (780, 1560, 5200)
+OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
+
+
+# ----- reading
+
+
+def state_of(name):
+    return json.loads((EXPERIMENTS / name / STATE).read_text(encoding="utf-8"))
+
+
+@cache
+def groups_of(name):
+    """{(optimizer, steps, learning rate): the group of its seeds} of experiments/NAME/runs."""
+    found = {}
+    for run in state_of(name)["runs"]:
+        if (folder := EXPERIMENTS / name / "runs" / run["run"]).exists():
+            one = read_run(folder)
+            key = run["optimizer"], one.config["max_iters"], one.config["learning_rate"]
+            found.setdefault((key, run["seed"] is None and "seed" not in run["swept"]), []).append(one)
+    held_out = {key: runs for (key, alone), runs in found.items() if not alone}
+    return {key: group(runs)[0] for key, runs in ({key: runs for (key, _), runs in found.items()} | held_out).items()}
+
+
+@cache
+def horizon(name, optimizer, steps):
+    """The only group of an optimizer at a horizon; None if it has not run."""
+    own = [one for key, one in groups_of(name).items() if key[:2] == (optimizer, steps)]
+    if len(own) > 1:
+        raise UserError(f"{name} has two groups of {optimizer} at {steps} steps; a table cannot show both.")
+    return own[0] if own else None
+
+
+# ----- cells
+
+
+def loss_cell(one):
+    """'1.297 ± 0.001 (8)': mean, half the 95% interval, seeds. Marked where a run has no clean commit."""
+    if one is None:
+        return "not run"
+    spread = f" ± {one.interval:.3f}" if one.interval is not None else ""
+    return f"{one.losses.mean():.3f}{spread} ({len(one.runs)})" + f" {MARK}" * bool(unclean(one.runs))
+
+
+def against(one, baseline):
+    """(difference, p, verdict) of a group to another, as text."""
+    if one is None or baseline is None or one is baseline:
+        return "", "", ""
+    p, words = verdict(one.losses, baseline.losses)
+    p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+    return f"{one.losses.mean() - baseline.losses.mean():+.3f}", p, words.split(" with n")[0].split(": ")[-1]
+
+
+def table(head, rows, left=(0,)):
+    """A Markdown table, and below it what its marks mean."""
+    text = "\n".join(markdown([head, *rows], left))
+    notes = ["Final validation loss in nats a token: mean ± half the 95% interval (seeds)."] if " ± " in text else []
+    if MARK in text:
+        notes.append(f"{MARK} Some of these runs started with uncommitted changes and have not been rerun.")
+    return "\n\n".join([text, "\n".join(notes)] if notes else [text])
+
+
+# ----- tables
+
+
+def results_main():
+    """Six optimizers at three horizons."""
+    rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in MAIN]
+    head = ("optimizer", *(f"{steps:,} steps ({steps * 65536 / 1e6:.0f}M tokens)" for steps in HORIZONS))
+    return table(head, rows)
+
+
+def results_30m():
+    """All optimizers at all horizons."""
+    rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in NAMES]
+    for steps in OTHER_HORIZONS:
+        if (one := horizon("30m_python", "adamw", steps)) is not None:
+            rows.append((f"AdamW at {steps:,} steps: {loss_cell(one)}", "", "", ""))
+    return table(("optimizer", *(f"{steps:,} steps" for steps in HORIZONS)), rows)
+
+
+def verdicts(baseline, names):
+    """Verdict, difference and p of each optimizer at each horizon."""
+    rows = []
+    for name in names:
+        cells = []
+        for steps in HORIZONS:
+            one, other = (horizon("30m_python", optimizer, steps) for optimizer in (name, baseline))
+            change, p, words = against(one, other)
+            mark = f" {MARK}" * bool(one and unclean([*one.runs, *other.runs]))
+            cells.append(f"{words}: {change}{p and f' (p = {p})'}{mark}" if one else "")
+        rows.append((NAMES[name], *cells))
+    return table((f"against {NAMES[baseline]}", *(f"{steps:,} steps" for steps in HORIZONS)), rows, left=(0, 1, 2, 3))
+
+
+def speedups(baseline, names):
+    """What the baseline needs for the final loss of the others, over what they used; in steps and in seconds."""
+    groups, cells = [], {}
+    for name in (baseline, *names):
+        for steps in (*HORIZONS, *OTHER_HORIZONS):
+            if (one := horizon("30m_python", name, steps)) is not None:
+                one.label = name
+                groups.append(one)
+    for name, steps, _, in_steps, _, _, in_seconds in list(speed_rows(groups))[1:]:
+        cells[name, steps] = [re.sub(r"(\S+ \S+) \[\1, \1\]", r"\1", cell) for cell in (in_steps, in_seconds)]
+    horizons, rows = [f"{steps:,}" for steps in HORIZONS], []
+    for name in names:
+        mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one.label in (name, baseline))
+        own = [cells.get((name, steps), ("", "")) for steps in horizons]
+        rows.append((NAMES[name] + mark, *(steps for steps, _ in own), *(seconds for _, seconds in own)))
+    head = [f"{steps} steps, in {cost}" for cost in ("steps", "seconds") for steps in horizons]
+    return table((f"over {NAMES[baseline]}", *head), rows)
+
+
+def results_large_batches():
+    """Per optimizer the learning rates that were tried, and held-out seeds of the best."""
+    groups, runs, rows = groups_of("30m_large"), state_of("30m_large")["runs"], []
+    order = [name for name in NAMES if any(run["optimizer"] == name for run in runs)]
+    best = {}
+    for name in order:
+        own = [run for run in runs if run["optimizer"] == name and run["seed"] is None]
+        best[name] = groups[name, 260, min(own, key=lambda run: run["loss"])["swept"]["learning_rate"]]
+    for name in order:
+        own = [run for run in runs if run["optimizer"] == name and run["seed"] is None]
+        tried = sorted({run["swept"]["learning_rate"] for run in own})
+        rate = best[name].runs[0].config["learning_rate"]
+        edge = ", the highest tried" if rate == tried[-1] else ", the lowest tried" if rate == tried[0] else ""
+        rows.append((NAMES[name], f"{rate:.3g}{edge}", loss_cell(best[name]), *against(best[name], best["adamw"])))
+    head = ("optimizer", "learning rate of the matrices", "final val/loss", "to AdamW", "p", "verdict")
+    return table(head, rows, left=(0, 1, 5))
+
+
+def results_books():
+    """Books: held-out seeds, verdicts against AdamW."""
+    groups = {name: one for name in NAMES if (one := horizon("30m_books", name, 390)) is not None}
+    rows = [(NAMES[name], loss_cell(one), *against(one, groups["adamw"])) for name, one in groups.items()]
+    return table(("optimizer", "final val/loss", "to AdamW", "p", "verdict"), rows, left=(0, 4))
+
+
+def results_124m():
+    """124M: losses and times of one seed."""
+    rows = []
+    for (name, *_), one in sorted(groups_of("124m_python").items(), key=lambda item: item[1].losses.mean()):
+        (run,) = one.runs
+        spent = run.final["seconds"]
+        rows.append((NAMES[name], loss_cell(one), f"{spent:,.0f}", f"{run.final['tokens'] / spent:,.0f}"))
+    return table(("optimizer", "final val/loss", "training, seconds", "tokens/s"), rows)
+
+
+def settings():
+    """Every setting of both training scripts."""
+    sophia, adam = ({row[0]: row for row in describe(config)} for config in (SophiaConfig, AdamConfig))
+    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, (_, kind, default, meaning) in sophia.items():
+        if name not in adam:
+            meaning = f"Sophia: {meaning}"
+        elif name == "optimizer_name":
+            default, meaning = f"{adam[name][2]} / {default}", f"{adam[name][3]} / {meaning}"
+        elif adam[name][2] != default:
+            default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+    lines += [f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |" for row in adam.values() if row[0] not in sophia]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "results-main": results_main,
+    "results-30m": results_30m,
+    "results-large-batches": results_large_batches,
+    "results-books": results_books,
+    "results-124m": results_124m,
+    "verdicts-adamw": lambda: verdicts("adamw", list(NAMES)[1:]),
+    "verdicts-muon": lambda: verdicts("muon", ("sophiag_eigenbasis", *FASTER[3:5], "sophiag_spectral")),
+    "speedups": lambda: speedups("adamw", FASTER),
+    "speedups-muon": lambda: speedups("muon", ["sophiag_spectral"]),
+    "settings": settings,
+    "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
+    "speed-optimizer": lambda: markdown_table(ROOT / "assets/bench/optimizer.json"),
+    "speed-data": lambda: markdown_table(ROOT / "assets/bench/data.json"),
+}
+
+
+# ----- figures
+
+
+def main_groups():
+    return [one for name in MAIN for steps in HORIZONS if (one := horizon("30m_python", name, steps)) is not None]
+
+
+def draw_main(prefix):
+    """Final loss against training horizon, six curves."""
+    names = {one.optimizer: NAMES[name] for name in MAIN if (one := horizon("30m_python", name, 780))}
+    draw_final_losses(main_groups(), prefix, names)
+
+
+def drawn_in_claims():
+    names = "30m_python", "30m_attn", "30m_rho_beta2"
+    return [path.read_text() for name in names for path in sorted(EXPERIMENTS.glob(f"{name}/runs/*/{METRICS}"))]
+
+
+FIGURES = {  # in assets/: how it is drawn, and the data that it shows
+    "final_losses": (draw_main, lambda: [one.losses.tolist() for one in main_groups()]),
+    "claims": (draw_claims, drawn_in_claims),
+}
+
+
+def digest(data):
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def drawn(path):
+    """The digest of the data that a figure was drawn from; None if it has none."""
+    from PIL import Image
+
+    return Image.open(path).text.get("data") if path.exists() else None
+
+
+def redraw(name):
+    """Draw assets/NAME.png, with the digest of its data inside."""
+    from PIL import Image, PngImagePlugin
+
+    draw, data = FIGURES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        draw(f"{folder}/figure")
+        note = PngImagePlugin.PngInfo()
+        note.add_text("data", digest(data()))
+        Image.open(f"{folder}/figure.png").save(ROOT / f"assets/{name}.png", pnginfo=note, optimize=True)
+
+
+# ----- files
+
+
+def rewritten(path):
+    """The text of a Markdown file with every table made anew. UserError for a table that is not in TABLES."""
+
+    def block(match):
+        start, name, _, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"{path}: there is no table {name!r}; name one of {', '.join(TABLES)}.")
+        return f"{start}{TABLES[name]()}\n{end}"
+
+    return BLOCK.sub(block, path.read_text(encoding="utf-8"))
+
+
+def documents(root=ROOT):
+    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+
+
+def differing(paths):
+    """The files whose tables are not those of the runs, and the figures whose data changed."""
+    files = [path for path in paths if rewritten(path) != path.read_text(encoding="utf-8")]
+    return files + [path for name, (_, data) in FIGURES.items()
+                    if drawn(path := ROOT / f"assets/{name}.png") != digest(data())]  # fmt: skip
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table or figure is out of date")
+    arguments = parser.parse_args(argv)
+    changed = differing(documents())
+    if arguments.check and changed:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
+        raise UserError(f"{names}: not up to date; run python experiments/results.py.")
+    for path in changed:
+        if path.suffix == ".md":
+            path.write_text(rewritten(path), encoding="utf-8")
+        else:
+            redraw(path.stem)
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    command(main)
