@@ -17,17 +17,17 @@ The rules:
 - Seconds come from runs with a GPU to themselves, on the same device for both sides.
 """
 
-import argparse
 from pathlib import Path
 
 from analysis.figures import draw
-from analysis.runs import STATE, check_comparable, group, read_run
+from analysis.runs import check_comparable, group, read_run
 from analysis.tables import report, run_table
 from training.errors import Parser, UserError, command
+from training.metrics import STATE
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run; the first is the baseline")
     parser.add_argument("--out", metavar="PREFIX", help="write the tables to PREFIX.md, figures to PREFIX*.png, .svg")
     parser.add_argument("--force", action="store_true", help="compare runs that are not comparable")

@@ -1,11 +1,11 @@
-"""Loss, perplexity and bits per byte of a model over a whole split, each token predicted from a long context.
+"""Loss, perplexity and bits per byte of a model on a complete split, each token predicted from a long context.
 
 python evaluate.py --out_dir=out/demo_sophiag
 python evaluate.py --init_from=gpt2 --dataset=wikitext103 --split=val --stride=512
 
-A window of block_size tokens slides over the split by `stride` tokens; each of them counts once, in the first window
-that has it, so that it is predicted from at least block_size - stride tokens before it (fewer at the very start).
-stride = block_size takes the least time; with a smaller one a model that makes use of its context has a lower loss.
+A window of block_size tokens moves over the split by `stride` tokens. Each token counts once, in the first window that
+holds it: it is predicted from at least block_size - stride tokens before it (fewer at the very start).
+stride = block_size is fastest. With a smaller stride, a model that uses its context has a lower loss.
 """
 
 import math
@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from training.config import PRETRAINED, load_config, setting
-from training.data import open_dataset
+from training.data import check_split, open_dataset
 from training.distributed import Distributed
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 
 
 @dataclass
 class EvaluateConfig:
-    """Which model to evaluate, and on what."""
+    """The settings of evaluate.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    dataset: str = setting("", "folder under data/ (or an absolute path); default the one that the run was trained on")
+    dataset: str = setting("", "folder under data/ (or its path), or a mixture; default what the run was trained on")
     split: str = setting("val", "which of its files", choices=("train", "val"))
     stride: int | None = setting(None, "tokens from a window to the next; default half of block_size", at_least=1)
     batch_size: int = setting(8, "windows in a forward pass", at_least=1)
@@ -38,50 +38,61 @@ class EvaluateConfig:
     dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
 
     def check(self):
-        """No two of these settings can contradict each other."""
+        """These settings cannot contradict each other."""
 
 
-def main(words=None):
-    config = load_config(EvaluateConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(EvaluateConfig, argv)
     device = Distributed(config.device).device
     model, tokenizer, settings = load_model(config.init_from, config.out_dir)
     dataset = config.dataset or settings.get("dataset")
+    origin = config.out_dir if config.init_from == "resume" else config.init_from
     if not dataset:
-        origin = config.out_dir if config.init_from == "resume" else config.init_from
         raise UserError(f"{origin} does not say what it was trained on; give --dataset=NAME.")
     block_size, corpus = model.config.block_size, open_dataset(dataset)
     stride = config.stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(f"stride = {stride} would leave tokens out, block_size is {block_size}; lower it.")
-    tokens = check_tokens(getattr(corpus, config.split), corpus, tokenizer, config.split)
+    for part, _ in corpus.parts:
+        check_tokens(part, config.split, tokenizer, origin)
     model.to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        nats = total_nats(model, tokens, stride, config.batch_size)
-    n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens[1:], tokenizer)
-    loss, bits = nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
-    print(f"{dataset} {config.split}: {n_tokens} tokens, {n_bytes} bytes; block_size {block_size}, stride {stride}")
-    print(f"loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4f}  bits_per_byte {bits:.4f}")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
+    results = []
+    for part, share in corpus.parts:
+        tokens = getattr(part, config.split)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            nats = total_nats(model, tokens, stride, config.batch_size)
+        n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens, tokenizer) - count_bytes(tokens[:1], tokenizer)
+        name = part.name if len(corpus.parts) > 1 else dataset
+        print(f"{name} {config.split}: {n_tokens} tokens, {n_bytes} bytes; block_size {block_size}, stride {stride}")
+        results.append((share, nats / n_tokens, n_bytes / n_tokens))
+        measures = report(*results[-1][1:])
+    if len(results) > 1:
+        print(f"{dataset} {config.split}: the mean by the shares")
+        measures = report(*(sum(result[0] * result[i] for result in results) for i in (1, 2)))
+    return measures
 
 
-def check_tokens(tokens, corpus, tokenizer, split):
-    """`tokens`; UserError where they are not the tokenizer's, or too few."""
-    own = getattr(tokenizer, "characters", None)
-    theirs = corpus.tokenizer.get("characters") if isinstance(corpus.tokenizer, dict) else None
-    if own != theirs:
-        kinds = [f"{len(characters)} characters" if characters else "GPT-2 tokens" for characters in (own, theirs)]
-        raise UserError(f"the model reads {kinds[0]} and {corpus.folder} holds {kinds[1]}; give another --dataset.")
-    if len(tokens) < 2:
+def report(loss, bytes_per_token):
+    """Print and return the measures of a loss in nats a token."""
+    bits = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+    measures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
+    print("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+    return measures
+
+
+def check_tokens(corpus, split, tokenizer, origin):
+    """UserError where a split's tokens are too few, damaged, or not those that the model of `origin` reads."""
+    corpus.check_tokenizer(tokenizer.spec, origin)
+    if len(getattr(corpus, split)) < 2:
         raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")
-    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+    largest, _ = check_split(corpus, split)
     if largest >= tokenizer.vocab_size:
         file = corpus.folder / f"{split}.bin"
         raise UserError(f"{file} holds token {largest}, beyond the model's {tokenizer.vocab_size}; prepare it again.")
-    return tokens
 
 
 def count_bytes(tokens, tokenizer):
-    """Bytes of UTF-8 text that `tokens` stand for; the end of a document is none."""
+    """UTF-8 bytes of the text of `tokens`; the end-of-text token has none."""
     of_token = tokenizer.token_bytes()
     return sum(int(of_token[tokens[i : i + (1 << 24)]].sum()) for i in range(0, len(tokens), 1 << 24))
 
@@ -93,7 +104,7 @@ def summed_loss(logits, targets):
 
 @torch.no_grad()
 def total_nats(model, tokens, stride, batch_size):
-    """-log p of all of `tokens` but the first, summed."""
+    """The sum of -log p over all `tokens` but the first."""
     model.eval()
     device, T = model.lm_head.weight.device, model.config.block_size
     n = len(tokens) - 1  # to be predicted
@@ -104,7 +115,7 @@ def total_nats(model, tokens, stride, batch_size):
         inputs, targets = np.zeros((len(batch), T), np.int64), np.full((len(batch), T), -1)
         for row, start in enumerate(batch):
             window = tokens[start : start + T + 1]
-            old = T - stride if start else 0  # targets that the window before had
+            old = T - stride if start else 0  # targets that the window before it counted
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, old : len(window) - 1] = window[old + 1 :]
         loss = model(*(torch.from_numpy(array).to(device) for array in (inputs, targets)), loss=summed_loss)[1]

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: GPT2LMHeadModel and its tokenizer, which transformers load without a network.
+"""Write a checkpoint as a Hugging Face folder: GPT2LMHeadModel and tokenizer, which transformers loads offline.
 
 python export_hf.py --out_dir=out/gpt2_small_sophiag --to=exported
 python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
@@ -6,25 +6,26 @@ python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
-The rows that pad the vocabulary are cut. GPT-2's tokenizer is GPT2Tokenizer; that of a run on characters is a
-PreTrainedTokenizerFast with one token a character. Unlike training's, it takes "<|endoftext|>" in a text for the end
-of a document, as Hugging Face's does.
+The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as GPT2Tokenizer, a tokenizer of characters as
+PreTrainedTokenizerFast with one token for each character. As always in transformers, and unlike in training,
+"<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config import PRETRAINED, load_config, setting
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model, to_hf
 from training.tokenizer import gpt2_files
 
 
 @dataclass
 class ExportConfig:
-    """Which model to export, and where to."""
+    """The settings of export_hf.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
@@ -35,8 +36,8 @@ class ExportConfig:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
 
-def main(words=None):
-    config = load_config(ExportConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(ExportConfig, argv)
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
@@ -52,16 +53,23 @@ def main(words=None):
 
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
-    hf_model = model.to_hf(tokenizer.vocab_size)
-    hf_model.generation_config.pad_token_id = tokenizer.eot  # GPT-2 has no token for it; a batch of prompts needs one
+    hf_model = to_hf(model, tokenizer.vocab_size)
+    hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
-    hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)
+    if tokenizer.spec is None:
+        print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
+        return
+    if isinstance(tokenizer.spec, str):
+        hf_tokenizer = gpt2_tokenizer(folder) if tokenizer.spec == "gpt2" else tiktoken_tokenizer(tokenizer)
+    else:
+        characters = tokenizer.spec.get("characters")
+        hf_tokenizer = character_tokenizer(characters) if characters else json_tokenizer(tokenizer)
     hf_tokenizer.model_max_length = model.config.block_size
     hf_tokenizer.save_pretrained(folder)
 
 
 def gpt2_tokenizer(folder):
-    """OpenAI's vocabulary as transformers' tokenizer; into `folder` go the two files that its older versions read."""
+    """OpenAI's vocabulary as transformers' tokenizer. Older versions read the two files that go into `folder`."""
     from transformers import GPT2Tokenizer
 
     vocab, merges = gpt2_files()
@@ -71,8 +79,30 @@ def gpt2_tokenizer(folder):
     return GPT2Tokenizer(json.loads(vocab), pairs)
 
 
+def tiktoken_tokenizer(tokenizer):
+    """Another of tiktoken's vocabularies, converted by transformers."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tiktoken_to_fast(tokenizer.encoding, folder)
+        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **_end(tokenizer))
+
+
+def json_tokenizer(tokenizer):
+    """The tokenizer.json that the data was prepared with."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.json), **_end(tokenizer))
+
+
+def _end(tokenizer):
+    return {} if tokenizer.eot is None else {"eos_token": tokenizer.decode([tokenizer.eot])}
+
+
 def character_tokenizer(characters):
-    """One token a character; it refuses others, as training's does."""
+    """A tokenizer with one token for each character. It refuses other characters, as in training."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

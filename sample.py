@@ -1,4 +1,4 @@
-"""Text from a trained model: continues a prompt, or starts a document, and prints each token as it comes.
+"""Print text of a trained model, token by token: it continues a prompt or starts a document.
 
 python sample.py --out_dir=out/demo_sophiag --start="KING RICHARD:" --num_samples=3 --temperature=0.7
 python sample.py --out_dir=out/demo_sophiag --start=FILE:prompt.txt --max_new_tokens=200
@@ -14,14 +14,14 @@ import torch
 from training.config import PRETRAINED, load_config, setting
 from training.distributed import Distributed
 from training.errors import UserError, command
-from training.pretrained import load_model
+from training.hf import load_model
 
-FILE = "FILE:"  # a start that names the file with the prompt
+FILE = "FILE:"  # such a start names the file with the prompt
 
 
 @dataclass
 class SampleConfig:
-    """What to sample, and from which model."""
+    """The settings of sample.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
@@ -37,18 +37,18 @@ class SampleConfig:
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 
     def check(self):
-        """No two of these settings can contradict each other."""
+        """These settings cannot contradict each other."""
 
 
-def main(words=None):
-    config = load_config(SampleConfig, sys.argv[1:] if words is None else words)
+def main(argv=None):
+    config = load_config(SampleConfig, argv)
     device = Distributed(config.device).device
     model, tokenizer, _ = load_model(config.init_from, config.out_dir)
     prompt = prompt_ids(config.start, tokenizer)
     if len(prompt) > model.config.block_size:
         seen = f"each new one is drawn from the last block_size = {model.config.block_size}"
         print(f"warning: the prompt has {len(prompt)} tokens, {seen}.", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     model.to(device)
     idx = torch.tensor([prompt], device=device)  # (1, T)
     for i in range(config.num_samples):
@@ -58,13 +58,13 @@ def main(words=None):
             print(tokenizer.decode(prompt), end="")
         sampling = (config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size, config.top_p)
         tokens = model.stream(idx, config.max_new_tokens, *sampling)
-        for text in decode_stream((token.item() for token in tokens), tokenizer):
+        for text in decode_stream((token.item() for token in tokens), tokenizer, prompt):
             print(text, end="", flush=True)
         print()
 
 
 def prompt_ids(start, tokenizer):
-    """The token ids that `start` stands for, at least one."""
+    """The token ids of `start`, at least one."""
     if not start:
         return tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     text = start
@@ -80,17 +80,23 @@ def prompt_ids(start, tokenizer):
     return tokenizer.encode(text)
 
 
-def decode_stream(ids, tokenizer):
-    """Yield the text of `ids` piece by piece, each as soon as it is whole: a character can be cut over several tokens,
-    and half of one decodes to U+FFFD."""
-    waiting = []
+def decode_stream(ids, tokenizer, prompt=()):
+    """Yield the text of `ids` after `prompt` piece by piece, each as soon as it is complete.
+
+    A character can be cut over several tokens: half of one decodes to U+FFFD. What a token adds, such as the blank
+    before a word, can depend on the token before it.
+    """
+    before, waiting = list(prompt[-1:]), []
+
+    def text():
+        return tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
+
     for i in ids:
         waiting.append(i)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd"):
-            yield text
-            waiting = []
-    yield tokenizer.decode(waiting)
+        if not text().endswith("\ufffd"):
+            yield text()
+            before, waiting = waiting, []
+    yield text()
 
 
 if __name__ == "__main__":

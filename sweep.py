@@ -28,7 +28,6 @@ Writes a folder for each run (adamw_3fa21c: the digits stand for the swept value
 the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
 """
 
-import argparse
 import fcntl
 import inspect
 import itertools
@@ -56,7 +55,8 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import Parser, UserError, command
-from training.tracking import METRICS, SHARED, STATE, read_metrics, write_atomically
+from training.metrics import METRICS, STATE, read_metrics
+from training.tracking import SHARED, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
@@ -100,14 +100,14 @@ class Trial:
 def main(argv=None):
     arguments, definition = read_command_line(sys.argv[1:] if argv is None else argv)
     if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise UserError("--seeds is 0 or more, --jobs 1 or more.")
+        raise UserError("--seeds must be 0 or more, and --jobs 1 or more.")
     out_dir = Path(arguments.out_dir)
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
     if not arguments.dirty and (changed := changed_files()):
         raise UserError(
-            f"{changed[0]} differs from the git commit, so the code of the runs would be unknown; commit it, "
-            "or start the sweep with --dirty=True, and its runs are marked."
+            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
+            "or start the sweep with --dirty=True to have its runs marked as not clean."
         )
     with locked(out_dir) as lock:
         gpus = visible_gpus() or [None]
@@ -141,7 +141,7 @@ def read_command_line(argv):
 
     The definition is {"common": settings, "optimizers": {name: settings}}, with "runs" for a random search.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.py", help="the sweep file; it is run as code")
     parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
     parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
@@ -242,7 +242,7 @@ def grid(definition, out_dir, known=()):
     other, reference = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
         if len(tokens) != len(reference) and "runs" not in definition:
-            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them as many.")
+            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
         if odd := [n for n in tokens if n != reference[0]]:
             raise UserError(
                 f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."

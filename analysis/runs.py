@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.tracking import CONFIG, METRICS, read_metrics
+from training.metrics import CONFIG, METRICS, read_metrics
 
-STATE = "sweep.json"  # in the folder of a sweep
 LINES = 1000  # lines of metrics that are enough for any figure
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
@@ -130,7 +129,9 @@ def unclean(runs):
 
 def loss_unit(runs):
     """The unit of a loss."""
-    return "nats a character" if all(isinstance(r.conditions["tokenizer"], dict) for r in runs) else "nats a token"
+    return (
+        "nats a character" if all("characters" in (r.conditions["tokenizer"] or "") for r in runs) else "nats a token"
+    )
 
 
 def size_name(parameters):

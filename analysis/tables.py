@@ -134,7 +134,7 @@ def notes(groups):
         labels = "; ".join(f"{group.label} ({n} of {len(group.runs)} runs)" for group, n in marked)
         yield f"No clean git commit, so the exact code is unknown: {labels}."
     if len(groups) > 1:
-        yield f"Better, worse: p < {ALPHA} in Welch's test; both sides finished, as many steps, two seeds or more each."
+        yield f"Better, worse: p < {ALPHA} in Welch's test, between finished runs with equal steps and 2 seeds or more."
         if not list(speed_rows(groups)):
             yield "No speed-up: this needs finished runs of the baseline's optimizer at two training horizons or more."
         else:

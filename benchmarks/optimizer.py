@@ -1,4 +1,4 @@
-"""One optimizer step, its curvature update and its clipping, against the peers and the memory's speed."""
+"""One optimizer step, curvature update and clipping, against peers and against the memory's speed."""
 
 import functools
 import gc
@@ -12,6 +12,7 @@ from torch import nn
 import sophia
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from data.corpus import positive
+from model import GPTConfig
 from training.errors import UserError
 
 
@@ -25,14 +26,14 @@ def add_arguments(parser):
 
 
 def gpt2_shapes(name):
-    """GPT-2's parameters: tied head, vocabulary padded to 50304, 1024 positions, no biases."""
+    """GPT-2's parameters: tied head, padded vocabulary, 1024 positions, no biases."""
     layers, _, width = GPT2_SIZES[name]
     block = [(width,), (3 * width, width), (width, width), (width,), (4 * width, width), (width, 4 * width)]
-    return [(50304, width), (1024, width), *block * layers, (width,)]
+    return [(GPTConfig.vocab_size, width), (GPTConfig.block_size, width), *block * layers, (width,)]
 
 
 def optimizer_contenders(args):
-    """name -> (params -> optimizer), decayed and undecayed groups as in training."""
+    """{name: function of parameters that builds the optimizer}, with decayed and undecayed groups as in training."""
 
     def with_groups(cls, **settings):
         def build(params):
@@ -56,7 +57,7 @@ def optimizer_contenders(args):
 
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: use --device cpu, for the peers that run there.")
+        raise UserError("this machine has no CUDA device: use --device cpu, which times the peers that run there.")
     report = Report(args)
     contenders = optimizer_contenders(args)
     for model in args.models:
@@ -80,9 +81,9 @@ def make_gradients(params, seed):
 
 
 def measure_peak(report, name, model, build):
-    """Bytes asked of the allocator at the peak of estimate, clipping and steps; the floor is p + g + two states.
+    """Report the peak of bytes in use during estimate, clipping and steps. The floor: p, g and two states.
 
-    As asked for: what the allocator rounds up is the same for every optimizer (3% at 774M).
+    Bytes are counted as requested. The allocator's rounding is the same for every optimizer (3% at 774M).
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -111,7 +112,7 @@ def measure_times(report, model, contenders, args):
     gc.collect()
     params = make_parameters(model, args.device)
     count = sum(p.numel() for p in params)
-    # As in training, where gradients are freed and come back: they alternate between two places in memory.
+    # Gradients alternate between two places in memory, as in training, where they are freed and allocated again.
     places = [make_gradients(params, seed) for seed in (1, 2)]
     turn = itertools.cycle(places)
     optimizers = {name: build(params) for name, build in contenders.items()}
@@ -164,13 +165,13 @@ def print_comparison(report, model, device):
             print(f"{model:>6}  {metric}: sophia at {floor / ours:.1%} of the floor's speed", flush=True)
     peer = "adamw_fused" if device == "cuda" else "adamw_foreach"
     for metric in ("step_ms", "clip_step_ms"):
-        ours, theirs = report.value("sophia", model, metric), report.value(peer, model, metric)
-        if ours and theirs:
-            print(f"{model:>6}  {metric}: sophia takes {ours / theirs:.2f} of {peer}", flush=True)
+        ours, of_peer = report.value("sophia", model, metric), report.value(peer, model, metric)
+        if ours and of_peer:
+            print(f"{model:>6}  {metric}: sophia takes {ours / of_peer:.2f} of {peer}", flush=True)
 
 
 def tune(model, args):
-    """Every kernel under other launch settings: what to write into sophia_fused.LAUNCH."""
+    """Time every kernel under other launch settings, to choose those in sophia_fused.LAUNCH."""
     import sophia_fused  # needs Triton
 
     params = make_parameters(model, args.device)

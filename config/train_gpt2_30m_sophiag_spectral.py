@@ -2,9 +2,10 @@
 # coordinates that the curvature whitens. 128 sequences of 512 tokens a step, 1,560 steps (102M tokens).
 #   python data/python/prepare.py
 #   python train_sophiag.py config/train_gpt2_30m_sophiag_spectral.py
-# Learning rates, decay, momentum and warm-up are the best of 16 runs of 780 steps (experiments/30m_spectral). The other
-# settings are those of train_gpt2_30m_sophiag_eigenbasis.py. docs/results.md compares it with other optimizers. On books
-# a warm-up of 40% and an embedding_lr of 8e-3 were best; with batches of 1024 sequences, four times the learning rate.
+# Learning rates, decay, momentum and warm-up are the best of 16 runs of 780 steps (experiments/30m_spectral). The
+# other settings are those of train_gpt2_30m_sophiag_eigenbasis.py. docs/results.md compares it with other optimizers.
+# On books a warm-up of 40% and an embedding_lr of 8e-3 were best; with batches of 1024 sequences, four times the
+# learning rate.
 
 out_dir = "out/gpt2_30m_sophiag_spectral"
 dataset = "python"

@@ -4,15 +4,19 @@
     if not corpus.is_prepared(args, source):
         corpus.write(args, documents, "gpt2", source)    # documents: pairs like ("train", "To be, or not to be")
 
-A few megabytes of text for each thread are in memory, or one document where that is larger.
+The text of a document is a str or, where it is long, an iterable of its parts. A few megabytes of text for each thread
+are in memory, or one str where that is larger.
 """
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError
-from training.tokenizer import get_tokenizer
+from training.errors import Parser, UserError
+from training.tokenizer import get_tokenizer, identity
+from training.tracking import write_atomically
 
 TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE
+
+
+class EmptySplit(UserError):
+    """There are documents, but none of them is in train.bin, or none in val.bin."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,11 +44,15 @@ class _Parser(argparse.ArgumentParser):
 def arguments(description, script):
     """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="default: %(default)s")
+    parser = Parser(description=description)
+    parser.add_argument("--out_dir", type=_path, default=Path(script).resolve().parent, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser
+
+
+def _path(text):
+    return Path(text).expanduser()
 
 
 def positive(text):
@@ -49,19 +63,20 @@ def positive(text):
 
 def is_prepared(args, source):
     """Whether `args.out_dir` already holds the corpus `source`, undamaged. Raises UserError if it holds another one."""
-    folder, there = args.out_dir, [name for name in ("train.bin", "val.bin") if (args.out_dir / name).exists()]
-    remedy = "choose another --out_dir, or replace it with --force"
-    if args.force or not (there or (folder / "meta.json").exists()):
+    folder, remedy = args.out_dir, "choose another --out_dir, or replace it with --force"
+    if args.force or not any((folder / name).exists() for name in ("train.bin", "val.bin", "meta.json")):
         return False
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         found, hashes = meta["source"], {"train.bin": meta["train_sha256"], "val.bin": meta["val_sha256"]}
+        if isinstance(meta["tokenizer"], dict) and "file" in meta["tokenizer"]:
+            hashes[meta["tokenizer"]["file"]] = meta["tokenizer"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds data without a meta.json that says where it is from; {remedy}") from error
     if found != source:
         raise UserError(f"{folder} holds another corpus ({found}) than the one asked for ({source}); {remedy}")
     for name, sha256 in hashes.items():
-        if name not in there or _sha256(folder / name) != sha256:
+        if not (folder / name).exists() or _sha256(folder / name) != sha256:
             print(f"{folder / name} is missing or damaged (not the SHA-256 of meta.json): preparing it again")
             return False
     counts = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
@@ -73,33 +88,37 @@ def write(args, documents, tokenizer, source, max_tokens=None):
     """Tokenize `documents`, pairs of "train" or "val" and a text, into `args.out_dir`.
 
     The bytes do not depend on `args.num_proc`. `tokenizer` is the string or dict for meta.json. With `max_tokens`, it
-    ends before the document that would exceed them. Until the three files are complete none of them is there.
+    ends before the document that would exceed them. Until the files are complete none of them is there. Raises
+    EmptySplit where there are documents for one of train.bin and val.bin only.
     """
     started, spec, tokenizer = time.monotonic(), tokenizer, get_tokenizer(tokenizer)
     bins, count, document, total = {}, Counter(), [], 0
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
-            bins[split] = _Bin(args.out_dir / f"{split}.bin")
+            bins[split] = _Bin(args.out_dir / f"{split}.bin", tokenizer.dtype)
         for split, tokens, is_end in _tokenized(documents, tokenizer, args.num_proc):
             document.append(tokens)
-            if is_end:
-                total += sum(map(len, document)) // 2
+            total += len(tokens) // tokenizer.dtype.itemsize
+            if is_end or not max_tokens:
                 if max_tokens and total > max_tokens:
                     break
                 bins[split].write(document)
-                count[split] += 1
+                count[split] += is_end
                 document = []
         for split in bins:
             if not bins[split].tokens:
-                raise UserError(
+                kind = EmptySplit if count.total() else UserError
+                raise kind(
                     f"none of the {count.total()} documents came into {split}.bin: "
                     "more of them are needed, or another --val_fraction"
                 )
-        meta = {"vocab_size": tokenizer.vocab_size, "tokenizer": spec, "dtype": "uint16", "source": source}
+        dtype = tokenizer.dtype.name
+        meta = {"vocab_size": tokenizer.vocab_size, "tokenizer": identity(spec), "dtype": dtype, "source": source}
         meta |= {f"{split}_tokens": bins[split].tokens for split in bins}
         meta |= {f"{split}_sha256": bins[split].sha256.hexdigest() for split in bins}
-        _publish(args.out_dir, bins, meta)
+        files = {"tokenizer.json": spec["json"]} if isinstance(spec, dict) and "json" in spec else {}
+        _publish(args.out_dir, bins, files | {"meta.json": json.dumps(meta, indent=1) + "\n"})
     except OSError as error:
         raise UserError(f"the corpus cannot be written to {args.out_dir}: {error}") from error
     finally:
@@ -114,14 +133,19 @@ def write(args, documents, tokenizer, source, max_tokens=None):
 class _Bin:
     """A .bin in the making: a temporary file that only one process at a time may write."""
 
-    def __init__(self, path):
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+    def __init__(self, path, dtype):
+        self.path, self.temporary, self._itemsize = path, path.with_name(path.name + ".tmp"), dtype.itemsize
         self.tokens, self.sha256, self.is_mine = 0, hashlib.sha256(), False
         self.file = open(self.temporary, "ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another prepare.py is writing {path}: wait for it or choose another --out_dir") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                self.temporary.unlink()
+                raise
+            print(f"warning: no locks here ({error.strerror}): let no other prepare.py write {path}", file=sys.stderr)
         self.is_mine = True
         self.file.truncate(0)  # what a killed run left
 
@@ -129,7 +153,7 @@ class _Bin:
         for part in parts:
             self.file.write(part)
             self.sha256.update(part)
-            self.tokens += len(part) // 2
+            self.tokens += len(part) // self._itemsize
 
     def discard(self):
         with contextlib.suppress(OSError):  # a full disk, which `write` has reported
@@ -138,23 +162,22 @@ class _Bin:
             self.temporary.unlink(missing_ok=True)
 
 
-def _publish(folder, bins, meta):
+def _publish(folder, bins, texts):
     """Put the finished files in place. Old ones go first: a new one beside an old one would look like a corpus."""
-    with open(folder / "meta.json.tmp", "w") as meta_file:
-        meta_file.write(json.dumps(meta, indent=1) + "\n")
-        for file in (meta_file, *(file.file for file in bins.values())):
-            file.flush()
-            os.fsync(file.fileno())
+    for file in bins.values():
+        file.file.flush()
+        os.fsync(file.file.fileno())
     for name in ("val.bin", "train.bin", "meta.json"):
         (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():  # first: tokens without a meta.json would be taken for GPT-2's
+        write_atomically(folder / name, text)
     for file in bins.values():
         os.replace(file.temporary, file.path)
         file.is_mine = False
-    os.replace(folder / "meta.json.tmp", folder / "meta.json")
 
 
 def _tokenized(documents, tokenizer, num_proc):
-    """Yield (split, bytes of uint16 ids, is it a document's end) in the order of `documents`."""
+    """Yield (split, bytes of little-endian ids, is it a document's end) in the order of `documents`."""
     for task, (tokens, lengths) in _in_parallel(_tasks(documents, tokenizer), tokenizer, num_proc):
         start = 0
         for (split, piece), length in zip(task, lengths, strict=True):
@@ -166,9 +189,13 @@ def _tasks(documents, tokenizer):
     """Group the pieces of documents, blank ones aside, into lists of (split, piece); (split, None) ends a document."""
     task, size = [], 0
     for split, text in documents:
-        if not text or text.isspace():
+        parts, blank, is_blank = iter([text] if isinstance(text, str) else text), [], True
+        while is_blank and (part := next(parts, None)) is not None:
+            blank.append(part)
+            is_blank = not part or part.isspace()
+        if is_blank:
             continue
-        for piece in tokenizer.pieces(text):
+        for piece in tokenizer.pieces(itertools.chain(blank, parts)):
             task.append((split, piece))
             size += len(piece) + 1
             if size >= TASK:
@@ -179,16 +206,16 @@ def _tasks(documents, tokenizer):
 
 
 def _encode(tokenizer, task):
-    """The ids of a task's pieces, as the bytes of one little-endian uint16 array, and how many bytes each has."""
-    end = np.array([] if tokenizer.eot is None else [tokenizer.eot])
+    """The ids of a task's pieces, as the bytes of one little-endian array, and how many bytes each has."""
+    end, dtype = np.array([] if tokenizer.eot is None else [tokenizer.eot]), tokenizer.dtype.newbyteorder("<")
     arrays = [end if piece is None else tokenizer.encode_array(piece) for _, piece in task]
-    parts = [array.astype("<u2").tobytes() for array in arrays]
+    parts = [array.astype(dtype).tobytes() for array in arrays]
     return b"".join(parts), [len(part) for part in parts]
 
 
 def _in_parallel(tasks, tokenizer, num_proc):
     """Yield (task, its tokens) in order; at most 2 * num_proc tasks are in memory."""
-    pool, pending = ThreadPoolExecutor(num_proc), deque()  # tiktoken works without the interpreter's lock
+    pool, pending = ThreadPoolExecutor(num_proc), deque()  # the tokenizers work without the interpreter's lock
     try:
         for task in tasks:
             pending.append((task, pool.submit(_encode, tokenizer, task)))

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis.runs import STATE, read_run
+from analysis.runs import read_run
 from sweep import state_text
 from training.errors import Parser, UserError, command
-from training.tracking import CONFIG, METRICS, read_metrics, write_atomically
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
+from training.tracking import write_atomically
 
 EXPERIMENTS = Path(__file__).resolve().parent
 LINES = 64  # of a run's metrics

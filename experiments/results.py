@@ -25,7 +25,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import describe
 from training.errors import Parser, UserError, command
-from training.tracking import METRICS, STATE
+from training.metrics import METRICS, STATE
 
 EXPERIMENTS = Path(__file__).resolve().parent
 ROOT = EXPERIMENTS.parent

@@ -46,6 +46,31 @@ def tiny_words(corpus, out_dir):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, main, argv, steps):
+    """Run `main(argv)` until it ends by an exception after `steps` updates, in the step after them."""
+    from training.run import Run
+
+    optimizer_step, calls = Run.optimizer_step, []
+
+    def fails(run):
+        calls.append(run)
+        if len(calls) == steps + 1:
+            raise Interrupted
+        optimizer_step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "optimizer_step", fails)
+        main(argv)
+
+
+def losses(out_dir):
+    return [line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line]
+
+
 def read_lines(out_dir):
     return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
 

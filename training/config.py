@@ -2,7 +2,7 @@
 
     config = load_config(SophiaConfig, ["config/train_gpt2_small_sophiag.py", "--batch_size=8"])
 
-Later words win over earlier ones. A config file is Python and is run as code: give only files that you trust.
+A later argument wins over earlier ones. A config file is Python and is run as code: give only files that you trust.
 """
 
 import dataclasses
@@ -21,13 +21,16 @@ PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:
 
 
 def setting(default, help, **limits):
-    """A dataclass field with its help text and its limits: choices=(...), at_least=, above=, at_most=, below=."""
+    """A dataclass field with its help and limits: choices=(...), at_least=, above=, at_most=, below=.
+
+    former: {value of older versions: value of now}; both are accepted.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
 class TrainConfig:
-    """What every training run can be told; the names are nanoGPT's and the official Sophia repository's."""
+    """The settings of every training run. Their names are nanoGPT's and the official Sophia repository's."""
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
@@ -35,8 +38,10 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
-    max_skipped: int = setting(20, "end the run after so many steps in a row that were not finite", at_least=1)
-    overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
+    max_skipped: int = setting(
+        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
+    )
+    overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(
         1337,
         "seed of the initial weights, the order of the data, dropout and sampled labels",
@@ -44,7 +49,10 @@ class TrainConfig:
         below=2**31,
     )
 
-    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting(
+        "openwebtext",
+        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
+    )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
     gradient_accumulation_steps: int | None = setting(
@@ -53,14 +61,14 @@ class TrainConfig:
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
 
     block_size_schedule: str = setting(
-        "", "shorter sequences at first, as in 0:128,2000:256 (STEP:LENGTH,...); a step keeps its tokens"
+        "", "shorter sequences from a step on, e.g. 0:128,2000:256 (STEP:LENGTH,...); tokens per step stay the same"
     )
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads in a block", at_least=1)
     n_embd: int = setting(768, "width; divisible by n_head", at_least=1)
     dropout: float = setting(0.0, "dropout probability", at_least=0.0, below=1.0)
-    bias: bool = setting(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has them")
+    bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
     gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
 
@@ -69,38 +77,56 @@ class TrainConfig:
     embedding_lr: float | None = setting(
         None, "peak learning rate of the embeddings, min_lr in proportion; default learning_rate", above=0.0
     )
-    weight_decay: float = setting(0.1, "weight decay of the Linear weights, decoupled but for sgd", at_least=0.0)
+    weight_decay: float = setting(0.1, "weight decay of the Linear weights; decoupled, except for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
+    cautious_decay: bool = setting(False, "muon and its kin: decay only coordinates that the update moves towards 0")
+    whiten_sides: str = setting(
+        "both",
+        "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
+        choices=("input", "output", "both"),
+    )
+    whiten_exponent: float = setting(0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0)
+    whiten_ridge: float = setting(0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0)
+    whiten_decay: float = setting(0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0)
+    whiten_interval: int = setting(10, "whitened_muon: steps between two roots of the factors", at_least=1)
+    whiten_max_width: int | None = setting(None, "the same: wider sides are whitened in diagonal blocks", at_least=1)
+
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
-    lr_schedule: str = setting("cosine", "how the rate falls after the warm-up", choices=SCHEDULES)
+    lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(None, "step at which the rate reaches min_lr; default max_iters", at_least=1)
-    min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, linear and wsd 0", at_least=0.0
+    lr_decay_iters: int | None = setting(
+        None, "step at which the learning rate reaches min_lr; default max_iters", at_least=1
     )
-    wsd_decay: float = setting(0.2, "wsd: share of lr_decay_iters in which the rate falls", above=0.0, at_most=1.0)
+    min_lr: float | None = setting(
+        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
+    )
+    wsd_decay: float = setting(
+        0.2, "wsd: share of lr_decay_iters in which the learning rate falls", above=0.0, at_most=1.0
+    )
     restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period", at_least=1)
     restart_multiplier: float = setting(
-        2.0, "cosine_restarts: length of a period in lengths of the one before", at_least=1.0
+        2.0, "cosine_restarts: steps of a period over steps of the one before", at_least=1.0
     )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
     eval_iters: int | None = setting(
-        None, "nanoGPT's way to say it: eval_tokens = eval_iters * batch_size * block_size", at_least=1
+        None, "nanoGPT's setting: eval_tokens = eval_iters * batch_size * block_size", at_least=1
     )
-    eval_only: bool = setting(False, "evaluate once and end")
+    eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
-    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; off: only at a new best val/loss")
+    always_save_checkpoint: bool = setting(
+        True, "write a checkpoint at every evaluation; off: only at a new best val/loss"
+    )
     keep_checkpoints: int = setting(0, "how many ckpt_STEP.pt to keep beside ckpt.pt and ckpt_prev.pt", at_least=0)
 
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("sophia", "Weights & Biases project")
-    wandb_run_name: str = setting("", "Weights & Biases run name; default the last part of out_dir")
+    wandb_run_name: str = setting("", "Weights & Biases run name; default: the last part of out_dir")
 
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
     dtype: str = setting(
@@ -110,15 +136,17 @@ class TrainConfig:
     )
     compile: bool = setting(False, "torch.compile the model")
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
-    activation_checkpointing: bool = setting(False, "keep only a block's input and compute it again: less memory")
-    fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2) instead of a copy on each")
+    activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
+    fsdp: bool = setting(
+        False, "split the model and its optimizer over the ranks (FSDP2), instead of a copy on each rank"
+    )
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
-    nccl_timeout: int = setting(600, "seconds after which a rank that waits for the others gives up", at_least=1)
+    nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
     def check(self):
-        """Raise UserError where settings contradict each other; fill in those that follow from others."""
+        """Raise UserError if settings contradict each other; fill in those that follow from others."""
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -128,50 +156,58 @@ class TrainConfig:
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
             raise UserError(
                 f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
-                "shorten the warm-up or lengthen the run."
+                "shorten the warm-up, or train for more steps."
             )
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
-            raise UserError("embedding_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
+            raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
-            raise UserError(f"fp8 goes with dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+            raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
-def load_config(cls, words):
-    """Build a `cls` from command-line words: config files and `--key=value`, in order. `--help` prints and exits 0.
+def load_config(cls, argv=None):
+    """Build a `cls` from command-line arguments: config files and `--key=value`, in order; by default the process's.
 
-    Raises UserError for an unknown key, a wrong type, an impossible value, or a file that cannot be run.
+    `--help` prints the settings and exits with 0. Raises UserError for an unknown key, a wrong type, an impossible
+    value, or a file that cannot be run.
     """
-    if "--help" in words or "-h" in words:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
         print(f"{sys.modules[cls.__module__].__doc__ or ''}\nsettings (--key=value, or key = value in a config file):")
         for name, kind, default, help in describe(cls):
             print(f"  {name:<32}{kind:<6} {default:<14} {help}")
         sys.exit(0)
     values = {}
-    for word in words:
-        if not word.startswith("--"):
-            values |= _run_config_file(cls, word)
+    for argument in argv:
+        if not argument.startswith("--"):
+            values |= _run_config_file(cls, argument)
             continue
-        key, equals, text = word[2:].partition("=")
+        key, equals, text = argument[2:].partition("=")
         if not equals:
-            raise UserError(f"{word}: write it as --{key}=VALUE.")
+            raise UserError(f"{argument}: write it as --{key}=VALUE.")
         field = _field(cls, key, "the command line")
         values[field.name] = _parse(field, text)
-    config = cls(**values)
+    config = cls(**with_current_values(cls, values))
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()
     return config
 
 
+def with_current_values(cls, settings):
+    """`settings`, a dict, with the values that older versions wrote replaced by those of now."""
+    former = {field.name: field.metadata["former"] for field in dataclasses.fields(cls) if "former" in field.metadata}
+    return {key: former.get(key, {}).get(value, value) if key in former else value for key, value in settings.items()}
+
+
 def describe(cls):
-    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the README's table."""
+    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the documentation."""
     rows = []
     for field in dataclasses.fields(cls):
         kind, _ = _kind(field)
@@ -183,7 +219,7 @@ def describe(cls):
 
 
 def _run_config_file(cls, path):
-    """The settings that a config file assigns. Imports, functions and names with a leading underscore are its own."""
+    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     try:
         code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
     except OSError as error:
@@ -223,7 +259,7 @@ def _kind(field):
 
 
 def _parse(field, text):
-    """The value that a command-line word gives."""
+    """The value that a command-line argument gives."""
     kind, optional = _kind(field)
     if optional and text == "None":
         return None
@@ -238,7 +274,7 @@ def _parse(field, text):
 
 
 def _convert(field, value):
-    """The value that a config file gives; an int serves where a float is wanted."""
+    """The value that a config file gives; an int is accepted for a float."""
     kind, optional = _kind(field)
     if value is None and optional:
         return None
@@ -259,17 +295,17 @@ _LIMITS = {
 
 
 def _kind_of(choice):
-    """Itself; the same for "hf:DIR", which stands for every value that starts with "hf:" and goes on, and for those."""
+    """A choice as it is compared: "hf:DIR" and every value that starts with "hf:" and goes on are the same."""
     head, _, rest = choice.partition(":")
     return f"{head}:..." if rest else choice
 
 
 def _allowed(field):
     parts = []
-    for key, (_, words) in _LIMITS.items():
+    for key, (_, relation) in _LIMITS.items():
         if key in field.metadata:
             limit = field.metadata[key]
-            parts.append(f"{words} {', '.join(limit) if key == 'choices' else limit}")
+            parts.append(f"{relation} {', '.join(limit) if key == 'choices' else limit}")
     return ", ".join(parts)
 
 

@@ -1,37 +1,27 @@
-"""The ranks of a run, the devices they own, and the signals they get: one process, or as many as torchrun started.
+"""The ranks of a run and their devices: one process, or as many as torchrun started.
 
 with Distributed(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
 """
 
-import contextlib
 import datetime
 import os
-import secrets
-import signal
-import socket
-import sys
-import threading
-import time
-from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 
 from training.errors import RunError, UserError
-
-NOTICE_TIME = 5  # seconds in which a rank notices by itself that another died, if it can
-LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
+from training.monitor import NOTICE_TIME, RankMonitor
 
 
 class Distributed:
-    """rank, size, local_rank and device of this process; the collectives that a run needs, free for one process.
+    """rank, size, local_rank and device of this process, and the collectives that a run needs.
 
-    one_machine: whether all ranks are on it, as far as torchrun says.
+    one_machine: whether all ranks are on one machine.
 
-    Tensors go through `backend`; what the host has to say goes through a gloo group of its own (`_control`), so that
-    no rank waits for its GPU to hear it. A collective fails after `timeout` seconds.
-    Raises UserError when the device is not there.
+    Tensors go through `backend`. Host objects go through a gloo group (`_control`), so that no rank has to wait for its
+    GPU. A collective fails after `timeout` seconds. In one process the collectives cost nothing.
+    Raises UserError if the device does not exist.
     """
 
     def __init__(self, device="auto", backend="auto", timeout=600):
@@ -47,11 +37,11 @@ class Distributed:
         if self.distributed:
             if backend == "auto":
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-            own = self.device if backend == "nccl" else None
+            device_id = self.device if backend == "nccl" else None
             patience = datetime.timedelta(seconds=timeout)
             self._store, *_ = next(dist.rendezvous("env://", timeout=patience))
             dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=own, timeout=patience
+                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=device_id, timeout=patience
             )
             self._control = dist.new_group(backend="gloo", timeout=patience)
         self._rank_monitor = RankMonitor(self) if self.distributed and self.size > 1 else None
@@ -71,7 +61,7 @@ class Distributed:
         if device.type == "cuda":
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
-            if max(index, ranks - 1) >= count:  # seen on every rank of the machine, of which one says it
+            if max(index, ranks - 1) >= count:  # every rank of the machine notices, one prints it
                 wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
                 if device.index is not None:
                     wanted, remedy = "the first is number 0", "name another, or "
@@ -87,14 +77,14 @@ class Distributed:
     def __exit__(self, kind, *_):
         if self._rank_monitor:
             self._rank_monitor.close(well=kind is None)
-        if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a rank that died
+        if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a dead rank
             if kind is None:
-                dist.barrier(group=self._control)  # gloo aborts a rank that leaves while another still talks to it
+                dist.barrier(group=self._control)  # gloo aborts if a rank leaves while another still sends to it
             dist.destroy_process_group()
             self.distributed = False
 
     def mesh(self):
-        """All ranks in a row, over which `sharding` splits a model."""
+        """The device mesh of all ranks, over which `sharding` splits a model."""
         return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
 
     def sum(self, tensor):
@@ -111,7 +101,7 @@ class Distributed:
         return things
 
     def on_rank0(self, function):
-        """Call `function()` on rank 0 and give its result to all; a UserError there is raised on every rank."""
+        """Call `function()` on rank 0 and return its result on all ranks. All raise the UserError that it raises."""
         result = error = None
         if self.is_rank0:
             try:
@@ -127,7 +117,7 @@ class Distributed:
         return result
 
     def local_rank0_first(self, function):
-        """Call `function()` on one rank of each machine, then on the others; a UserError on any is raised on all."""
+        """Call `function()` on one rank of each machine, then on the others. All raise the first UserError of any."""
         result = error = None
         for first in (True, False):
             if (self.local_rank == 0) == first:
@@ -149,158 +139,63 @@ class Distributed:
         return vote.item() > 0
 
     def assert_same_on_all_ranks(self, facts):
-        """UserError that says what differs where the dicts `facts` are not the same on all ranks."""
-        ours = self.gather(facts)
-        for rank, theirs in enumerate(ours):
-            differing = [key for key in ours[0] if theirs.get(key) != ours[0][key]]
-            if differing:
-                what = ", ".join(f"{key} ({ours[0][key]!r} and {theirs.get(key)!r})" for key in differing)
+        """UserError that names the keys in which the dicts `facts` of two ranks differ."""
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, start=1):
+            if differing := [
+                f"{key} ({first[key]!r} and {other.get(key)!r})" for key in first if other.get(key) != first[key]
+            ]:
                 raise UserError(
-                    f"ranks 0 and {rank} were not started alike: they differ in {what}; make them the same."
+                    f"ranks 0 and {rank} were not started alike: they differ in {', '.join(differing)}; make them the "
+                    "same."
                 )
 
     def explain(self, error):
-        """The RunError for a collective that failed with `error`, naming the rank that died; None for other errors."""
+        """The RunError that names the rank whose death made a collective fail with `error`; None for other errors."""
         if self._rank_monitor:
             self._rank_monitor.leaving.set()
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
         if not self._rank_monitor or not (isinstance(error, dist.DistError) or of_gloo):
             return None
         if self._rank_monitor.broken.wait(NOTICE_TIME):
-            return RunError(self._rank_monitor.sentence())
+            return RunError(self._rank_monitor.message())
         return RunError(f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto.")
 
     def synchronize(self):
-        """Wait until the device has done all it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    @property
+    def device_name(self):
+        """The GPU's model, or "cpu" or "mps"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def rng_devices(self):
+        """The devices with a random generator of their own."""
+        return [self.device] if self.device.type == "cuda" else []
+
+    def rng_state(self):
+        return [torch.get_rng_state()] + [torch.cuda.get_rng_state(device) for device in self.rng_devices]
+
+    def set_rng_state(self, states):
+        """Set this rank's random state from those of all ranks. If their number has changed, seed by rank instead."""
+        if len(states) != self.size:
+            torch.manual_seed(torch.initial_seed() + self.rank)
+            return
+        state, *of_devices = states[self.rank]
+        torch.set_rng_state(state.cpu())
+        for device, state in zip(self.rng_devices, of_devices, strict=False):
+            torch.cuda.set_rng_state(state.cpu(), device)
+
     def share(self, count):
-        """The contiguous part of range(count) that belongs to this rank; the parts differ in length by one at most."""
+        """This rank's contiguous part of range(count). The parts of two ranks differ in length by one at most."""
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
-
-
-class RankMonitor:
-    """Tells every rank at once when another died. Without it the host waits for its GPU, NCCL for the dead until the
-    time-out, and then nobody can say who it was.
-
-    Rank 0 has a connection to each other rank; when a process ends, however it does, the system closes its own.
-    leaving: to be set when this rank has noticed by itself; if it does not, the lifeline ends it.
-    broken: set when a rank died, `dead`.
-    """
-
-    BYE = (2**32 - 1).to_bytes(4)
-
-    def __init__(self, world):
-        self.rank, self.dead, self.leaving, self.broken = world.rank, None, threading.Event(), threading.Event()
-        self._closed, patience = False, 60
-        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        server = socket.create_server(("", 0), backlog=world.size, **both) if world.is_rank0 else None
-        port, secret = world.gather((server and server.getsockname()[1], secrets.token_bytes(16)))[0]
-        self._ranks = {}  # connection: the rank at its other end
-        if server:
-            server.settimeout(patience)
-            while len(self._ranks) < world.size - 1:
-                connection, _ = server.accept()
-                connection.settimeout(5)  # one who says nothing must not hold up the others for long
-                word = b""
-                with contextlib.suppress(OSError):
-                    word = _read(connection, 20)
-                if word[:16] == secret:
-                    self._ranks[connection] = int.from_bytes(word[16:])
-                else:  # a port scanner, say
-                    connection.close()
-            server.close()
-        else:
-            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=patience)
-            connection.sendall(secret + self.rank.to_bytes(4))
-            self._ranks[connection] = 0
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
-        self._thread.start()
-
-    def sentence(self):
-        return f"rank {self.rank} ends, because rank {self.dead} died; restart with --init_from=auto."
-
-    def close(self, well):
-        """Stop watching. The others learn that this rank leaves: where all went well they are told that it did."""
-        self.leaving.set()
-        self._closed = True
-        if well:
-            self._say(self.BYE)
-        else:
-            for connection in list(self._ranks):
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def _say(self, word):
-        for connection in list(self._ranks):
-            with contextlib.suppress(OSError):
-                connection.sendall(word)
-
-    def _watch(self):
-        while not self._closed and self._ranks:
-            for connection in wait(list(self._ranks), 0.2):  # select.select() takes no file above 1023
-                try:
-                    word = _read(connection, 4)
-                except OSError:
-                    word = b""
-                rank = self._ranks.pop(connection)
-                if word != self.BYE and not self._closed:
-                    self._break(int.from_bytes(word) if word else rank)
-                    return
-
-    def _break(self, dead):
-        self.dead = dead
-        self.broken.set()
-        self._say(dead.to_bytes(4))  # rank 0 passes it on, for the others nobody is left to tell
-        if not self.leaving.wait(NOTICE_TIME):
-            print(f"error: {self.sentence()}", file=sys.stderr, flush=True)
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":  # what is being written may yet be finished
-                    thread.join(LEAVE_TIME)
-            os._exit(RunError.exit_code)
-        time.sleep(LEAVE_TIME)
-        os._exit(RunError.exit_code)
-
-
-class Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that the run can end well; a second one ends it at once.
-
-    Within a second of the first the second is taken for the same: torchrun passes on what the terminal sent already.
-    """
-
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self):
-        self.received, self._since, self._before = None, None, {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
-
-    def _note(self, number, frame):
-        now = time.monotonic()
-        if self.received is not None and now - self._since > 1:
-            os._exit(128 + number)
-        if self.received is None:
-            self.received, self._since = number, now
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: this step is finished and checkpointed; once more ends at once\n".encode())
-
-    def restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-
-def _read(connection, count):
-    """`count` bytes, or fewer where the other side has closed."""
-    word = b""
-    while len(word) < count and (more := connection.recv(count - len(word))):
-        word += more
-    return word
 
 
 def _first_line(error):

@@ -1,4 +1,4 @@
-"""How every script here tells a person what is wrong: one sentence on stderr and exit code 2, no traceback.
+"""How every script reports a mistake: one sentence on stderr and exit code 2, no traceback.
 
 if __name__ == "__main__":
     command(main)
@@ -16,20 +16,24 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that cannot go on, through no fault of its input; the message says what to do. Exit code 1."""
+    """A run that cannot go on although its input was right. The message says what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, as every script here does."""
+    """argparse's parser with UserErrors. It prints the description as written, and options cannot be abbreviated."""
+
+    def __init__(self, **settings):
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**defaults | settings)
 
     def error(self, message):
         raise UserError(f"{message} (--help explains).")
 
 
 def command(main):
-    """Run `main()`; on a `UserError` print its sentence (once a machine, not once a rank) and exit with its code."""
+    """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code."""
     try:
         main()
     except UserError as error:

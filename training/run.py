@@ -1,57 +1,54 @@
-"""One training run: ranks, data, model, mixed precision, evaluation, metrics and checkpoints, for any optimizer.
+"""A training run: ranks, data, model, evaluation, metrics and checkpoints, whatever the optimizer.
 
 with Run(config) as run:
-    optimizer = torch.optim.AdamW(run.parameter_groups(), lr=config.learning_rate)
-    run.attach(optimizer)
+    run.set_optimizer(make_optimizer)
     for step in run.steps():
         run.backward(run.train_batch(step))
-        run.clip_gradients()
-        run.apply(optimizer.step)
+        run.optimizer_step()
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
 import gc
 import math
 import os
 import statistics
 import sys
+import types
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, cross_entropy, peak_flops
-from training import data
+from model import GPT, GPTConfig
+from training import data, optimizers
 from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
-from training.curvature import hessian_vector_product
-from training.distributed import Distributed, Signals
+from training.config import with_current_values
+from training.distributed import Distributed
 from training.errors import RunError, UserError
+from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.fp8 import to_fp8
-from training.loss import LinearLoss, has_kernel
-from training.pretrained import load_optimizer_state, start_from
+from training.hf import load_optimizer_state, start_from
+from training.metrics import CONFIG, METRICS
+from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
-from training.tracking import CONFIG, METRICS, SHARED, Clock, Tracker, console_line, git_commit, source_hash
-
-PLAIN = 8  # a pass with plain attention, differentiated twice, takes so many times fewer sequences than another
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from training.step import DTYPES, Batches, TrainStep
+from training.tokenizer import identity as tokenizer_identity
+from training.tracking import SHARED, Clock, Tracker, console_line, git_state, source_hash
 
 
 class Run:
-    """Everything of a training run that does not depend on the optimizer. Use as a context manager.
+    """A training run, from its settings to its files. Use it as a context manager.
 
     tokens_per_step: labels in one optimizer step, all ranks together.
     step: the step at which the run starts, > 0 after a resume.
-    Raises UserError before anything is written where settings, data or out_dir do not allow the run.
+    optimizer: None before `set_optimizer`.
+    Raises UserError, before anything is written, if settings, data or out_dir do not allow the run.
     """
 
     def __init__(self, config):
         self.config = config
-        self._tracker = self._writer = self._ddp = None
-        self._prefetcher = data.Prefetcher()
+        self._tracker = self._writer = self._batches = self._train_step = None
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
         try:
@@ -73,23 +70,43 @@ class Run:
             )
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
-        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
+        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
-        self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
-        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
-        world.assert_same_on_all_ranks(hashes)
-
-        checkpoint, resume = None, config.init_from == "resume"
+        checkpoint, resume, differing = None, config.init_from == "resume", []
         if config.init_from != "scratch":
             checkpoint = world.local_rank0_first(
                 lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config)
             )
         if resume:
-            _check_state_fits(config, checkpoint)
+            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
+            differing = optimizers.state_differences(config, checkpoint)
+        self.corpus = None
+        try:
+            self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
+        except UserError:
+            if not resume or checkpoint["config"]["dataset"] == config.dataset:
+                raise
+            differing.append(("dataset", checkpoint["config"]["dataset"], config.dataset))
+        model_config = self._model_config(checkpoint, differing)
+        self.step = checkpoint["step"] if checkpoint else 0
+        if resume and self.step > config.max_iters and not config.eval_only:
+            raise UserError(
+                f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}; "
+                f"use at least --max_iters={self.step}."
+            )
+        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
+        world.assert_same_on_all_ranks(hashes)
+        self._hashes = hashes
+        self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
+        self._facts |= {"device_name": world.device_name, "world_size": world.size}
+        self._changed = self._changes(checkpoint) if resume else {}
+        self._history = list(checkpoint.get("history", [])) if resume else []
+        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
+
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        self.model = GPT(self._model_config(checkpoint))
+        self.model = GPT(model_config)
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
@@ -99,66 +116,84 @@ class Run:
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
-        if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
-            torch._dynamo.config.recompile_limit = 64
-        self._forward = _Loss(self.model, config.compile, config.fsdp)
-        self._product = _compiler(config.compile)(functools.partial(hessian_vector_product, self.model))
-        if world.distributed and not config.fsdp:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            # A graph cut at every bucket overlaps its exchange with the backward pass. Within a machine the cuts cost
-            # more than that hides: whole graphs were faster on two H200, with one pass a step and with eight.
-            torch._dynamo.config.optimize_ddp = not world.one_machine
-            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
-        self._autocast = torch.autocast(
-            world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
-        )
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+        self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
+        self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
+        self._train_step = TrainStep(config, self.model, world, self._clock)
+        if resume:
+            self._train_step.load_state_dict(checkpoint)
 
         self._resumed = checkpoint
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
-        self.step = checkpoint["step"] if checkpoint else 0
-        self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
-        counts = checkpoint["counts"] if resume else {"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
-        self._counts = {name: torch.tensor(count, device=world.device) for name, count in counts.items()}
+        remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
+        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
-        self._grad_norm = self._grad_scale = self._loss = None
-        self._compiled = set()
-        self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
-        self._logged = None  # (step, seconds) of the last line that knows them
-        self._peak_flops = peak_flops(_device_name(world.device), config.dtype)
+        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
+        self._logged = None  # (step, seconds) of the last line with both
+        self._peak_flops = peak_flops(world.device_name, config.dtype)
+        before = checkpoint.get("flops") if resume else None  # perhaps with other settings
+        self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
             if config.init_from != "resume":
                 for path in _run_files(config.out_dir):
                     path.unlink(missing_ok=True)
-            self._tracker = Tracker(
-                config, self._facts(hashes), self.step, checkpoint["wandb_id"] if checkpoint else None
-            )
+            self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
-            f"{config.batch_size} sequences x {config.block_size}; {config.dtype} on {_device_name(world.device)}"
+            f"{config.batch_size} sequences x {config.block_size}; {config.dtype} on {world.device_name}"
         )
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
         if resume:
-            defaults = {field.name: field.default for field in dataclasses.fields(config)}
-            before = defaults | checkpoint["config"]  # which may be of a time when there were fewer settings
-            now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
-            changed = [key for key in before if before[key] != now.get(key)]
-            self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
+            changed = ", ".join(self._changed) or "nothing"
+            self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
+            for text in self._effects(checkpoint["config"]):
+                self._say(f"  {text}")
 
-    def _facts(self, hashes):
-        """What config.json says of the run beside its settings."""
+    def _changes(self, checkpoint):
+        """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
+        config = self.config
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
+        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
+        changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
+        changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
+        for split in ("train", "val"):
+            if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
+                raise UserError(
+                    f"{split}.bin in {self.corpus.folder} is not the file that the checkpoint in {config.out_dir} was "
+                    "trained with (its SHA-256 differs); put that back, or give the new data a --dataset of their own."
+                )
+        return changed
+
+    def _effects(self, before):
+        """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
+        changed, config, step = self._changed, self.config, self.step
+        seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
+        if "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
+        if {"seed", "train_sha256"} & changed.keys():
+            yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        if {"eval_tokens", "val_sha256"} & changed.keys():
+            yield "val/loss is taken on other tokens than before; the search for the best one begins again"
+        if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
+            yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
+
+    def _record(self):
+        """What config.json holds beside the settings."""
+        commit, clean = git_state()
+        sizes = {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val)}
         return {
-            "git_commit": git_commit(),
-            "torch": torch.__version__,
-            "device_name": _device_name(self.world.device),
+            "git_commit": commit,
+            "clean": clean,
+            **self._facts,
             "shared_device": self._shared_device,
-            "world_size": self.world.size,
+            "history": self._history,
             "command": sys.argv,
-            "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
-            "tokenizer": self.corpus.tokenizer,
+            "data": sizes | self._hashes,
+            "tokenizer": tokenizer_identity(self.corpus.tokenizer),
             "model": {
                 **dataclasses.asdict(self.model.config),
                 "num_params": self.model.num_params(),
@@ -166,26 +201,35 @@ class Run:
             },
         }
 
-    def _model_config(self, checkpoint):
+    def _model_config(self, checkpoint, differing=()):
+        """The model's GPTConfig. UserError that names all settings with which the checkpoint does not go on.
+
+        differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
+        """
         names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
-        shape = {name: getattr(self.config, name) for name in names}
+        config = self.config
+        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
-        rows = rows if self.corpus.fits(rows) else self.corpus.model_vocab_size
+        rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
         try:
             wanted = GPTConfig(vocab_size=rows, **shape)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for name, value in (checkpoint["model_args"] if checkpoint else {}).items():
-            if name != "dropout" and getattr(wanted, name) != value:
-                remedy = (
-                    f"give --{name}={value}"
-                    if name in names
-                    else f"use the data it was trained on, not {self.corpus.folder}"
-                )
-                raise UserError(
-                    f"the checkpoint in {self.config.out_dir} has {name} = {value}, this run would have "
-                    f"{getattr(wanted, name)}; {remedy}, or name another --out_dir."
-                )
+        if not checkpoint:
+            return wanted
+        args, differing = checkpoint["model_args"], list(differing)
+        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
+        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
+        remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
+        remedy = [f"give {' '.join(remedies)}"] if remedies else []
+        origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
+        if self.corpus and not remedy:
+            self.corpus.check_tokenizer(checkpoint.get("tokenizer"), f"the checkpoint {origin}")
+        if self.corpus and args["vocab_size"] != rows:
+            remedy.append(f"use the data it was trained on, not {self.corpus.folder}")
+        if remedy:
+            raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, or name another --out_dir.")
         return wanted
 
     def __enter__(self):
@@ -193,14 +237,15 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         explained = self.world.explain(error)
-        self._prefetcher.close()
+        if self._batches:
+            self._batches.close()
         if self._writer:
             self._writer.wait()
         if self._tracker:
             self._tracker.close()
-        if not explained or self.world.backend == "gloo":
-            self._ddp = None
-            gc.collect()  # DDP's cycles must be gone before the process group is: gloo aborts now and then otherwise
+        if self._train_step and (not explained or self.world.backend == "gloo"):
+            self._train_step.close()
+            gc.collect()  # DDP's cycles have to go before the process group: gloo sometimes aborts otherwise
         self.world.__exit__(kind, error, traceback)
         self._signals.restore()
         if explained:
@@ -210,34 +255,57 @@ class Run:
         if self.world.is_rank0:
             print(text, flush=True)
 
-    # ----- the optimizer
+    # ----- one step: what a training script calls
+
+    @property
+    def optimizer(self):
+        return self._train_step.optimizer
+
+    def set_optimizer(self, make):
+        """Make `make(config, parameter groups, device)` the run's optimizer and return it, on a resume with its state.
+
+        Its learning rates follow the schedule, and checkpoints hold its state.
+        """
+        optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
+        if self.config.fsdp:
+            optimizer.register_load_state_dict_pre_hook(shard_state)
+        if self._resumed and self.config.init_from == "resume":
+            optimizers.load_state(optimizer, self._resumed["optimizer"])
+            if self._resumed["scaler"]:  # empty from a run in another dtype than float16
+                self._train_step.scaler.load_state_dict(self._resumed["scaler"])
+            self.world.set_rng_state(self._resumed["rng"])
+        elif self._resumed and self._resumed["optimizer"]:
+            load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
+        if self._resumed and self._resumed["optimizer"]:
+            labels = [self._resumed["config"].get(key) for key in ("total_bs", "block_size")]
+            if all(isinstance(n, int) for n in labels) and math.prod(labels) != self.tokens_per_step:
+                optimizers.rescale_curvature(optimizer, math.prod(labels) / self.tokens_per_step)
+        self._resumed = None
+        return optimizer
 
     def parameter_groups(self):
-        """The model's parameters as groups for an optimizer: `matrices` (decayed), `embeddings`, `vectors`.
-
-        A group's rate is `lr_scale` times that of the schedule, where it has one.
-        """
+        """The model's parameter groups. `lr_scale` of a group multiplies the schedule's learning rate."""
         config, groups = self.config, self.model.parameter_groups(self.config.weight_decay)
         for group in groups if config.embedding_lr else ():
             if group["name"] == "embeddings":
                 group["lr_scale"] = config.embedding_lr / config.learning_rate
         return groups
 
-    def attach(self, optimizer, statistics=dict):
-        """Make `optimizer` part of the run: its rate follows the schedule, its state is in checkpoints.
+    def train_batch(self, step):
+        """This rank's share of the step's batch, for `backward`."""
+        return self._batches.train(step)
 
-        `statistics()` gives more numbers to log, by metric name; it is called only where a line is logged.
-        """
-        self.optimizer, self._statistics = optimizer, statistics
-        if self.config.fsdp:
-            optimizer.register_load_state_dict_pre_hook(shard_state)
-        if self._resumed and self.config.init_from == "resume":
-            load_state(optimizer, self._resumed["optimizer"])
-            self._scaler.load_state_dict(self._resumed["scaler"])
-            _set_rng_state(self._resumed["rng"], self.world)
-        elif self._resumed and self._resumed["optimizer"]:
-            load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
-        self._resumed = None
+    def curvature_step(self, step):
+        """Renew the optimizer's curvature by an estimate on the first hess_bs sequences of the step's batch."""
+        self._train_step.curvature_step(self._batches, step)
+
+    def backward(self, batch):
+        """Leave in `.grad` the gradient of the mean loss over the batch of all ranks."""
+        self._train_step.backward(batch)
+
+    def optimizer_step(self):
+        """Clip the gradients, step unless they are not finite, and free them."""
+        self._train_step.optimizer_step()
 
     # ----- the loop
 
@@ -255,27 +323,27 @@ class Run:
                 self._finish_writing()
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
-            metrics = {"step": step, "tokens": step * self.tokens_per_step}
-            if step % config.eval_interval == 0 or step == config.max_iters or config.eval_only:
+            metrics = {}
+            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics["val/loss"] = self.evaluate()
+                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
                     improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
                     if step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step)
-            if step == config.max_iters or config.eval_only:
-                self._log(metrics | {"seconds": self._clock.seconds})
+            if step >= config.max_iters or config.eval_only:
+                self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
                 return
-            rate = learning_rate(step, config)
+            lr = learning_rate(step, config)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             yield step
             if step % config.log_interval == 0 or "val/loss" in metrics:
-                self._log(metrics | self._training_metrics(step))
+                self._log(step, metrics | self._training_metrics(step))
             step += 1
 
     def _finish_writing(self):
-        """Return when the last checkpoint is on disk; RunError on all ranks when it could not be written."""
+        """Wait until the last checkpoint is on disk; RunError on all ranks if it could not be written."""
 
         def finish():
             if self._writer:
@@ -288,216 +356,60 @@ class Run:
         except UserError as error:
             raise RunError(f"{error}; free space in {self.config.out_dir} and resume from the one before.") from None
 
-    def _pieces(self, count):
-        """This rank's places in a batch of `count` sequences, in equal pieces of at most batch_size; their weights.
+    # ----- evaluation, metrics, checkpoints
 
-        With these weights the mean over the ranks of the sums over the pieces is the mean over the batch.
-        """
-        share = self.world.share(count)
-        n = next(
-            n for n in range(1, len(share) + 1) if len(share) % n == 0 and len(share) // n <= self.config.batch_size
-        )
-        size = len(share) // n
-        return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size / count
+    def _flops(self, step):
+        """FLOPs of the steps before `step` with this run's settings, all ranks together."""
+        estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
+        return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
-    def _windows(self, step):
-        config = self.config
-        return data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
-
-    def _pinned(self, tensor):
-        """In memory from which the device copies while the host goes on; torch reuses it when the copy is done."""
-        return tensor.pin_memory() if self.world.device.type == "cuda" else tensor
-
-    def _to_device(self, tensor):
-        return tensor.to(self.world.device, non_blocking=True)
-
-    def train_batch(self, step, sequences=None):
-        """This rank's share of the step's batch, or its first `sequences`: (inputs, targets, weight), (B, T) each."""
-        return self._batch(step, sequences or self.config.total_bs, False)
-
-    def curvature_batch(self, step, sequences):
-        """This rank's share of the first `sequences` of the step's own batch: (inputs, uniforms, weight), (B, T) each.
-
-        The uniforms draw the labels of `sophia.sampled_label_loss`; they belong to the sequence, whatever rank has it.
-        """
-        return self._batch(step, sequences, True)
-
-    def _batch(self, *request):
-        batch = self._prefetcher.get(self._prepare, *request)
-        return [(self._to_device(inputs), self._to_device(labels), weight) for inputs, labels, weight in batch]
-
-    def _prepare(self, step, sequences, curvature):
-        """A batch on the host. It runs in the prefetcher's thread: it reads the run and changes nothing."""
-        config = self.config
-        self.corpus.check_whole()
-        starts = self._windows(step)
-        pieces, weight = self._pieces(sequences)
-        batch = []
-        for piece in pieces:
-            inputs, labels = data.take_windows(self.corpus.train, starts[piece], config.block_size)
-            if curvature:
-                labels = data.label_uniforms(config.seed, step, piece, config.block_size)
-            batch.append((self._cut(step, inputs), self._cut(step, labels), weight))
-        return batch
-
-    def _cut(self, step, windows):
-        """(B, block_size) -> (B * block_size / T, T), T the sequence length of the step."""
-        return self._pinned(torch.from_numpy(windows.reshape(-1, sequence_length(step, self.config))))
-
-    def backward(self, batch, loss=cross_entropy):
-        """Leave in `.grad` the gradient of the mean of `loss(logits, targets)` over the batch of all ranks.
-
-        The ranks sync once, in the last piece. Under fp16 the gradient is computed scaled and left unscaled.
-        """
-        if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
-            self._compile(batch[0], loss)
-        self._loss, self._grad_norm, self._grad_scale = torch.zeros((), device=self.world.device), None, None
-        for i, (inputs, targets, weight) in enumerate(batch):
-            with self._sync(last=i + 1 == len(batch)):
-                value = self._piece_loss(inputs, targets, loss) * weight
-                finite = value.detach() - value.detach() + 1  # 1, or NaN: then so are the gradients, on all ranks
-                self._scaler.scale(value * finite).backward()
-            self._loss += value.detach()
-        if self._scaler.is_enabled():
-            self._scaler.unscale_(self.optimizer)
-            self._scaler.update()
-
-    def hessian_vector_product(self, batch, parameters, vectors):
-        """[H @ vectors by each of `parameters`], H the Hessian of the mean loss over the batch of all ranks.
-
-        H is that by these parameters alone. A piece is taken in parts, because of what plain attention keeps.
-        """
-        names = {p: name for name, p in self.model.named_parameters()}
-        vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
-        totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
-        for inputs, targets, weight in batch:
-            n = next(n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0 and self._fits(len(inputs) // n))
-            for part in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-                products = self._part_product(*part, vectors)
-                torch._foreach_add_(list(totals.values()), [products[k] for k in totals], alpha=weight / n)
-        products = [self.world.sum(total).div_(self.world.size) for total in totals.values()]
-        self._grad_norm = torch.nn.utils.get_total_norm(products, foreach=True)  # what `apply` then looks at
-        self._grad_scale = None
-        return products
-
-    def _fits(self, sequences):
-        return sequences * PLAIN <= max(self.config.batch_size, PLAIN)
-
-    def _part_product(self, inputs, targets, vectors):
-        if self.config.compile and ("product", inputs.shape) not in self._compiled:
-            self._compiled.add(("product", inputs.shape))
-            with self._clock.paused(), torch.random.fork_rng(devices=_rng_devices(self.world.device)):
-                self._part_product(inputs, targets, vectors)
-        checkpointing, self.model.activation_checkpointing = self.model.activation_checkpointing, False
-        with self._autocast:
-            products = self._product(inputs, targets, vectors)
-        self.model.activation_checkpointing = checkpointing  # torch's cannot be differentiated forward
-        return products
-
-    def _sync(self, last):
-        """The ranks exchange gradients in the backward pass of the last piece only."""
-        if self.config.fsdp:
-            self.model.set_requires_gradient_sync(last)
-        return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
-
-    def _piece_loss(self, inputs, targets, loss):
-        with self._autocast:
-            return (self._ddp or self._forward)(inputs, targets, loss)
-
-    def _compile(self, piece, loss):
-        """Compile the graphs of `loss` by a pass that leaves nothing behind, outside of the training time."""
-        inputs, targets, _ = piece
-        devices = _rng_devices(self.world.device)
-        last = self.config.fsdp  # what FSDP has not exchanged it keeps, where zero_grad does not reach it
-        with self._clock.paused(), torch.random.fork_rng(devices=devices), self._sync(last):
-            self._piece_loss(inputs, targets, loss).backward()
-            self.optimizer.zero_grad(set_to_none=True)
-        self._compiled.add((loss, inputs.shape))
-
-    def _gradients(self):
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def _measure_gradients(self):
-        if self._grad_norm is None:
-            self._grad_norm = total_norm(self._gradients(), self.world)
-        return self._grad_norm
-
-    def clip_gradients(self):
-        """Scale the gradients down to a global norm of at most `grad_clip`: in the optimizer's step, if it can."""
-        norm, limit = self._measure_gradients(), self.config.grad_clip
-        if not limit:
-            return
-        self._counts["clipped"] += norm > limit
-        if self._scales_gradients():
-            self._grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
-        else:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-
-    def _scales_gradients(self):
-        """Whether the optimizer knows the protocol of torch's GradScaler: `grad_scale` and `found_inf`."""
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
-
-    def apply(self, method, **arguments):
-        """Call a method of the optimizer (`step`, `update_hessian`) on the gradients, then free them.
-
-        Where the gradients, or the Hessian-vector products, are not finite the call has no effect, on all ranks alike.
-        An optimizer that knows torch's `found_inf` protocol is told so on the device; for others the host has to look.
-        """
-        found_inf = (~torch.isfinite(self._measure_gradients())).float()
-        self._counts["skipped"] += found_inf
-        self._counts["skipped_in_a_row"] += 1
-        self._counts["skipped_in_a_row"] *= found_inf
-        if self._scales_gradients():
-            optimizers = list(getattr(self.optimizer, "parts", {"": self.optimizer}).values())
-            for optimizer in optimizers:
-                optimizer.grad_scale, optimizer.found_inf = self._grad_scale, found_inf
-            method(**arguments)
-            for optimizer in optimizers:
-                del optimizer.grad_scale, optimizer.found_inf
-        elif not found_inf.item():
-            method(**arguments)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    # ----- what it reports
+    def evaluate(self):
+        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        self.world.local_rank0_first(self.corpus.check_unchanged)
+        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
+        return sum(share * loss for _, share, loss in losses)
 
     @torch.no_grad()
-    def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin, nats a token; every rank does its part."""
+    def _evaluate(self, tokens):
+        """The loss on one corpus. The ranks share its windows."""
         config, world = self.config, self.world
-        world.local_rank0_first(self.corpus.check_unchanged)
-        windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
+        windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
-        for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp all take part in each pass
-            piece = starts[first : first + config.batch_size]
-            inputs, targets = data.take_windows(self.corpus.val, piece, config.block_size)
-            missing = config.batch_size - len(piece)  # fill up: another shape would be compiled anew
+        for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp each pass needs all
+            places = starts[first : first + config.batch_size]
+            inputs, targets = data.take_windows(tokens, places, config.block_size)
+            missing = config.batch_size - len(places)  # filled up: another shape would be compiled anew
             inputs, targets = (
                 torch.nn.functional.pad(torch.from_numpy(array), (0, 0, 0, missing), value=fill)
                 for array, fill in ((inputs, 0), (targets, -1))
             )
-            with self._autocast:
-                loss = self._forward(*(self._to_device(self._pinned(tensor)) for tensor in (inputs, targets)))
-            if len(piece):
-                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(piece) * config.block_size)
+            batches = self._batches
+            loss = self._train_step.evaluation_loss(
+                *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
+            )
+            if len(places):
+                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
         self.model.train()
-        loss, tokens = world.sum(total).tolist()
-        return loss / tokens
+        loss, count = world.sum(total).tolist()
+        return loss / count
 
     def _training_metrics(self, step):
-        """The numbers of the step just done; one wait for the device, on all ranks."""
-        config, world = self.config, self.world
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        """The metrics of the step just done. All ranks call it and wait once for their device."""
+        config, world, done = self.config, self.world, self._train_step
         numbers = {
-            "train/loss": world.sum(self._loss.clone()) / world.size,
-            "grad_norm": self._grad_norm,
-            "train/clip_rate": self._counts["clipped"] / (step + 1),
-            "train/skipped": self._counts["skipped"],
-            "skipped_in_a_row": self._counts["skipped_in_a_row"],
-            "param_norm": total_norm(parameters, world),
+            "train/loss": world.sum(done.loss.clone()) / world.size,
+            "grad_norm": done.grad_norm,
+            "train/clip_rate": done.counts["clipped"] / (step + 1),
+            "train/skipped": done.counts["skipped"],
+            "skipped_in_a_row": done.counts["skipped_in_a_row"],
+            **{f"curvature/{name}": number for name, number in done.curvature.items()},
+            "curvature/skipped": done.counts["curvature_skipped"],
+            "curvature_skipped_in_a_row": done.counts["curvature_skipped_in_a_row"],
+            "param_norm": total_norm(done.parameters, world),
         }
         states = self.optimizer.state.values()
         momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
@@ -505,16 +417,22 @@ class Run:
             numbers["momentum_norm"] = total_norm(momenta, world)
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
-        metrics = dict(zip(numbers, values, strict=True)) | self._statistics()
-        if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+        metrics = dict(zip(numbers, values, strict=True)) | optimizers.statistics(config, self.optimizer)
+        in_a_row = {"updates": metrics.pop("skipped_in_a_row")}
+        in_a_row["curvature estimates"] = metrics.pop("curvature_skipped_in_a_row")
+        if not optimizers.OPTIMIZERS[config.optimizer_name].estimate:
+            del metrics["curvature/skipped"]
+        for what, count in in_a_row.items():
+            if count < config.max_skipped:
+                continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
-                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
+                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
                 f"in {config.out_dir}, with a lower --learning_rate."
             )
-        if self._recent_losses:
-            metrics["train/spike"] = metrics["train/loss"] / statistics.median(self._recent_losses)
+        if self._recent_losses and (median := statistics.median(self._recent_losses)):
+            metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):
             self._recent_losses.append(metrics["train/loss"])
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds}
@@ -529,29 +447,43 @@ class Run:
         self._logged = (step, seconds)
         return metrics
 
-    def _log(self, metrics):
+    def _log(self, step, metrics):
         if self.world.is_rank0:
+            flops = float(self._flops_before + self._flops(step))
+            sequences = self._batches.sequences_before(step)
+            metrics = {
+                "step": step,
+                "tokens": sequences * self.config.block_size,
+                "sequences": sequences,
+                **self.corpus.epochs(sequences, self.config.block_size),
+                "flops": flops,
+                **metrics,
+            }
             if self._tracker:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
     def _save(self, step):
-        """Checkpoint before `step`, that is after `step` updates. All ranks call it, rank 0 writes."""
-        rng = self.world.gather(_rng_state(self.world))
+        """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
+        rng = self.world.gather(self.world.rng_state())
         if not self.world.is_rank0 and not self.config.fsdp:
             return
         checkpoint = {
-            "model": self.model.state_dict(keep_vars=True),  # so that the tied matrix is one object
+            "model": self.model.state_dict(keep_vars=True),  # keeps the tied matrix one object
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._train_step.scaler.state_dict(),
             "step": step,
+            "sequences_seen": self._batches.sequences_before(step),
+            "history": self._history,
+            "facts": self._facts | self._hashes,
             "model_args": dataclasses.asdict(self.model.config),
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
-            "counts": {name: count.item() for name, count in self._counts.items()},
+            **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
+            "flops": self._flops_before + self._flops(step),
             "shared_device": self._shared_device,
             "rng": rng,
             "wandb_id": self._tracker and self._tracker.wandb_id,
@@ -559,52 +491,7 @@ class Run:
         if self._writer:
             self._writer.save(checkpoint)
         else:
-            copy_to_host(checkpoint, keep=False)  # this rank's part of what rank 0 gathers
-
-
-def load_state(optimizer, state):
-    """The optimizer's state from a checkpoint. Its settings (betas, weight decay, ...) stay those of this run.
-
-    State are also the groups' "params" and, where an optimizer counts its steps there, "step".
-    """
-    if parts := getattr(optimizer, "parts", None):
-        for name, part in parts.items():
-            load_state(part, state[name])
-        return
-    groups = []
-    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        groups.append({**own, **{key: saved[key] for key in ("params", "step") if key in saved}})
-    optimizer.load_state_dict({**state, "param_groups": groups})
-
-
-def _compiler(compiled):
-    return functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
-
-
-class _Loss(torch.nn.Module):
-    """The model's loss without its logits, which with their gradient take 12 GiB at 124M x 64. Compiled or not.
-
-    Where a gradient is wanted `LinearLoss` gives it; without, or where the model is sharded and has to gather its
-    parameters itself, block by block, the model does all.
-    """
-
-    def __init__(self, model, compiled, sharded):
-        super().__init__()
-        self.model, self._sharded = model, sharded
-        compiled = _compiler(compiled)
-        self._hidden = compiled(model.hidden)
-        self._whole = compiled(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
-        self._compiled_loss = functools.cache(lambda loss: compiled(loss))
-
-    def forward(self, inputs, targets, loss=cross_entropy):
-        if self._sharded:
-            return self.model(inputs, targets, self._compiled_loss(loss))[1]
-        if not torch.is_grad_enabled():
-            return self._whole(inputs, targets, loss)
-        hidden = self._hidden(inputs).flatten(0, 1)
-        if loss is not cross_entropy and not has_kernel(loss, hidden.device):
-            loss = self._compiled_loss(loss)
-        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
+            copy_to_host(checkpoint, keep=False)  # rank 0 gathers this rank's shards
 
 
 def _resolve_dtype(dtype, device):
@@ -619,8 +506,16 @@ def _resolve_dtype(dtype, device):
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+def _sequences_seen(config, checkpoint):
+    """Sequences of the stream that a run with this checkpoint has read. Older ones do not say it."""
+    if not checkpoint:
+        return 0
+    before = checkpoint["config"].get("total_bs", config.total_bs) if config.init_from == "resume" else config.total_bs
+    return checkpoint.get("sequences_seen", checkpoint["step"] * before)
+
+
 def _accumulation(config, ranks):
-    """gradient_accumulation_steps, derived from total_bs, or checked against it where it was given."""
+    """gradient_accumulation_steps: derived from total_bs or, if it was given, checked against it."""
     once = config.batch_size * ranks
     steps, rest = divmod(config.total_bs, once)
     given = config.gradient_accumulation_steps
@@ -645,13 +540,13 @@ def _accumulation(config, ranks):
 
 
 def _run_files(out_dir):
-    """The files that a run has left in `out_dir`."""
+    """The files of an earlier run in `out_dir`."""
     named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, METRICS, CONFIG)]
     return [path for path in named if path.exists()] + kept_checkpoints(out_dir)
 
 
 def _check_out_dir(config):
-    """What init_from comes to where it is "auto"; UserError where out_dir holds another run or cannot be written."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run or cannot be written."""
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
@@ -673,47 +568,3 @@ def _check_out_dir(config):
             f"out_dir = {config.out_dir!r} cannot be written ({error.strerror}); name another one."
         ) from None
     return init_from
-
-
-def _check_state_fits(config, checkpoint):
-    """UserError where the optimizer's state in the checkpoint is not that of this run's optimizer."""
-    before, step = checkpoint["config"], checkpoint["step"]
-
-    def adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
-        return 0 < start >= step
-
-    pairs = {
-        "optimizer_name": (before["optimizer_name"], config.optimizer_name),
-        "adamw_for": (before.get("adamw_for", "none"), getattr(config, "adamw_for", "none")),
-        "eigenbasis": (before.get("eigenbasis", False), getattr(config, "eigenbasis", False)),
-        "sophia_start_iter": (before.get("sophia_start_iter", 0), getattr(config, "sophia_start_iter", 0)),
-    }
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours and (name != "sophia_start_iter" or adamws(theirs) != adamws(ours)):
-            raise UserError(
-                f"the checkpoint in {config.out_dir} is of {name} = {theirs}, this is {ours}, whose optimizer wants "
-                f"another state at step {step}; resume with the former, or name another --out_dir."
-            )
-
-
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _rng_devices(device):
-    return [device] if device.type == "cuda" else []
-
-
-def _rng_state(world):
-    return [torch.get_rng_state()] + [torch.cuda.get_rng_state(device) for device in _rng_devices(world.device)]
-
-
-def _set_rng_state(states, world):
-    """Each rank's own random state; with another number of ranks than before, a fresh one."""
-    if len(states) != world.size:
-        torch.manual_seed(torch.initial_seed() + world.rank)
-        return
-    own = states[world.rank]
-    torch.set_rng_state(own[0].cpu())
-    for device, state in zip(_rng_devices(world.device), own[1:], strict=False):
-        torch.cuda.set_rng_state(state.cpu(), device)

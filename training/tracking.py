@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl and config.json in out_dir, a line on the screen, and wandb on request.
+"""The records of a run: metrics.jsonl and config.json in out_dir, a line on the screen, and wandb on request.
 
 tracker = Tracker(config, facts={"git_commit": ...}, start_step=0)
 tracker.log({"step": 0, "train/loss": 10.8, ...})
@@ -15,12 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a run, a run, a sweep
-SHARED = "SHARED_DEVICE"  # in the environment of a run that others keep company on its device: its times say nothing
+from training.metrics import CONFIG, METRICS, read_metrics
+
+SHARED = "SHARED_DEVICE"  # set in the environment of a run that shares its device: its times are not compared
 
 
 class Clock:
-    """Seconds of training: runs but where it is paused, and waits for the device before it starts or stops."""
+    """Seconds of training. It waits for the device before it starts and before it pauses."""
 
     def __init__(self, synchronize, seconds=0.0):
         self._synchronize, self._seconds, self._since = synchronize, seconds, None
@@ -31,7 +32,7 @@ class Clock:
 
     @property
     def seconds(self):
-        """Up to now, without waiting for the device: exact after something else did."""
+        """Seconds up to now. It does not wait for the device, so it is exact only after something else did."""
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     @contextlib.contextmanager
@@ -43,7 +44,7 @@ class Clock:
 
 
 class Tracker:
-    """Writes metrics of rank 0; the lines of steps from `start_step` on are cut first, so that no step stands twice."""
+    """Write the metrics of rank 0. Lines of `start_step` and later are cut first, so that no step is there twice."""
 
     def __init__(self, config, facts, start_step=0, wandb_id=None):
         self.out_dir = Path(config.out_dir)
@@ -59,7 +60,7 @@ class Tracker:
         return self._wandb.id if self._wandb else None
 
     def log(self, metrics):
-        """Append one line; a number that is not finite becomes null, which JSON can hold."""
+        """Append one line. JSON has no NaN and no infinity: they become null."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._lines.append(json.dumps(finite))
         if self._wandb:
@@ -72,7 +73,7 @@ class Tracker:
 
 
 class Lines:
-    """A file that whole lines are appended to. What a full disk does not take is kept and tried again with the next."""
+    """A file that complete lines are appended to. Lines that a full disk refuses are written with the next line."""
 
     def __init__(self, path):
         self.path, self._file, self._end = path, open(path, "ab", buffering=0), path.stat().st_size
@@ -94,7 +95,7 @@ class Lines:
             while written < len(data):
                 written += self._file.write(data[written:])
         except OSError:
-            os.ftruncate(self._file.fileno(), self._end)  # no half lines
+            os.ftruncate(self._file.fileno(), self._end)  # no part of a line
             raise
         self._end, self._waiting = self._end + len(data), []
 
@@ -107,12 +108,12 @@ class Lines:
 
 
 class Wandb:
-    """Weights & Biases, of which nothing may stop or slow a run: what fails there is a warning, and training goes on.
+    """Weights & Biases. A failure there is a warning: it neither stops nor slows training.
 
-    id: the run's, to go on under it after a resume; None where wandb could not be started.
+    id: of the wandb run, so that a resumed run continues it; None if wandb could not be started.
     """
 
-    PATIENCE = 60  # seconds for its start, and at the end for what is still to be sent
+    PATIENCE = 60  # seconds that the start may take, and at the end the sending of what is left
 
     def __init__(self, config, facts, run_id):
         self._max_iters = config.max_iters
@@ -127,7 +128,7 @@ class Wandb:
             "settings": {"init_timeout": self.PATIENCE},
         }
         self.run = self._try("offline", lambda wandb: wandb.init(**settings))
-        if self.run is None:  # no network, no account: `wandb sync` takes what it then writes to the disk
+        if self.run is None:  # no network or no account: it writes to the disk, and `wandb sync` sends that later
             self.run = self._try("without wandb", lambda wandb: wandb.init(**settings, mode="offline"))
         self.id = self.run.id if self.run else run_id
 
@@ -137,7 +138,9 @@ class Wandb:
 
             return action(wandb)
         except Exception as error:
-            print(f"warning: training goes on {otherwise}: wandb said {type(error).__name__}: {error}", file=sys.stderr)
+            print(
+                f"warning: training goes on {otherwise}: wandb raised {type(error).__name__}: {error}", file=sys.stderr
+            )
             return None
 
     def log(self, metrics):
@@ -161,55 +164,33 @@ class Wandb:
                 print("warning: wandb has not sent everything; `wandb sync` in out_dir does it later.", file=sys.stderr)
 
 
-def read_metrics(path, about=None):
-    """The lines of a metrics.jsonl as dicts; a last line that was cut off in mid-write is left out.
-
-    With `about`, of a longer file only so many lines, evenly spread over it, and all that hold a val/loss.
-    """
-    text = Path(path).read_bytes()
-    lines = []
-    for part in text.splitlines() if about is None else _thinned(text, about):
-        with contextlib.suppress(ValueError):
-            line = json.loads(part)
-            if isinstance(line, dict) and type(line.get("step")) is int:
-                lines.append(line)
-    return lines
+def write_atomically(path, content):
+    """Write `content`, text or bytes, to `path`: a reader sees the old file or the new one, never a part of it."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _thinned(text, about):
-    """Found by their bytes: only the lines that are wanted are cut out, and later parsed."""
-    places, key = list(range(0, len(text), max(1, len(text) // about))), b'"val/loss"'
-    at = text.find(key)
-    while at >= 0:
-        places.append(at)
-        at = text.find(key, at + len(key))
-    for start in sorted({text.rfind(b"\n", 0, at) + 1 for at in places}):
-        end = text.find(b"\n", start)
-        yield text[start : end if end >= 0 else len(text)]
+def git_state():
+    """(commit, whether the checked-out files are as committed) of the code that runs; (None, None) outside git."""
 
-
-def write_atomically(path, text):
-    """The file at `path` is the old one or, all of it, the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def git_commit():
-    """The commit of the code that runs, "-dirty" where files differ from it; None outside a git checkout."""
-
-    def git(*words):
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return None, None
 
 
 def source_hash():
-    """SHA-256 over the code that runs: the scripts and training/."""
+    """SHA-256 of the code that runs: the scripts and training/."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *root.glob("training/*.py")]):
@@ -218,19 +199,19 @@ def source_hash():
 
 
 def console_line(metrics, max_iters, tokens_per_step):
-    """One line for a person, e.g. 'step 100/2000  train/loss 2.31  lr 1.0e-03  12.3k tok/s  left 0:03:10'."""
-    words = [f"step {metrics['step']:>{len(str(max_iters))}}/{max_iters}"]
+    """One line of the screen, e.g. 'step 100/2000  train/loss 2.31  lr 1.0e-03  12.3k tok/s  left 0:03:10'."""
+    parts = [f"step {metrics['step']:>{len(str(max_iters))}}/{max_iters}"]
     if "val/loss" in metrics:
-        words.append(f"val/loss {metrics['val/loss']:.4f}")
+        parts.append(f"val/loss {metrics['val/loss']:.4f}")
     if "train/loss" in metrics:
-        words.append(f"train/loss {metrics['train/loss']:.4f}")
-        words.append(f"lr {metrics['lr']:.2e}  grad_norm {metrics['grad_norm']:.2f}")
+        parts.append(f"train/loss {metrics['train/loss']:.4f}")
+        parts.append(f"lr {metrics['lr']:.2e}  grad_norm {metrics['grad_norm']:.2f}")
     if "train/win_rate" in metrics:
-        words.append(f"win_rate {metrics['train/win_rate']:.2f}")
+        parts.append(f"win_rate {metrics['train/win_rate']:.2f}")
     if "tokens_per_second" in metrics:
         left = (max_iters - metrics["step"]) * tokens_per_step / metrics["tokens_per_second"]
-        words.append(f"{metrics['tokens_per_second'] / 1e3:.1f}k tok/s")
+        parts.append(f"{metrics['tokens_per_second'] / 1e3:.1f}k tok/s")
         if "mfu" in metrics:
-            words.append(f"mfu {100 * metrics['mfu']:.1f}%")
-        words.append(f"left {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
-    return "  ".join(words)
+            parts.append(f"mfu {100 * metrics['mfu']:.1f}%")
+        parts.append(f"left {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
+    return "  ".join(parts)

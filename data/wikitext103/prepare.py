@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tqdm import tqdm
-
 from data import corpus, sources
 from training.errors import command
 
@@ -27,6 +25,7 @@ def articles(texts):
     """Yield the articles that `texts` (lines, whole files) are parts of; a text before any title is one by itself."""
     article, previous = [], ""
     for text in texts:
+        text = text if isinstance(text, str) else "".join(text)
         if not article and not TITLE.search(text):
             yield text
             continue
@@ -43,31 +42,14 @@ def articles(texts):
 def from_hub():
     dataset = sources.load_from_hub(NAME, CONFIG)
     for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
-        rows = (row["text"] for row in tqdm(part, desc=split, disable=None))
-        yield from ((split, article) for article in articles(rows))
-
-
-def from_files(files, args):
-    train = [path for path in files if "train" in path.name.lower()]
-    val = [path for path in files if "valid" in path.name.lower() and path not in train]
-    if not train or not val:
-        yield from sources.split_by_hash(articles(sources.read_documents(files, args.field)), args.val_fraction)
-        return
-    for split, paths in (("train", train), ("val", val)):
-        yield from ((split, article) for article in articles(sources.read_documents(paths, args.field)))
+        yield from ((split, article) for article in articles(sources.texts_of(part, split)))
 
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
     sources.add_arguments(parser, val_fraction=0.005, required=False)
-    args = parser.parse_args()
-    if args.source:
-        files = [path for path in sources.find_files(args.source) if "test" not in path.name.lower()]
-        source, documents = sources.describe("WikiText-103", args, files), from_files(files, args)
-    else:
-        source, documents = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub()
-    if not corpus.is_prepared(args, source):
-        corpus.write(args, documents, "gpt2", source)
+    hub = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub
+    sources.prepare(parser.parse_args(), "WikiText-103", hub, articles, by_name=True)
 
 
 if __name__ == "__main__":

@@ -289,11 +289,17 @@ def test_kinds_and_compressions_read_the_same(tmp_path):
 
 
 def test_files_are_taken_in_sorted_order_and_once(tmp_path):
-    for name in ("b/1.txt", "a/2.txt", "a/10.txt", "c.jsonl", "README.md", "a/x.json"):
+    names = ["b/1.txt", "a/10.TXT", "a/2.Csv.GZ", "c.jsonl", "a/x.json", "README.md", "meta.json", "train.bin", "e.py"]
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     found = sources.find_files([tmp_path / "b", tmp_path, tmp_path / "c.jsonl"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/1.txt", "a/10.txt", "a/2.txt", "c.jsonl"]
+    names = [str(path.relative_to(tmp_path)) for path in found]
+    assert names == ["b/1.txt", "README.md", "a/10.TXT", "a/2.Csv.GZ", "a/x.json", "c.jsonl"], "a corpus is no source"
+    by_pattern = sources.find_files([tmp_path / "**/*.[tT]*", tmp_path / "a/x.json"])
+    assert [path.name for path in by_pattern] == ["10.TXT", "1.txt", "x.json"]
+    with pytest.raises(UserError, match=r"nothing\*\.txt: no such file"):
+        sources.find_files([tmp_path / "nothing*.txt"])
 
 
 def cut_short(content):

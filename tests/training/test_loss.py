@@ -6,7 +6,8 @@ import torch
 from model import cross_entropy
 from sophia import sample_labels
 from training import loss as module
-from training.loss import LinearLoss, fused_cross_entropy, label_loss, loss_and_gradient
+from training.curvature import label_loss
+from training.loss import LinearLoss, fused_cross_entropy, loss_and_gradient
 
 
 def case(rows=37, width=16, classes=203, dtype=torch.float64, device="cpu"):

@@ -11,7 +11,7 @@ import pytest
 import train_adam
 from tests.conftest import read_lines
 from train_adam import AdamConfig
-from training.tracking import Clock, Tracker, console_line, git_commit, read_metrics
+from training.tracking import Clock, Tracker, console_line, git_state, write_atomically
 
 
 def test_no_step_stands_twice(tmp_path):
@@ -22,11 +22,6 @@ def test_no_step_stands_twice(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 0, "a": 0.1}', '{"step": 5}', '{"step": 10, "val/loss": null}']
     assert json.loads((tmp_path / "config.json").read_text())["config"]["total_bs"] == 480
-
-
-def test_lines_that_are_not_metrics_are_passed_over(tmp_path):
-    (tmp_path / "m").write_text('[1]\n{"step": "x"}\n{"no": 1}\nnoise\n\n{"step": 3}\n')
-    assert read_metrics(tmp_path / "m") == [{"step": 3}]
 
 
 def test_the_clock_counts_training_only():
@@ -53,9 +48,24 @@ def test_console_line():
     )
 
 
-def test_git_commit_is_this_checkouts():
-    commit = git_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+def test_git_state_is_this_checkouts():
+    commit, clean = git_state()
+    assert (commit is None and clean is None) or (len(commit) == 40 and clean in (True, False))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    write_atomically(str(path), b"new\xff")
+    assert path.read_bytes() == b"new\xff"
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, "newest")
+    assert path.read_bytes() == b"new\xff" and list(tmp_path.iterdir()) == [path]
 
 
 def test_without_wandb_training_goes_on(tiny, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Training from weights of elsewhere: an imported run goes on as if it had stayed at home; bad files are refused."""
+"""Weights from and to elsewhere: against Hugging Face's logits; an imported run goes on as it would have; bad files."""
 
 import dataclasses
 import json
@@ -12,11 +12,12 @@ import train_sophiag
 from model import GPT, GPTConfig
 from sophia import SophiaG
 from tests.conftest import ROOT, read_lines, tiny_words, write_corpus
+from tests.test_model import randomize, small_gpt, tokens
 from training import data
 from training.checkpoint import read_checkpoint
 from training.config import load_config
 from training.errors import command
-from training.pretrained import load_model, load_pretrained
+from training.hf import from_hf, from_pretrained, load_model, load_pretrained, to_hf
 
 SHAPE = dict(n_layer=1, n_head=4, n_embd=24, block_size=16, vocab_size=64)  # not the one of tiny_words
 STEPS = 5  # that the other code has done
@@ -54,7 +55,7 @@ def foreign(path, corpus, make_optimizer, groups, official, bias=True, **extra):
                 "model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": STEPS,
                 "best_val_loss": torch.tensor(4.0), "config": {"learning_rate": 0.5, "compile": True}, **extra,
             }, path)  # fmt: skip
-        starts = data.window_starts(6000, 1337, step, 24, 16)
+        starts = data.window_starts(6000, 1337, 24 * step, 24, 16)
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus_tokens(corpus), starts, 16))
         loss = model(inputs, targets)[1]
         optimizer.zero_grad()
@@ -121,9 +122,9 @@ def test_another_optimizer_takes_the_weights_alone(corpus, tmp_path, capsys):
 
 
 def test_a_smaller_block_size_forgets_positions_and_their_state(corpus, tmp_path):
-    path, words = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
+    path, argv = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
-    train_adam.main([*words, *SAME, f"--init_from=import:{path}", "--block_size=8"])
+    train_adam.main([*argv, *SAME, f"--init_from=import:{path}", "--block_size=8"])
     checkpoint = read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert checkpoint["model"]["transformer.wpe.weight"].shape == (8, 24)
     assert checkpoint["model_args"]["block_size"] == 8
@@ -142,6 +143,135 @@ def test_imported_weights_compute_what_they_were_trained_as(corpus, tmp_path):
 
 
 # ----- Hugging Face
+
+
+def small_hf(**settings):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = dict(n_positions=32, vocab_size=97, n_layer=3, n_head=4, n_embd=32, bos_token_id=None, eos_token_id=None)
+    return randomize(GPT2LMHeadModel(GPT2Config(**{**config, **settings})))
+
+
+@pytest.mark.parametrize("scale_attn", [False, True])
+def test_logits_of_hugging_face_weights(scale_attn):
+    hf_model = small_hf(scale_attn_by_inverse_layer_idx=scale_attn)
+    model = from_hf(hf_model)
+    idx = tokens(2, 32)
+    expected = hf_model(idx).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(idx)[0], expected[:, -1:], atol=1e-4, rtol=0)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.data_ptr() != hf_model.lm_head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale_attn", [False, True])
+def test_logits_of_our_weights_in_hugging_face(bias, scale_attn):
+    model = small_gpt(bias=bias, scale_attn_by_inverse_layer_idx=scale_attn)
+    hf_model = to_hf(model)
+    idx = tokens(2, 32)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
+    assert all(not p.is_meta for p in hf_model.parameters())
+    with torch.no_grad():
+        hf_model.transformer.wte.weight.zero_()
+    assert model.transformer.wte.weight.abs().sum() > 0, "to_hf must copy"
+
+
+def test_the_exact_gelu_both_ways():
+    hf_model = small_hf(activation_function="gelu")
+    model, idx = from_hf(hf_model), tokens(2, 32)
+    torch.testing.assert_close(model(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(to_hf(model)(idx).logits, hf_model(idx).logits, atol=1e-4, rtol=0)
+    tanh = from_hf(small_hf())
+    assert (tanh(idx, idx)[0] - model(idx, idx)[0]).abs().max() > 1e-3, "else this test shows nothing"
+
+
+def test_dropout_falls_where_hugging_face_drops():
+    model, idx = small_gpt(dropout=0.3).train(), tokens(2, 32)
+    hf_model = to_hf(model).train()
+    torch.manual_seed(0)
+    expected = hf_model(idx).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    assert (model(idx, idx)[0] - expected).abs().max() > 0.1, "another seed, another mask"
+
+
+def test_layer_scale_changes_the_logits():
+    idx = tokens(2, 32)
+    plain, scaled = small_gpt(), small_gpt(scale_attn_by_inverse_layer_idx=True)
+    assert (plain(idx, idx)[0] - scaled(idx, idx)[0]).abs().max() > 1e-2
+
+
+def test_to_hf_cuts_the_padded_vocabulary_and_survives_saving(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = small_gpt(vocab_size=128, bias=True)
+    to_hf(model, vocab_size=97).save_pretrained(tmp_path)
+    hf_model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    idx = tokens(2, 32)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx, idx)[0][..., :97], atol=1e-4, rtol=0)
+    assert (hf_model.config.vocab_size, hf_model.config.n_positions) == (97, 32)
+    with pytest.raises(ValueError, match="vocab_size=129 is more than the 128"):
+        to_hf(model, vocab_size=129)
+
+
+def test_released_gpt2_config_can_be_represented():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = from_hf(GPT2LMHeadModel(GPT2Config()))  # the defaults are those of OpenAI's 124M model
+    assert model.config == GPTConfig(1024, 50257, 12, 12, 768, dropout=0.0, bias=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"n_inner": 64},
+        {"scale_attn_weights": False},
+        {"add_cross_attention": True},
+        {"reorder_and_upcast_attn": True},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_from_hf_names_what_it_cannot_represent(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        from_hf(small_hf(**setting))
+
+
+def test_from_hf_wants_the_language_model():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, got a GPT2Model"):
+        from_hf(small_hf().transformer)
+
+
+def test_from_pretrained_has_the_weights_and_refuses_unknown_names(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    hf_model = small_hf()
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: hf_model)
+    idx = tokens(2, 32)
+    model = from_pretrained("gpt2", dropout=0.25)
+    assert model.config.dropout == 0.25
+    torch.testing.assert_close(model.eval()(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="'gpt3', choose one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+        from_pretrained("gpt3")
+
+
+def test_from_pretrained_without_network_says_what_is_missing(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    def offline(name):
+        raise OSError("couldn't connect")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", offline)
+    with pytest.raises(ValueError, match=r"the weights of gpt2-xl are neither in .* nor downloadable"):
+        from_pretrained("gpt2-xl")
+
+
+# ----- fine-tuning
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +294,9 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
         hf_model.save_pretrained(tmp_path / "hf")
         init_from = f"hf:{tmp_path}/hf"
     else:
-        monkeypatch.setattr(GPT, "from_pretrained", lambda name: GPT.from_hf(hf_model))
-    words = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
-    script.main([*words, f"--init_from={init_from}"])
+        monkeypatch.setattr("training.hf.from_pretrained", lambda name: from_hf(hf_model))
+    argv = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
+    script.main([*argv, f"--init_from={init_from}"])
     assert "weights, for step 0; " in capsys.readouterr().out
     corpus = data.open_dataset(gpt2_corpus)
     windows = data.take_windows(corpus.val, data.evaluation_starts(700, 128, 16), 16)
@@ -175,7 +305,7 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
     assert read_lines(tmp_path / "out")[0]["val/loss"] == pytest.approx(expected.item(), abs=1e-4)
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["model_args"]["vocab_size"] == 50257, "no row is made up"
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--bias=True"]
-    script.main([*words, *shape, "--init_from=resume", "--max_iters=6"])
+    script.main([*argv, *shape, "--init_from=resume", "--max_iters=6"])
     assert read_lines(tmp_path / "out")[-1]["step"] == 6
 
 
@@ -193,33 +323,33 @@ def test_the_fine_tuning_configs(name):
 # ----- bad input
 
 
-def refused(capsys, words, said):
+def refused(capsys, argv, message):
     with pytest.raises(SystemExit) as ended:
-        command(lambda: train_adam.main(words))
+        command(lambda: train_adam.main(argv))
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
 def test_files_that_cannot_be_imported(corpus, tmp_path, capsys):
     tiny, path = tiny_words(corpus, tmp_path / "out"), tmp_path / "ckpt.pt"
-    words = [*tiny, f"--init_from=import:{path}"]
-    refused(capsys, words, "ckpt.pt cannot be read (No such file or directory)")
+    argv = [*tiny, f"--init_from=import:{path}"]
+    refused(capsys, argv, "ckpt.pt cannot be read (No such file or directory)")
     path.write_bytes(b"no checkpoint")
-    refused(capsys, words, "is damaged, or holds more than tensors")
+    refused(capsys, argv, "is damaged, or holds more than tensors")
     torch.save({"model": {}, "config": ROOT}, path)  # an object: reading it would run code
-    refused(capsys, words, "is damaged, or holds more than tensors")
+    refused(capsys, argv, "is damaged, or holds more than tensors")
     torch.save({"step": 3, "model": {}, "model_args": {}}, path)
-    refused(capsys, words, "it is this project's, resume it")
+    refused(capsys, argv, "it is this project's, resume it")
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
-    refused(capsys, [*words, "--max_iters=5"], "max_iters = 5 is not beyond the 5 steps")
-    refused(capsys, [*words, "--block_size=32"], "block_size = 32 is beyond the 16 positions")
+    refused(capsys, [*argv, "--max_iters=5"], "max_iters = 5 is not beyond the 5 steps")
+    refused(capsys, [*argv, "--block_size=32"], "block_size = 32 is beyond the 16 positions")
     other = write_corpus(tmp_path / "other", vocab_size=50)
-    refused(capsys, [*words, f"--dataset={other}"], "vocab_size = 64")
+    refused(capsys, [*argv, f"--dataset={other}"], "vocab_size = 64")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda c: c["model"].pop("_orig_mod.transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
         (lambda c: c["model"].update(odd=torch.zeros(2)), "odd is (2,), a GPT with its model_args has none"),
@@ -228,24 +358,24 @@ def test_files_that_cannot_be_imported(corpus, tmp_path, capsys):
         (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "order not known here"),
     ],
 )
-def test_checkpoints_that_do_not_hold_together(corpus, tmp_path, capsys, change, said):
+def test_checkpoints_that_do_not_hold_together(corpus, tmp_path, capsys, change, message):
     path = tmp_path / "ckpt.pt"
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
     checkpoint = torch.load(path)
     change(checkpoint)
     torch.save(checkpoint, path)
-    refused(capsys, [*tiny_words(corpus, tmp_path / "out"), f"--init_from=import:{path}"], said)
+    refused(capsys, [*tiny_words(corpus, tmp_path / "out"), f"--init_from=import:{path}"], message)
 
 
 def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     folder = tmp_path / "hf"
-    words = [*tiny, f"--init_from=hf:{folder}"]
-    refused(capsys, words, "hf is no folder with a Hugging Face model")
+    argv = [*tiny, f"--init_from=hf:{folder}"]
+    refused(capsys, argv, "hf is no folder with a Hugging Face model")
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    refused(capsys, words, "holds a model of type 'llama', only 'gpt2' can be read")
+    refused(capsys, argv, "holds a model of type 'llama', only 'gpt2' can be read")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(capsys, words, "cannot be read")
+    refused(capsys, argv, "cannot be read")
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"
     refused(capsys, [*tiny, "--init_from=hf:"], allowed)
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")

@@ -1,0 +1,36 @@
+"""FineWeb-Edu's sample of 10 billion tokens: 9.7 million educational web pages.
+
+    python data/fineweb/prepare.py                          # HuggingFaceFW/fineweb-edu from the Hugging Face hub
+    python data/fineweb/prepare.py --max_tokens 1000000000  # the first billion tokens of it
+    python data/fineweb/prepare.py --source PATH...         # from files, read as data/text/prepare.py does
+
+Pages keep the order of the files. A hash of each page decides whether it is held out, with --val_fraction.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import corpus, sources
+from training.errors import command
+
+NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+
+
+def main():
+    parser = corpus.arguments(__doc__, __file__)
+    sources.add_arguments(parser, val_fraction=0.0005, required=False)
+    parser.add_argument("--max_tokens", type=corpus.positive, help="stop before the page that would exceed them")
+    args = parser.parse_args()
+    fraction, part = args.val_fraction or args.default_fraction, f", max_tokens {args.max_tokens}"
+    hub = (
+        f"{NAME} {CONFIG} from the Hugging Face hub, val_fraction {fraction}{part if args.max_tokens else ''}",
+        lambda: sources.split_by_hash(
+            sources.texts_of(sources.load_from_hub(NAME, CONFIG)["train"].select_columns("text"), "train"), fraction
+        ),
+    )
+    sources.prepare(args, "FineWeb-Edu" + (part if args.max_tokens else ""), hub, max_tokens=args.max_tokens)
+
+
+if __name__ == "__main__":
+    command(main)

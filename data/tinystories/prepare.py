@@ -1,0 +1,34 @@
+"""TinyStories: 2.1 million short stories for training, 22,000 for validation, written by language models.
+
+    python data/tinystories/prepare.py                      # roneneldan/TinyStories from the Hugging Face hub
+    python data/tinystories/prepare.py --source PATH...     # from files, also TinyStoriesV2-GPT4-*.txt
+
+Text files are cut into stories at --separator, by default <|endoftext|>. Files with "train" and "valid" in their names
+are those splits; where one is missing, a hash of each story decides, with --val_fraction.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import corpus, sources
+from training.errors import command
+
+NAME = "roneneldan/TinyStories"
+
+
+def from_hub():
+    dataset = sources.load_from_hub(NAME)
+    for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
+        yield from ((split, text) for text in sources.texts_of(part, split))
+
+
+def main():
+    parser = corpus.arguments(__doc__, __file__)
+    sources.add_arguments(parser, val_fraction=0.01, required=False, separator="<|endoftext|>")
+    hub = f"{NAME} from the Hugging Face hub", from_hub
+    sources.prepare(parser.parse_args(), "TinyStories", hub, by_name=True)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,393 @@
+"""The optimizers that a run can use: the one module under training/ that knows them by name.
+
+    optimizer = make_optimizer(config, model.parameter_groups(config.weight_decay), device)
+
+To add one, write a function that builds it and give it a line in OPTIMIZERS.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from muon import Muon, WhitenedMuon
+from sophia import SophiaG, SophiaH
+from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
+from training.errors import UserError
+
+AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
+
+
+# ----- building: (config, parameter groups, device) -> optimizer. The run sets the learning rates.
+
+
+def adamw(config, groups, device):
+    return _adamw(groups, (config.beta1, config.beta2), device)
+
+
+def _adamw(groups, betas, device):
+    return torch.optim.AdamW(groups, betas=betas, fused=_can_fuse(device))
+
+
+def _can_fuse(device):
+    return device.type in ("cuda", "cpu")
+
+
+def nadamw(config, groups, device):
+    return torch.optim.NAdam(groups, betas=(config.beta1, config.beta2), decoupled_weight_decay=True)
+
+
+def sgd(config, groups, device):
+    """Nesterov's, with weight decay in the gradient (not decoupled)."""
+    momentum = config.momentum
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=_can_fuse(device))
+    for p in (p for group in groups for p in group["params"] if momentum):
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # torch's is uninitialized after a skipped step
+    return optimizer
+
+
+def lion(config, groups, device):
+    try:
+        from lion_pytorch.foreach import Lion
+    except ImportError:
+        raise UserError("optimizer_name = 'lion' needs a package: pip install lion-pytorch.") from None
+    return Lion(groups, betas=(config.beta1, config.beta2))
+
+
+def muon(config, groups, device):
+    """Muon for the group "matrices", AdamW for the others."""
+    return _beside_adamw(Muon, config, groups, device, (config.beta1, config.beta2), momentum=config.momentum)
+
+
+def whitened_muon(config, groups, device):
+    """The same with Muon's step in coordinates that the training gradient whitens."""
+    whitening = {"momentum": config.momentum, "interval": config.whiten_interval, **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, (config.beta1, config.beta2), **whitening)
+
+
+def sophia_muon(config, groups, device):
+    """The same with factors from the gradients of Sophia's sampled labels."""
+    whitening = {"momentum": config.beta1, "source": "update_factors", **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, AUX_BETAS, **whitening)
+
+
+def _whitening(config):
+    names = "sides", "exponent", "ridge", "decay", "max_width"
+    return {name: getattr(config, f"whiten_{name}") for name in names}
+
+
+def _beside_adamw(cls, config, groups, device, betas, **settings):
+    """An optimizer of matrices for the group "matrices", and AdamW for the others."""
+    matrices = [group for group in groups if group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] != "matrices"]
+    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
+
+
+def _aux_adamw(config, groups, betas, device):
+    """AdamW beside another optimizer, at a learning rate of its own where `adamw_lr` gives one."""
+    if rate := getattr(config, "adamw_lr", None):
+        for group in groups:
+            group["lr_scale"] = rate / config.learning_rate
+    return _adamw(groups, betas, device)
+
+
+def soap(config, groups, device):
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError:
+        raise UserError("optimizer_name = 'soap' needs a package: pip install pytorch_optimizer.") from None
+    betas = config.beta1, config.beta2
+    return WithAuxAdam(groups, betas, device, soap=partial(SOAP, betas=betas))
+
+
+def sophia(config, groups, device):
+    """SophiaG or SophiaH, and AdamW for the groups that `adamw_for` names."""
+    auxiliary = [group for group in groups if group["name"] in config.adamw_for]
+    groups = [group for group in groups if group["name"] not in config.adamw_for]
+    optimizer = _sophia_class(config, groups)(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        rho=config.rho,
+        weight_decay=config.weight_decay,
+        bias_correction=config.bias_correction,
+        nesterov=config.nesterov,
+        fused=device.type == "cuda",
+    )
+    if not auxiliary:
+        return optimizer
+    return OptimizerContainer(sophia=optimizer, adamw=_aux_adamw(config, auxiliary, AUX_BETAS, device))
+
+
+def _sophia_class(config, groups):
+    """The class for `config`; with eigenbasis the group "matrices" is marked for it."""
+    if not config.eigenbasis:
+        return SophiaG if config.optimizer_name == "sophiag" else SophiaH
+    for group in groups:
+        group["eigenbasis"] = group["name"] == "matrices"
+    return SpectralSophiaG if config.spectral else EigenbasisSophiaG
+
+
+def adamw_before_sophia(config, groups, device):
+    """The AdamW of the steps before sophia_start_iter."""
+    return _adamw(groups, AUX_BETAS, device)
+
+
+# ----- the registry
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What a run has to know about an optimizer.
+
+    build: (config, parameter groups, device) -> the optimizer.
+    estimate: its curvature pass: None, "labels" (gradient of sampled labels) or "hutchinson" (Hessian-vector product).
+    shards: whether it works with parameters that fsdp has split over the ranks.
+    state_key: the key by which the states of an imported checkpoint are known as its own.
+    """
+
+    build: Callable
+    estimate: str | None = None
+    shards: bool = False
+    state_key: str | None = None
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerSpec(adamw, shards=True, state_key="exp_avg_sq"),
+    "nadamw": OptimizerSpec(nadamw, shards=True),
+    "sgd": OptimizerSpec(sgd),
+    "lion": OptimizerSpec(lion, shards=True),
+    "muon": OptimizerSpec(muon),
+    "whitened_muon": OptimizerSpec(whitened_muon),
+    "soap": OptimizerSpec(soap),
+    "sophiag": OptimizerSpec(sophia, estimate="labels", shards=True, state_key="hessian"),
+    "sophiah": OptimizerSpec(sophia, estimate="hutchinson"),
+    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels"),
+}
+FIRST_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate is None)
+SECOND_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate)
+
+
+def make_optimizer(config, groups, device):
+    """The optimizer that `optimizer_name` names, for the parameter groups of the model."""
+    return OPTIMIZERS[config.optimizer_name].build(config, groups, device)
+
+
+def optimizer_of_state(state):
+    """The optimizer_name whose states have the keys of `state`; None if it is none of those that can be imported."""
+    return next((name for name, spec in OPTIMIZERS.items() if spec.state_key in state), None)
+
+
+# ----- several optimizers as one
+
+
+class OptimizerContainer(torch.optim.Optimizer):
+    """Several optimizers as one, each for its own parameters.
+
+        optimizer = OptimizerContainer(sophia=SophiaG(matrices), adamw=torch.optim.AdamW(others))
+
+    The first takes the arguments of `step`. The state_dict is {name: state_dict of that optimizer}.
+    It knows torch.amp.GradScaler's protocol if all of them do.
+    """
+
+    def __init__(self, **optimizers):
+        self.optimizers = optimizers
+        self._step_supports_amp_scaling = all(map(supports_amp_scaling, optimizers.values()))
+        super().__init__(self._groups(), {})
+
+    def _groups(self):
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self):
+        return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
+
+    @state.setter
+    def state(self, empty):
+        """torch.optim.Optimizer's constructor sets it; the states are the optimizers' own."""
+
+    def step(self, closure=None, **arguments):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self._step(**arguments)
+        return loss
+
+    def _step(self, **arguments):
+        for optimizer in self.optimizers.values():
+            with amp_scaling(optimizer, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)):
+                optimizer.step(**arguments)
+            arguments = {}
+
+    def state_dict(self):
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state_dict):
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state_dict[name])
+        self.param_groups = self._groups()  # loading replaces the optimizers' groups
+
+    def register_load_state_dict_pre_hook(self, hook, prepend=False):
+        for optimizer in self.optimizers.values():
+            optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+
+class WithAuxAdam(OptimizerContainer):
+    """An optimizer for the group "matrices" and AdamW for the other groups.
+
+    The optimizer sees the blocks of the group's `split` as separate matrices: query, key and value, as Muon's author
+    advises. The blocks and their gradients are views; nothing is copied.
+    """
+
+    def __init__(self, groups, betas, device, **make):
+        """make: NAME=function that makes the optimizer of a list of matrices and a weight_decay."""
+        ((self._name, make_optimizer),) = make.items()
+        self._matrices = next(group for group in groups if group["name"] == "matrices")
+        self._blocks = [torch.nn.Parameter(block) for block in self._split(torch.Tensor.detach)]
+        optimizer = make_optimizer(self._blocks, weight_decay=self._matrices["weight_decay"])
+        self._matrices.setdefault("lr", optimizer.defaults["lr"])
+        others = [group for group in groups if group is not self._matrices]
+        super().__init__(**{self._name: optimizer}, adamw=_adamw(others, betas, device))
+
+    def _split(self, tensor_of):
+        """The blocks of a tensor of each matrix, in their order."""
+        split = self._matrices.get("split", 1)
+        splits = [split] * len(self._matrices["params"]) if isinstance(split, int) else split
+        return [b for p, n in zip(self._matrices["params"], splits, strict=True) for b in split_qkv(tensor_of(p), n)]
+
+    def _groups(self):
+        return [self._matrices, *self.optimizers["adamw"].param_groups]
+
+    def _step(self):
+        optimizer = self.optimizers[self._name]
+        optimizer.param_groups[0]["lr"] = self._matrices["lr"]
+        for block, gradient in zip(self._blocks, self._split(lambda p: p.grad), strict=True):
+            block.grad = gradient
+        super()._step()
+        optimizer.zero_grad()
+
+
+def split_qkv(matrix, split):
+    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
+    return matrix.chunk(split)
+
+
+# ----- for all optimizers
+
+
+def supports_amp_scaling(optimizer):
+    """Whether the optimizer knows the protocol of torch.amp.GradScaler (`amp_scaling`)."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@contextlib.contextmanager
+def amp_scaling(optimizer, grad_scale, found_inf):
+    """torch.amp.GradScaler's protocol: within, the optimizer divides gradients by `grad_scale` and changes nothing if
+    `found_inf` is 1. Both are scalars on the device, which the host never reads, or None."""
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+def _parts(optimizer):
+    return list(optimizer.optimizers.values()) if isinstance(optimizer, OptimizerContainer) else [optimizer]
+
+
+def second_order(optimizer):
+    """The optimizer, or the part of a container, that takes curvature estimates; and its method for them."""
+    for part in _parts(optimizer):
+        for name in ("update_hessian", "update_factors"):
+            if hasattr(part, name):
+                return part, getattr(part, name)
+    raise ValueError(f"{type(optimizer).__name__} takes no curvature estimates")
+
+
+def step_arguments(config, optimizer):
+    """What `step` and `statistics` take: for SophiaG the number of labels in a step."""
+    return {"bs": config.total_bs * config.block_size} if isinstance(_parts(optimizer)[0], SophiaG) else {}
+
+
+def statistics(config, optimizer):
+    """{metric name: number} that an optimizer reports on itself; {} for most."""
+    numbers = {}
+    for part in _parts(optimizer):
+        if hasattr(part, "statistics"):
+            numbers |= part.statistics(**step_arguments(config, optimizer))
+    return {f"train/{name}" if name.startswith("win_rate") else name: value for name, value in numbers.items()}
+
+
+def take_momentum(optimizer, before):
+    """Give `optimizer` the momentum, step counts and learning rates of the AdamW `before`, whose states are freed."""
+    momenta = {n: {"step": s["step"], "exp_avg": s["exp_avg"]} for n, s in before.state_dict()["state"].items()}
+    optimizer.load_state_dict({"state": momenta, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, group_before in zip(optimizer.param_groups, before.param_groups, strict=True):
+        group["lr"] = group_before["lr"]
+    before.state.clear()
+
+
+# ----- states from checkpoints
+
+
+def load_state(optimizer, state):
+    """Load a checkpoint's state. The settings (betas, weight decay, ...) stay those of `optimizer`."""
+    made = {p: dict(state) for p, state in optimizer.state.items()}
+    optimizer.load_state_dict(_with_settings_of(optimizer, state))
+    for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
+        for key in tensors.keys() - optimizer.state[p].keys():
+            optimizer.state[p][key] = tensors[key]
+
+
+def rescale_curvature(optimizer, ratio):
+    """Keep the curvature of a SophiaG whose step has 1 / ratio times as many labels as the one that made its state.
+
+    Its state holds the curvature over the labels of a step.
+    """
+    for state in (s for part in _parts(optimizer) if isinstance(part, SophiaG) for s in part.state.values()):
+        if "hessian" in state:
+            state["hessian"].mul_(ratio)
+
+
+def _with_settings_of(optimizer, state):
+    """`state` with the optimizer's own groups, except for the state in them: "params", and some optimizers' "step"."""
+    if isinstance(optimizer, OptimizerContainer):
+        return {name: _with_settings_of(part, state[name]) for name, part in optimizer.optimizers.items()}
+    if isinstance(optimizer, Muon):
+        state = _joined_blocks(optimizer, state)
+    groups = []
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}})
+    return {**state, "param_groups": groups}
+
+
+def _joined_blocks(optimizer, state):
+    """A state in which every block of a split matrix has a number of its own, as older checkpoints have it, joined."""
+    (saved,), (group,) = state["param_groups"], optimizer.param_groups
+    splits = group["split"]
+    if len(saved["params"]) == len(splits):
+        return state
+    numbers, joined = iter(saved["params"]), {}
+    for i, split in enumerate(splits):
+        blocks = [state["state"][next(numbers)]["momentum_buffer"] for _ in range(split)]
+        joined[i] = {"momentum_buffer": torch.cat(blocks)}
+    return {"state": joined, "param_groups": [{**saved, "params": list(range(len(splits)))}]}
+
+
+def state_differences(config, checkpoint):
+    """[(setting, its value in the checkpoint, its value now)] where they give the optimizer another state."""
+    before, step = checkpoint["config"], checkpoint["step"]
+
+    def is_adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
+        return 0 < start >= step
+
+    defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
+    if config.optimizer_name in ("whitened_muon", "sophia_muon"):
+        defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
+    pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]
+    return [
+        (name, saved, wanted)
+        for name, saved, wanted in pairs
+        if saved != wanted and (name != "sophia_start_iter" or is_adamws(saved) != is_adamws(wanted))
+    ]

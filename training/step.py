@@ -1,0 +1,306 @@
+"""One optimizer step on this rank: micro-batches, backward, curvature estimate, clipping, finite check, update.
+
+batches = Batches(config, corpus, world)
+train_step = TrainStep(config, model, world, clock)
+train_step.backward(batches.train(step=0))
+train_step.optimizer_step()
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from model import cross_entropy
+from training import data
+from training.curvature import hessian_vector_product, label_loss
+from training.loss import LinearLoss, has_kernel
+from training.optimizers import OPTIMIZERS, amp_scaling, second_order, step_arguments, supports_amp_scaling
+from training.schedule import sequence_length
+from training.sharding import total_norm
+
+PLAIN_ATTENTION = 8  # a Hessian-vector product takes so many times fewer sequences at once than a training pass
+COUNTS = ("clipped", "skipped", "skipped_in_a_row", "curvature_skipped", "curvature_skipped_in_a_row")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Batches:
+    """This rank's share of each step's batch: micro-batches (inputs, targets, weight), (B, T) each and a number.
+
+    With the weights, the mean over the ranks of the sums over their micro-batches is the mean over the batch.
+    start: (step, sequences of the stream that come before it), as a checkpoint has them.
+    """
+
+    def __init__(self, config, corpus, world, start=(0, 0)):
+        self.config, self.corpus, self.world, self._start = config, corpus, world, start
+        self._prefetcher = data.Prefetcher()
+
+    def train(self, step, sequences=None):
+        """The step's batch, or its first `sequences`."""
+        return self._get(step, sequences or self.config.total_bs, False)
+
+    def curvature(self, step, sequences):
+        """The first `sequences` of the step's batch. The targets are uniforms that draw `label_loss`'s labels.
+
+        They belong to the sequence, whichever rank has it.
+        """
+        return self._get(step, sequences, True)
+
+    def sequences_before(self, step):
+        """Sequences of the stream that come before `step`, whatever total_bs was in earlier parts of the run."""
+        start, seen = self._start
+        return max(0, seen + (step - start) * self.config.total_bs)
+
+    def close(self):
+        self._prefetcher.close()
+
+    def _get(self, *request):
+        batch = self._prefetcher.get(self._prepare, *request)
+        return [(self.to_device(inputs), self.to_device(targets), weight) for inputs, targets, weight in batch]
+
+    def _prepare(self, step, sequences, curvature):
+        """The batch in host memory. The prefetcher's thread calls it; it changes nothing."""
+        config = self.config
+        self.corpus.check_whole()
+        starts = self.corpus.train_starts(config.seed, self.sequences_before(step), config.total_bs, config.block_size)
+        micro_batches, weight = self._micro_batches(sequences)
+        batch = []
+        for places in micro_batches:
+            inputs, targets = data.take_windows(self.corpus.train, starts[places], config.block_size)
+            if curvature:
+                targets = data.label_uniforms(config.seed, step, places, config.block_size)
+            batch.append((self._cut(step, inputs), self._cut(step, targets), weight))
+        return batch
+
+    def _micro_batches(self, count):
+        """This rank's places in a batch of `count` sequences, in equal parts of at most batch_size; their weight."""
+        share = self.world.share(count)
+        n = next(
+            n for n in range(1, len(share) + 1) if len(share) % n == 0 and len(share) // n <= self.config.batch_size
+        )
+        size = len(share) // n
+        return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size / count
+
+    def _cut(self, step, windows):
+        """(B, block_size) -> (B * block_size / T, T), T the sequence length of the step."""
+        return self.pinned(torch.from_numpy(windows.reshape(-1, sequence_length(step, self.config))))
+
+    def pinned(self, tensor):
+        """In pinned memory, which a GPU copies while the host goes on; torch reuses it when the copy is done."""
+        return tensor.pin_memory() if self.world.device.type == "cuda" else tensor
+
+    def to_device(self, tensor):
+        return tensor.to(self.world.device, non_blocking=True)
+
+
+class TrainStep:
+    """The training steps of a model on this rank, in step with the other ranks.
+
+    optimizer: to be set before the first step. scaler: torch.amp's, for fp16.
+    counts: {name of COUNTS: number}, on the device.
+    loss, grad_norm: of the last step's batch: this rank's part of the loss, the global norm before clipping.
+    curvature: {"loss", "grad_norm"} of the last estimate; Hutchinson's has no loss. {} before the first.
+    """
+
+    def __init__(self, config, model, world, clock):
+        self.config, self.model, self.world = config, model, world
+        self.optimizer = self.loss = self.grad_norm = None
+        self._clock, self._compiled = clock, set()
+        if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
+            torch._dynamo.config.recompile_limit = 64
+        self._forward = ModelLoss(model, config.compile, config.fsdp)
+        self._product = compiler(config.compile)(functools.partial(hessian_vector_product, model))
+        self._ddp = None
+        if world.distributed and not config.fsdp:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            # A graph that is cut at every bucket overlaps the exchange of gradients with the backward pass. Within a
+            # machine the cuts cost more: on two H200 whole graphs were faster, with one pass a step and with eight.
+            torch._dynamo.config.optimize_ddp = not world.one_machine
+            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
+        self._autocast = torch.autocast(
+            world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+        self.load_state_dict({})
+
+    def state_dict(self):
+        """The counts and the last estimate's numbers, as a checkpoint holds them."""
+        return {key: {k: v.item() for k, v in getattr(self, key).items()} for key in ("counts", "curvature")}
+
+    def load_state_dict(self, checkpoint):
+        """Take them from a checkpoint. Older ones have neither the estimates' counts nor their numbers."""
+        numbers = dict.fromkeys(COUNTS, 0.0) | checkpoint.get("counts", {})
+        for key, values in (("counts", numbers), ("curvature", checkpoint.get("curvature", {}))):
+            setattr(self, key, {name: torch.tensor(value, device=self.world.device) for name, value in values.items()})
+
+    def close(self):
+        """Leave the process group."""
+        self._ddp = None
+
+    @property
+    def parameters(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # ----- gradients
+
+    def backward(self, batch):
+        """Leave in `.grad` the gradient of the mean cross-entropy over the batch of all ranks."""
+        self.loss = self._accumulate(batch, cross_entropy)
+
+    def curvature_step(self, batches, step):
+        """Renew the curvature by an estimate on the first hess_bs sequences of the step's batch."""
+        config, (optimizer, update) = self.config, second_order(self.optimizer)
+        if OPTIMIZERS[config.optimizer_name].estimate == "labels":
+            loss = self._accumulate(batches.curvature(step, config.hess_bs), label_loss)
+            norm, arguments = self._gradient_norm(), {"scale": config.hess_bs / config.total_bs}
+            self.curvature = {"loss": self.world.sum(loss) / self.world.size, "grad_norm": norm}
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            vectors = self._random_vectors(parameters, step)
+            products = self._hessian_vector_products(batches.train(step, config.hess_bs), parameters, vectors)
+            norm = torch.nn.utils.get_total_norm(products, foreach=True)
+            arguments = {"estimates": torch._foreach_mul(vectors, products)}
+            self.curvature = {"grad_norm": norm}
+        self._update(optimizer, functools.partial(update, **arguments), norm, counts="curvature_skipped")
+
+    def optimizer_step(self):
+        """Clip the gradients to a global norm of grad_clip, step and free them.
+
+        An optimizer that knows torch.amp.GradScaler's protocol clips within its step.
+        """
+        limit, norm, grad_scale = self.config.grad_clip, self._gradient_norm(), None
+        self.grad_norm = norm
+        if limit:
+            self.counts["clipped"] += norm > limit
+            if supports_amp_scaling(self.optimizer):
+                grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+            else:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm, foreach=True)
+        step = functools.partial(self.optimizer.step, **step_arguments(self.config, self.optimizer))
+        self._update(self.optimizer, step, norm, grad_scale)
+
+    def _update(self, optimizer, update, norm, grad_scale=None, counts="skipped"):
+        """Call `update`, a method of the optimizer, and free the gradients. It has no effect if `norm` is not finite.
+
+        An optimizer that knows torch's protocol learns of that on the device; for others the host has to look.
+        """
+        found_inf = (~torch.isfinite(norm)).float()
+        self.counts[counts] += found_inf
+        self.counts[f"{counts}_in_a_row"] += 1
+        self.counts[f"{counts}_in_a_row"] *= found_inf
+        if supports_amp_scaling(optimizer):
+            with amp_scaling(optimizer, grad_scale, found_inf):
+                update()
+        elif not found_inf.item():
+            update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradient_norm(self):
+        return total_norm([p.grad for p in self.parameters if p.grad is not None], self.world)
+
+    def _accumulate(self, batch, loss):
+        """Add up the gradients of `loss(logits, targets)` over the batch; return this rank's part of its mean.
+
+        The ranks exchange gradients once, in the last micro-batch. fp16's are computed scaled and left unscaled.
+        """
+        if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
+            self._compile(batch[0], loss)
+        total = torch.zeros((), device=self.world.device)
+        for i, (inputs, targets, weight) in enumerate(batch):
+            with self._exchange(i + 1 == len(batch)):
+                value = self._loss(inputs, targets, loss) * weight
+                finite = value.detach() - value.detach() + 1  # 1, or NaN: then the gradients of all ranks are NaN
+                self.scaler.scale(value * finite).backward()
+            total += value.detach()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            self.scaler.update()
+        return total
+
+    def _exchange(self, on):
+        """Whether the ranks exchange gradients in the backward passes within."""
+        if self.config.fsdp:
+            self.model.set_requires_gradient_sync(on)
+        return self._ddp.no_sync() if self._ddp and not on else contextlib.nullcontext()
+
+    def _loss(self, inputs, targets, loss):
+        with self._autocast:
+            return (self._ddp or self._forward)(inputs, targets, loss)
+
+    def evaluation_loss(self, inputs, targets):
+        with self._autocast:
+            return self._forward(inputs, targets)
+
+    def _compile(self, micro_batch, loss):
+        """Compile the graphs of `loss` by a pass that leaves nothing behind; its time is not training time."""
+        inputs, targets, _ = micro_batch
+        exchange = self._exchange(self.config.fsdp)  # FSDP would keep a gradient that it has not exchanged
+        with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices), exchange:
+            self._loss(inputs, targets, loss).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._compiled.add((loss, inputs.shape))
+
+    # ----- Hessian-vector products
+
+    def _random_vectors(self, parameters, step):
+        """u ~ N(0, I) of Hutchinson's estimate: other ones in each step, the same on all ranks."""
+        generator = torch.Generator(self.world.device).manual_seed((self.config.seed << 32) + step)
+        return [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in parameters]
+
+    def _hessian_vector_products(self, batch, parameters, vectors):
+        """[H @ vectors for each of `parameters`], H the Hessian of the mean loss over the batch of all ranks.
+
+        H is with respect to these parameters alone. A micro-batch is divided further: plain attention needs memory.
+        """
+        names = {p: name for name, p in self.model.named_parameters()}
+        vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
+        totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        most = max(self.config.batch_size // PLAIN_ATTENTION, 1)
+        for inputs, targets, weight in batch:
+            n = next(n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0 and len(inputs) // n <= most)
+            for part in zip(inputs.chunk(n), targets.chunk(n), strict=True):
+                products = self._part_products(*part, vectors)
+                torch._foreach_add_(list(totals.values()), [products[k] for k in totals], alpha=weight / n)
+        return [self.world.sum(total).div_(self.world.size) for total in totals.values()]
+
+    def _part_products(self, inputs, targets, vectors):
+        if self.config.compile and ("product", inputs.shape) not in self._compiled:
+            self._compiled.add(("product", inputs.shape))
+            with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices):
+                self._part_products(inputs, targets, vectors)
+        checkpointing, self.model.activation_checkpointing = self.model.activation_checkpointing, False
+        with self._autocast:
+            products = self._product(inputs, targets, vectors)
+        self.model.activation_checkpointing = checkpointing  # torch cannot differentiate it forward
+        return products
+
+
+class ModelLoss(torch.nn.Module):
+    """The model's loss, compiled or not, without its logits: with their gradient these take 12 GiB at 124M x 64.
+
+    `LinearLoss` computes it wherever a gradient is wanted. The model computes it otherwise, and where it is sharded,
+    since it then gathers its parameters block by block.
+    """
+
+    def __init__(self, model, compiled, sharded):
+        super().__init__()
+        self.model, self._sharded = model, sharded
+        compiled = compiler(compiled)
+        self._hidden = compiled(model.hidden)
+        self._model_loss = compiled(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
+        self._compiled_loss = functools.cache(lambda loss: compiled(loss))
+
+    def forward(self, inputs, targets, loss=cross_entropy):
+        if self._sharded:
+            return self.model(inputs, targets, self._compiled_loss(loss))[1]
+        if not torch.is_grad_enabled():
+            return self._model_loss(inputs, targets, loss)
+        hidden = self._hidden(inputs).flatten(0, 1)
+        if loss is not cross_entropy and not has_kernel(loss, hidden.device):
+            loss = self._compiled_loss(loss)
+        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
+
+
+def compiler(on):
+    return functools.partial(torch.compile, dynamic=False) if on else lambda function: function
