@@ -15,7 +15,7 @@ from training.errors import command
 from training.run import Run
 
 TIMES = ("seconds", "tokens_per_second", "memory_gib")
-RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "nadamw": 1e-3, "soap": 1e-3}
+RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "whitened_muon": 1e-3, "nadamw": 1e-3, "soap": 1e-3}
 
 
 def argv(tiny, name):

@@ -51,7 +51,12 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"]])
+MUON = ["--optimizer_name=sophia_muon", "--whiten_sides=input", "--whiten_exponent=0.25", "--cautious_decay=True"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"], MUON]
+)
 def test_resumed_exactly(tiny, tmp_path, more):
     argv = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*argv, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])

@@ -7,10 +7,12 @@
 A file is torch.save's, which torch.load reads, followed by its SHA-256. Loading runs no code from the file.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
 import shutil
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -49,6 +51,8 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
     """
     out_dir = Path(out_dir)
     newest, temporary = out_dir / NEWEST, out_dir / f"{NEWEST}.tmp"
+    with contextlib.suppress(OSError):
+        temporary.unlink()  # of a run that was killed; opening a FIFO would block
     with open(temporary, "wb") as file:
         hashing = _HashingFile(file)
         try:
@@ -60,20 +64,22 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
         os.fsync(file.fileno())
     if newest.exists():
         _link(newest, out_dir / PREVIOUS)
-    os.replace(temporary, newest)
     if keep:
-        _link(newest, out_dir / f"ckpt_{checkpoint['step']}.pt")
-        for old in kept_checkpoints(out_dir)[:-keep]:
+        _link(temporary, out_dir / f"ckpt_{checkpoint['step']}.pt")
+    os.replace(temporary, newest)
+    with contextlib.suppress(OSError):  # the checkpoint is complete; not every file system can sync a folder
+        for old in kept_checkpoints(out_dir)[:-keep] if keep else ():
             old.unlink()
-    folder = os.open(out_dir, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(out_dir, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class CheckpointWriter:
-    """Write checkpoints in a thread, one at a time. A write that fails warns and leaves the last good checkpoint.
+    """Write checkpoints in a thread, one at a time. A write that fails warns, leaves the last good checkpoint and is
+    tried again until it succeeds, a newer checkpoint arrives, or the run ends. No error ends the thread.
 
     Training waits for the copy to host memory, never for the disk. While a checkpoint is being written, only the newest
     of those that arrive is kept for the next write; the others are skipped with a warning.
@@ -81,24 +87,28 @@ class CheckpointWriter:
     step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it succeeded.
     """
 
+    RETRY, LAST_RETRY, LAST_TRIES = 30, 0.5, 3  # seconds between tries; at the end of the run; tries then
+
     def __init__(self, out_dir, keep=0, step=None):
         self.out_dir, self.keep, self.step, self.error = out_dir, keep, step, None
-        self._lock, self._next, self._thread = threading.Lock(), None, None
+        self._lock, self._next, self._thread = threading.Condition(), None, None
+        self._tries = None  # that are left; None: no limit
+        self._warned = None  # the step whose failure was printed
 
     def save(self, checkpoint):
         """Copy `checkpoint` to host memory and leave it to the thread."""
         with self._lock:
             skipped, self._next = self._next, None  # freed before its successor takes as much memory
-        if skipped:
-            print(
-                f"warning: the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
-                "being written; use a larger --eval_interval.",
-                file=sys.stderr,
+        if skipped and skipped["step"] != self._warned:
+            _warn(
+                f"the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
+                "being written; use a larger --eval_interval."
             )
-            del skipped
+        del skipped
         copy = copy_to_host(checkpoint)
         with self._lock:
             self._next = copy
+            self._lock.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint")
                 self._thread.start()
@@ -111,30 +121,47 @@ class CheckpointWriter:
                     self._thread = None
                     return
             self._write(checkpoint)
-            del checkpoint
+            with self._lock:
+                if self.error and self._next is None and self._tries != 0 and threading.main_thread().is_alive():
+                    self._next = checkpoint
+                    del checkpoint  # its successor takes as much memory
+                    self._lock.wait(self.LAST_RETRY if self._tries else self.RETRY)
+                    if self._tries:
+                        self._tries -= 1
 
     def _write(self, checkpoint):
         try:
             save_checkpoint(self.out_dir, checkpoint, self.keep)
             self.step, self.error = checkpoint["step"], None
         except Exception as error:  # a full disk, mostly
-            (Path(self.out_dir) / f"{NEWEST}.tmp").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (Path(self.out_dir) / f"{NEWEST}.tmp").unlink()
             self.error = error
-            print(
-                f"warning: the checkpoint of step {checkpoint['step']} could not be written ({error}); "
-                f"the newest good one is of step {self.step}, training goes on.",
-                file=sys.stderr,
-            )
+            if self._warned != checkpoint["step"]:
+                self._warned = checkpoint["step"]
+                _warn(
+                    f"the checkpoint of step {checkpoint['step']} could not be written ({error}); the newest good one "
+                    f"is of step {self.step}, training goes on and the write is tried again."
+                )
 
     def wait(self):
-        """Wait until nothing is being written."""
+        """Wait until nothing is being written. A write that fails is given up after LAST_TRIES more tries."""
+        with self._lock:
+            self._tries = self.LAST_TRIES
+            self._lock.notify_all()
         while thread := self._thread:
             thread.join()
+        self._tries = None
 
     def newest(self):
         """Wait until nothing is being written; return the step of the newest checkpoint on disk, or None."""
         self.wait()
         return self.step
+
+
+def _warn(message):
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def copy_to_host(thing, seen=None, keep=True):
@@ -187,7 +214,7 @@ def load_checkpoint(out_dir, map_location="cpu"):
     problems = []
     for name in (NEWEST, PREVIOUS):
         path = Path(out_dir) / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             checkpoint = read_checkpoint(path, map_location)
@@ -202,16 +229,39 @@ def load_checkpoint(out_dir, map_location="cpu"):
 
 
 def read_checkpoint(path, map_location="cpu"):
-    """The checkpoint in one file. Raises UserError if a bit of it has changed since it was written."""
+    """The checkpoint in one file. Raises UserError if it cannot be read or a bit has changed since it was written."""
     path = Path(path)
-    digest, left = hashlib.sha256(), path.stat().st_size - _TRAILER
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 24))):
-            digest.update(block)
-            left -= len(block)
-        if left or file.read() != _MARK + digest.digest():
-            raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would block
+            raise UserError(f"{path} cannot be read (it is not a file).")
+        digest, left = hashlib.sha256(), status.st_size - _TRAILER
+        with open(path, "rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 24))):
+                digest.update(block)
+                left -= len(block)
+            if left or file.read() != _MARK + digest.digest():
+                raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
         return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint of this project ({error}).") from None
+
+
+def checkpoint_sha256(path):
+    """The SHA-256 that a checkpoint which was read ends with."""
+    with open(path, "rb") as file:
+        file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+        return file.read().hex()
+
+
+def set_aside_unreadable(out_dir):
+    """Rename a ckpt.pt that cannot be read. It must not become ckpt_prev.pt, and a folder could not be replaced."""
+    path = Path(out_dir) / NEWEST
+    if not os.path.lexists(path):
+        return
+    try:
+        os.replace(path, path.with_name(f"{NEWEST}.unreadable"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read or renamed ({error.strerror}); move it elsewhere.") from None

@@ -77,6 +77,18 @@ class TrainConfig:
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
+    cautious_decay: bool = setting(False, "muon and its kin: decay only coordinates that the update moves towards 0")
+    whiten_sides: str = setting(
+        "both",
+        "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
+        choices=("input", "output", "both"),
+    )
+    whiten_exponent: float = setting(0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0)
+    whiten_ridge: float = setting(0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0)
+    whiten_decay: float = setting(0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0)
+    whiten_interval: int = setting(10, "whitened_muon: steps between two roots of the factors", at_least=1)
+    whiten_max_width: int | None = setting(None, "the same: wider sides are whitened in diagonal blocks", at_least=1)
+
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
     lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)

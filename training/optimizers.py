@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from muon import Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 from training.errors import UserError
@@ -56,12 +57,41 @@ def lion(config, groups, device):
 
 
 def muon(config, groups, device):
-    """Muon whose update has the root mean square of AdamW's (arXiv:2502.16982, section 2.2).
+    """Muon for the group "matrices", AdamW for the others."""
+    return _beside_adamw(Muon, config, groups, device, (config.beta1, config.beta2), momentum=config.momentum)
 
-    A learning rate and a weight decay then mean the same for the matrices and for AdamW's groups.
-    """
-    make = partial(torch.optim.Muon, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    return WithAuxAdam(groups, (config.beta1, config.beta2), device, muon=make)
+
+def whitened_muon(config, groups, device):
+    """The same with Muon's step in coordinates that the training gradient whitens."""
+    whitening = {"momentum": config.momentum, "interval": config.whiten_interval, **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, (config.beta1, config.beta2), **whitening)
+
+
+def sophia_muon(config, groups, device):
+    """The same with factors from the gradients of Sophia's sampled labels."""
+    whitening = {"momentum": config.beta1, "source": "update_factors", **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, AUX_BETAS, **whitening)
+
+
+def _whitening(config):
+    names = "sides", "exponent", "ridge", "decay", "max_width"
+    return {name: getattr(config, f"whiten_{name}") for name in names}
+
+
+def _beside_adamw(cls, config, groups, device, betas, **settings):
+    """An optimizer of matrices for the group "matrices", and AdamW for the others."""
+    matrices = [group for group in groups if group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] != "matrices"]
+    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
+
+
+def _aux_adamw(config, groups, betas, device):
+    """AdamW beside another optimizer, at a learning rate of its own where `adamw_lr` gives one."""
+    if rate := getattr(config, "adamw_lr", None):
+        for group in groups:
+            group["lr_scale"] = rate / config.learning_rate
+    return _adamw(groups, betas, device)
 
 
 def soap(config, groups, device):
@@ -89,9 +119,7 @@ def sophia(config, groups, device):
     )
     if not auxiliary:
         return optimizer
-    for group in auxiliary if config.adamw_lr else ():
-        group["lr_scale"] = config.adamw_lr / config.learning_rate
-    return OptimizerContainer(sophia=optimizer, adamw=_adamw(auxiliary, AUX_BETAS, device))
+    return OptimizerContainer(sophia=optimizer, adamw=_aux_adamw(config, auxiliary, AUX_BETAS, device))
 
 
 def _sophia_class(config, groups):
@@ -133,9 +161,11 @@ OPTIMIZERS = {
     "sgd": OptimizerSpec(sgd),
     "lion": OptimizerSpec(lion, shards=True),
     "muon": OptimizerSpec(muon),
+    "whitened_muon": OptimizerSpec(whitened_muon),
     "soap": OptimizerSpec(soap),
     "sophiag": OptimizerSpec(sophia, estimate="labels", shards=True, state_key="hessian"),
     "sophiah": OptimizerSpec(sophia, estimate="hutchinson"),
+    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels"),
 }
 FIRST_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate is None)
 SECOND_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate)
@@ -267,8 +297,12 @@ def _parts(optimizer):
 
 
 def second_order(optimizer):
-    """The optimizer that takes the curvature estimates: itself, or the one in a container that has update_hessian."""
-    return next(part for part in _parts(optimizer) if hasattr(part, "update_hessian"))
+    """The optimizer, or the part of a container, that takes curvature estimates; and its method for them."""
+    for part in _parts(optimizer):
+        for name in ("update_hessian", "update_factors"):
+            if hasattr(part, name):
+                return part, getattr(part, name)
+    raise ValueError(f"{type(optimizer).__name__} takes no curvature estimates")
 
 
 def step_arguments(config, optimizer):
@@ -306,10 +340,25 @@ def _with_settings_of(optimizer, state):
     """`state` with the optimizer's own groups, except for the state in them: "params", and some optimizers' "step"."""
     if isinstance(optimizer, OptimizerContainer):
         return {name: _with_settings_of(part, state[name]) for name, part in optimizer.optimizers.items()}
+    if isinstance(optimizer, Muon):
+        state = _joined_blocks(optimizer, state)
     groups = []
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}})
     return {**state, "param_groups": groups}
+
+
+def _joined_blocks(optimizer, state):
+    """A state in which every block of a split matrix has a number of its own, as older checkpoints have it, joined."""
+    (saved,), (group,) = state["param_groups"], optimizer.param_groups
+    splits = group["split"]
+    if len(saved["params"]) == len(splits):
+        return state
+    numbers, joined = iter(saved["params"]), {}
+    for i, split in enumerate(splits):
+        blocks = [state["state"][next(numbers)]["momentum_buffer"] for _ in range(split)]
+        joined[i] = {"momentum_buffer": torch.cat(blocks)}
+    return {"state": joined, "param_groups": [{**saved, "params": list(range(len(splits)))}]}
 
 
 def check_state_fits(config, checkpoint):

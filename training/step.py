@@ -136,7 +136,7 @@ class TrainStep:
 
     def curvature_step(self, batches, step):
         """Renew the curvature by an estimate on the first hess_bs sequences of the step's batch."""
-        config, optimizer = self.config, second_order(self.optimizer)
+        config, (optimizer, update) = self.config, second_order(self.optimizer)
         if OPTIMIZERS[config.optimizer_name].estimate == "labels":
             self._accumulate(batches.curvature(step, config.hess_bs), label_loss)
             norm, arguments = self._gradient_norm(), {"scale": config.hess_bs / config.total_bs}
@@ -146,7 +146,7 @@ class TrainStep:
             products = self._hessian_vector_products(batches.train(step, config.hess_bs), parameters, vectors)
             norm = torch.nn.utils.get_total_norm(products, foreach=True)
             arguments = {"estimates": torch._foreach_mul(vectors, products)}
-        self._update(optimizer, functools.partial(optimizer.update_hessian, **arguments), norm)
+        self._update(optimizer, functools.partial(update, **arguments), norm)
 
     def optimizer_step(self):
         """Clip the gradients to a global norm of grad_clip, step and free them.
