@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, targets) -> scalar
+EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")  # wte is the output matrix too
 
 
 @dataclass
@@ -195,18 +196,18 @@ class GPT(nn.Module):
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups for an optimizer: "matrices" (weights of Linear layers, decayed), "embeddings" (wte, which is also
-        the output matrix, and wpe) and "scalars" (LayerNorm, biases). Sorted by name, so the order never changes.
+        """Groups for an optimizer: "matrices" (weights of Linear layers, decayed), "embeddings" (wte, wpe) and
+        "scalars" (LayerNorm, biases). They are sorted by name, so the order never changes.
 
-        "matrices" has the key "split": for each matrix, into how many equal blocks of rows it falls. 3 for the matrix
-        that holds query, key and value, else 1.
+        "split" of the matrices: into how many equal blocks of rows each one falls. It is 3 for the matrix that holds
+        query, key and value, else 1.
         """
-        named, embeddings = sorted(self.named_parameters()), ("transformer.wte.weight", "transformer.wpe.weight")
-        matrices = {name: p for name, p in named if p.dim() > 1 and name not in embeddings}
+        named = sorted(self.named_parameters())
+        matrices = {name: p for name, p in named if p.dim() > 1 and name not in EMBEDDINGS}
         split = [3 if name.endswith("c_attn.weight") else 1 for name in matrices]
         return [
             {"name": "matrices", "params": list(matrices.values()), "weight_decay": weight_decay, "split": split},
-            {"name": "embeddings", "params": [p for name, p in named if name in embeddings], "weight_decay": 0.0},
+            {"name": "embeddings", "params": [p for name, p in named if name in EMBEDDINGS], "weight_decay": 0.0},
             {"name": "scalars", "params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
         ]
 

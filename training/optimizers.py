@@ -20,7 +20,7 @@ from training.errors import UserError
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
 
-# ----- how each is built: (config, parameter groups, device) -> optimizer. The run sets the learning rates.
+# ----- building: (config, parameter groups, device) -> optimizer. The run sets the learning rates.
 
 
 def adamw(config, groups, device):
@@ -145,8 +145,8 @@ class OptimizerSpec:
 
     build: (config, parameter groups, device) -> the optimizer.
     estimate: its curvature pass: None, "labels" (gradient of sampled labels) or "hutchinson" (Hessian-vector product).
-    shards: whether it works on parameters that fsdp has split over the ranks, one by one and element by element.
-    state_key: the key of its states by which an imported checkpoint is known to be its own.
+    shards: whether it works with parameters that fsdp has split over the ranks.
+    state_key: the key by which the states of an imported checkpoint are known as its own.
     """
 
     build: Callable
@@ -185,12 +185,12 @@ def optimizer_of_state(state):
 
 
 class OptimizerContainer(torch.optim.Optimizer):
-    """Several optimizers, each of its own parameters, as one.
+    """Several optimizers as one, each for its own parameters.
 
         optimizer = OptimizerContainer(sophia=SophiaG(matrices), adamw=torch.optim.AdamW(others))
 
-    The arguments of `step` are for the first. A state_dict holds one state_dict for each, under its name.
-    torch.amp.GradScaler may drive it if it may drive all of them.
+    The first takes the arguments of `step`. The state_dict is {name: state_dict of that optimizer}.
+    It knows torch.amp.GradScaler's protocol if all of them do.
     """
 
     def __init__(self, **optimizers):
@@ -207,7 +207,7 @@ class OptimizerContainer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, empty):
-        """torch.optim.Optimizer's constructor sets one; the states are those of the optimizers."""
+        """torch.optim.Optimizer's constructor sets it; the states are the optimizers' own."""
 
     def step(self, closure=None, **arguments):
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -234,10 +234,10 @@ class OptimizerContainer(torch.optim.Optimizer):
 
 
 class WithAuxAdam(OptimizerContainer):
-    """An optimizer that is made for matrices, for the group "matrices", and AdamW for the other groups.
+    """An optimizer for the group "matrices" and AdamW for the other groups.
 
-    The blocks that the group's `split` names are matrices of their own to it: query, key and value are three, as
-    Muon's author advises. The blocks and their gradients are views; nothing is copied.
+    The optimizer sees the blocks of the group's `split` as separate matrices: query, key and value, as Muon's author
+    advises. The blocks and their gradients are views; nothing is copied.
     """
 
     def __init__(self, groups, betas, device, **make):
@@ -273,7 +273,7 @@ def split_qkv(matrix, split):
     return matrix.chunk(split)
 
 
-# ----- what a run asks of any of them
+# ----- for all optimizers
 
 
 def supports_amp_scaling(optimizer):
@@ -283,8 +283,8 @@ def supports_amp_scaling(optimizer):
 
 @contextlib.contextmanager
 def amp_scaling(optimizer, grad_scale, found_inf):
-    """torch.amp.GradScaler's protocol for the calls within: the optimizer divides gradients by `grad_scale`, and
-    changes nothing if `found_inf` is 1. Both are scalars on the device, or None, and the host never reads them."""
+    """torch.amp.GradScaler's protocol: within, the optimizer divides gradients by `grad_scale` and changes nothing if
+    `found_inf` is 1. Both are scalars on the device, which the host never reads, or None."""
     optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
     try:
         yield
@@ -311,7 +311,7 @@ def step_arguments(config, optimizer):
 
 
 def statistics(config, optimizer):
-    """{metric name: number} of an optimizer that reports on itself, {} of another."""
+    """{metric name: number} that an optimizer reports on itself; {} for most."""
     numbers = {}
     for part in _parts(optimizer):
         if hasattr(part, "statistics"):
@@ -351,7 +351,7 @@ def rescale_curvature(optimizer, ratio):
 
 
 def _with_settings_of(optimizer, state):
-    """`state` with the optimizer's own groups. Of a saved group "params" is state, and "step" where it counts there."""
+    """`state` with the optimizer's own groups, except for the state in them: "params", and some optimizers' "step"."""
     if isinstance(optimizer, OptimizerContainer):
         return {name: _with_settings_of(part, state[name]) for name, part in optimizer.optimizers.items()}
     if isinstance(optimizer, Muon):
@@ -384,7 +384,7 @@ def state_differences(config, checkpoint):
 
     defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
     if config.optimizer_name in ("whitened_muon", "sophia_muon"):
-        defaults["whiten_max_width"] = None
+        defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
     pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]
     return [
         (name, saved, wanted)

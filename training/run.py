@@ -128,7 +128,7 @@ class Run:
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
-        before = checkpoint.get("flops") if resume else None  # of settings that may have been others
+        before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
             if config.init_from != "resume":
@@ -260,9 +260,9 @@ class Run:
         return self._train_step.optimizer
 
     def set_optimizer(self, make):
-        """Step with the optimizer `make(config, parameter groups, device)`; on a resume it gets its state. Return it.
+        """Make `make(config, parameter groups, device)` the run's optimizer and return it, on a resume with its state.
 
-        Its learning rates follow the schedule and its state is in checkpoints.
+        Its learning rates follow the schedule, and checkpoints hold its state.
         """
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
@@ -282,7 +282,7 @@ class Run:
         return optimizer
 
     def parameter_groups(self):
-        """The model's parameter groups. One with an `lr_scale` has so many times the schedule's learning rate."""
+        """The model's parameter groups. `lr_scale` of a group multiplies the schedule's learning rate."""
         config, groups = self.config, self.model.parameter_groups(self.config.weight_decay)
         for group in groups if config.embedding_lr else ():
             if group["name"] == "embeddings":
@@ -341,7 +341,7 @@ class Run:
             step += 1
 
     def _finish_writing(self):
-        """Return when the last checkpoint is on disk; RunError on all ranks when it could not be written."""
+        """Wait until the last checkpoint is on disk; RunError on all ranks if it could not be written."""
 
         def finish():
             if self._writer:
@@ -357,7 +357,7 @@ class Run:
     # ----- evaluation, metrics, checkpoints
 
     def _flops(self, step):
-        """FLOPs of the steps before `step` under the settings of now, all ranks together."""
+        """FLOPs of the steps before `step` with this run's settings, all ranks together."""
         estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 

@@ -96,9 +96,9 @@ class Batches:
 
 
 class TrainStep:
-    """The steps of a model by an optimizer, for all ranks together.
+    """The training steps of a model on this rank, in step with the other ranks.
 
-    optimizer: to be set before the first step. scaler: fp16's, of torch.amp.
+    optimizer: to be set before the first step. scaler: torch.amp's, for fp16.
     counts: {name of COUNTS: number}, on the device.
     loss, grad_norm: of the last step's batch: this rank's part of the loss, the global norm before clipping.
     curvature: {"loss", "grad_norm"} of the last estimate; Hutchinson's has no loss. {} before the first.
