@@ -1,4 +1,4 @@
-"""Speed and memory of this repository's parts, beside their peers, measured in one run.
+"""Measure the speed and memory of this repository's parts and of their peers, in one process and in turns.
 
     python bench.py optimizer [--official PATH] [--models 124M,355M,774M]
     python bench.py train [--nanogpt PATH] [--official PATH] [--models 124M,355M]
@@ -6,8 +6,8 @@
     python bench.py data [--device cuda]
     python bench.py table assets/bench/optimizer.json
 
-A subcommand prints its rows as it goes and writes them as JSON: {"device", "torch", "commit", "command", "rows":
-[{"contender", "model", "metric", "value", "unit"}]}. A contender that fails leaves a line in "errors" and no row.
+A subcommand prints its rows at once and writes them as JSON: {"device", "torch", "commit", "command", "rows":
+[{"contender", "model", "metric", "value", "unit"}]}. A contender that fails adds a line to "errors" and no row.
 """
 
 from benchmarks import data, losses, optimizer, train
@@ -17,9 +17,9 @@ from training.tracking import git_state
 
 BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
-    "train": (train, "tokens/s and memory of training, against peers; what curvature costs; several GPUs"),
-    "losses": (losses, "how far apart the losses of two settings, or two commits, are over a short run"),
-    "data": (data, "prepare.py beside bare tiktoken, and what the input pipeline adds to a training step"),
+    "train": (train, "tokens/s and memory of training, against peers; the cost of curvature; several GPUs"),
+    "losses": (losses, "the difference of the losses of two settings or two commits over a short run"),
+    "data": (data, "prepare.py beside tiktoken alone, and the time that the input pipeline adds to a step"),
 }
 
 
@@ -35,7 +35,7 @@ def main(argv=None):
             "--commit", default=commit if clean else f"{commit}-dirty", help="recorded in the JSON; default: git's HEAD"
         )
         sub.set_defaults(run=module.run)
-    sub = commands.add_parser("table", help="a JSON that another subcommand wrote, as a Markdown table")
+    sub = commands.add_parser("table", help="print another subcommand's JSON as a Markdown table")
     sub.add_argument("result", metavar="JSON")
     sub.set_defaults(run=lambda args: print(markdown_table(args.result)))
     args = parser.parse_args(argv)

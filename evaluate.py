@@ -1,11 +1,11 @@
-"""Loss, perplexity and bits per byte of a model over a whole split, each token predicted from a long context.
+"""Loss, perplexity and bits per byte of a model on a complete split, each token predicted from a long context.
 
 python evaluate.py --out_dir=out/demo_sophiag
 python evaluate.py --init_from=gpt2 --dataset=wikitext103 --split=val --stride=512
 
-A window of block_size tokens slides over the split by `stride` tokens; each of them counts once, in the first window
-that has it, so that it is predicted from at least block_size - stride tokens before it (fewer at the very start).
-stride = block_size takes the least time; with a smaller one a model that makes use of its context has a lower loss.
+A window of block_size tokens moves over the split by `stride` tokens. Each token counts once, in the first window that
+holds it: it is predicted from at least block_size - stride tokens before it (fewer at the very start).
+stride = block_size is fastest. With a smaller stride, a model that uses its context has a lower loss.
 """
 
 import math
@@ -26,7 +26,7 @@ from training.hf import load_model
 
 @dataclass
 class EvaluateConfig:
-    """Which model to evaluate, and on what."""
+    """The settings of evaluate.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
@@ -38,7 +38,7 @@ class EvaluateConfig:
     dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
 
     def check(self):
-        """No two of these settings can contradict each other."""
+        """These settings cannot contradict each other."""
 
 
 def main(argv=None):
@@ -92,7 +92,7 @@ def check_tokens(corpus, split, tokenizer, origin):
 
 
 def count_bytes(tokens, tokenizer):
-    """Bytes of UTF-8 text that `tokens` stand for; the end of a document is none."""
+    """UTF-8 bytes of the text of `tokens`; the end-of-text token has none."""
     of_token = tokenizer.token_bytes()
     return sum(int(of_token[tokens[i : i + (1 << 24)]].sum()) for i in range(0, len(tokens), 1 << 24))
 
@@ -104,7 +104,7 @@ def summed_loss(logits, targets):
 
 @torch.no_grad()
 def total_nats(model, tokens, stride, batch_size):
-    """-log p of all of `tokens` but the first, summed."""
+    """The sum of -log p over all `tokens` but the first."""
     model.eval()
     device, T = model.lm_head.weight.device, model.config.block_size
     n = len(tokens) - 1  # to be predicted
@@ -115,7 +115,7 @@ def total_nats(model, tokens, stride, batch_size):
         inputs, targets = np.zeros((len(batch), T), np.int64), np.full((len(batch), T), -1)
         for row, start in enumerate(batch):
             window = tokens[start : start + T + 1]
-            old = T - stride if start else 0  # targets that the window before had
+            old = T - stride if start else 0  # targets that the window before it counted
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, old : len(window) - 1] = window[old + 1 :]
         loss = model(*(torch.from_numpy(array).to(device) for array in (inputs, targets)), loss=summed_loss)[1]

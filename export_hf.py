@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: GPT2LMHeadModel and its tokenizer, which transformers load without a network.
+"""Write a checkpoint as a Hugging Face folder: GPT2LMHeadModel and tokenizer, which transformers loads offline.
 
 python export_hf.py --out_dir=out/gpt2_small_sophiag --to=exported
 python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
@@ -6,9 +6,9 @@ python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
-The rows that pad the vocabulary are cut. GPT-2's tokenizer is GPT2Tokenizer; that of a run on characters is a
-PreTrainedTokenizerFast with one token a character. Unlike training's, it takes "<|endoftext|>" in a text for the end
-of a document, as Hugging Face's does.
+The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as GPT2Tokenizer, a tokenizer of characters as
+PreTrainedTokenizerFast with one token for each character. As always in transformers, and unlike in training,
+"<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
@@ -25,7 +25,7 @@ from training.tokenizer import gpt2_files
 
 @dataclass
 class ExportConfig:
-    """Which model to export, and where to."""
+    """The settings of export_hf.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
@@ -54,7 +54,7 @@ def main(argv=None):
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
     hf_model = to_hf(model, tokenizer.vocab_size)
-    hf_model.generation_config.pad_token_id = tokenizer.eot  # GPT-2 has no token for it; a batch of prompts needs one
+    hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
     if tokenizer.spec is None:
         print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
@@ -69,7 +69,7 @@ def export(model, tokenizer, folder):
 
 
 def gpt2_tokenizer(folder):
-    """OpenAI's vocabulary as transformers' tokenizer; into `folder` go the two files that its older versions read."""
+    """OpenAI's vocabulary as transformers' tokenizer. Older versions read the two files that go into `folder`."""
     from transformers import GPT2Tokenizer
 
     vocab, merges = gpt2_files()
@@ -102,7 +102,7 @@ def _end(tokenizer):
 
 
 def character_tokenizer(characters):
-    """One token a character; it refuses others, as training's does."""
+    """A tokenizer with one token for each character. It refuses other characters, as in training."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Text from a trained model: continues a prompt, or starts a document, and prints each token as it comes.
+"""Print text of a trained model, token by token: it continues a prompt or starts a document.
 
 python sample.py --out_dir=out/demo_sophiag --start="KING RICHARD:" --num_samples=3 --temperature=0.7
 python sample.py --out_dir=out/demo_sophiag --start=FILE:prompt.txt --max_new_tokens=200
@@ -16,12 +16,12 @@ from training.distributed import Distributed
 from training.errors import UserError, command
 from training.hf import load_model
 
-FILE = "FILE:"  # a start that names the file with the prompt
+FILE = "FILE:"  # such a start names the file with the prompt
 
 
 @dataclass
 class SampleConfig:
-    """What to sample, and from which model."""
+    """The settings of sample.py."""
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
@@ -37,7 +37,7 @@ class SampleConfig:
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 
     def check(self):
-        """No two of these settings can contradict each other."""
+        """These settings cannot contradict each other."""
 
 
 def main(argv=None):
@@ -48,7 +48,7 @@ def main(argv=None):
     if len(prompt) > model.config.block_size:
         seen = f"each new one is drawn from the last block_size = {model.config.block_size}"
         print(f"warning: the prompt has {len(prompt)} tokens, {seen}.", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     model.to(device)
     idx = torch.tensor([prompt], device=device)  # (1, T)
     for i in range(config.num_samples):
@@ -64,7 +64,7 @@ def main(argv=None):
 
 
 def prompt_ids(start, tokenizer):
-    """The token ids that `start` stands for, at least one."""
+    """The token ids of `start`, at least one."""
     if not start:
         return tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     text = start

@@ -1,4 +1,4 @@
-"""Pre-train GPT-2 with Sophia (arXiv:2305.14342): an estimate of the Hessian's diagonal every `hess_interval` steps.
+"""Pre-train GPT-2 with Sophia (arXiv:2305.14342), which estimates the Hessian's diagonal every `hess_interval` steps.
 
 python train_sophiag.py config/train_shakespeare_char_sophiag.py
 torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_gpt2_small_sophiag.py --batch_size=12
@@ -18,24 +18,25 @@ class SophiaConfig(TrainConfig):
 
     optimizer_name: str = setting(
         "sophiag",
-        "curvature by Gauss-Newton-Bartlett (sophiag) or Hutchinson (sophiah)",
+        "curvature by Gauss-Newton-Bartlett (sophiag) or Hutchinson (sophiah); sophia_muon whitens Muon by the former",
         choices=SECOND_ORDER,
     )
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
     rho: float | None = setting(
-        None, "clipping threshold (the paper's gamma), larger clips less; default 0.05, sophiah 0.01", above=0.0
+        None, "clipping threshold (the paper's gamma), larger clips less; default 0.05, for sophiah 0.01", above=0.0
     )
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(
-        None, "sequences in a curvature estimate; default a quarter of total_bs, sophiah 32", at_least=1
+        None, "sequences in a curvature estimate; default a quarter of total_bs, for sophiah 32", at_least=1
     )
     bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
-    nesterov: bool = setting(False, "move by beta1 m + (1 - beta1) gradient, m the renewed average, instead of by m")
+    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average")
     eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
     spectral: bool = setting(
-        False, "with eigenbasis, orthogonalize the step in coordinates that the curvature whitens; rate as Muon's"
+        False,
+        "with eigenbasis, orthogonalize the step in coordinates that the curvature whitens; Muon's learning rates",
     )
     adamw_for: str = setting(
         "none",
@@ -45,35 +46,48 @@ class SophiaConfig(TrainConfig):
     )
     adamw_lr: float | None = setting(None, "AdamW's peak rate for these groups; default learning_rate", above=0.0)
     sophia_start_iter: int = setting(
-        0, "AdamW (betas 0.9, 0.95, the same rate) before this step, then Sophia", at_least=0
+        0, "AdamW (betas 0.9, 0.95, the same learning rate) before this step, then Sophia", at_least=0
     )
-    hess_warmup: int = setting(10, "curvature estimates before the first step of a late Sophia", at_least=0)
+    hess_warmup: int = setting(
+        10, "curvature estimates before Sophia's first step, if that is sophia_start_iter", at_least=0
+    )
 
     def check(self):
         super().check()
         hutchinson = self.optimizer_name == "sophiah"
         if self.rho is None:
             self.rho = 0.01 if hutchinson else 0.05
+        if self.optimizer_name == "sophia_muon":
+            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter or self.eigenbasis:
+                raise UserError(
+                    "sophia_muon has AdamW for all but the matrices: leave out adamw_for, eigenbasis and "
+                    "sophia_start_iter."
+                )
+            self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
         if self.sophia_start_iter and self.init_from.startswith("import:"):
-            raise UserError("an import goes on with its own optimizer; leave sophia_start_iter at 0.")
+            raise UserError("an import continues with its own optimizer; leave sophia_start_iter at 0.")
         if self.adamw_for != "none" and (self.sophia_start_iter or self.init_from.startswith("import:")):
-            raise UserError("adamw_for goes with neither sophia_start_iter nor an import; leave it at none.")
+            raise UserError("adamw_for works with neither sophia_start_iter nor an import; leave it at none.")
         if self.adamw_lr and not self.learning_rate:
-            raise UserError("adamw_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
+            raise UserError("adamw_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
-            raise UserError("adamw_lr and embedding_lr are both a rate of the embeddings here; give one of them.")
+            raise UserError(
+                "adamw_lr and embedding_lr both set the learning rate of the embeddings here; give one of them."
+            )
         if self.eigenbasis and hutchinson:
             raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
         if self.spectral and not self.eigenbasis:
             raise UserError("spectral needs the eigenvectors of the curvature; set eigenbasis = True as well.")
         if self.spectral and self.adamw_for != "embeddings+scalars":
-            raise UserError("spectral goes at Muon's rates, too high for Sophia; set adamw_for = embeddings+scalars.")
+            raise UserError(
+                "spectral takes Muon's learning rates, too high for Sophia; set adamw_for = embeddings+scalars."
+            )
         if self.eigenbasis and self.fsdp:
-            raise UserError("eigenbasis needs its matrices whole, which fsdp = True splits; leave one at False.")
+            raise UserError("eigenbasis needs complete matrices, and fsdp = True splits them; leave one at False.")
         if hutchinson and self.fp8:
-            raise UserError("fp8 cannot be differentiated twice, as sophiah has to; use sophiag, or leave fp8 off.")
+            raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
 

@@ -1,7 +1,7 @@
-"""Tokens a second of prepare.py beside bare tiktoken, and what the input pipeline adds to a training step.
+"""Tokens a second of prepare.py beside tiktoken alone, and the time that the input pipeline adds to a training step.
 
 The text is Python's standard library, at most 20 MB. "tiktoken" is `encode_ordinary_batch` on the same documents in
-memory, with as many threads; prepare.py also reads, hashes and splits them, and writes train.bin and val.bin.
+memory, with the same number of threads. prepare.py also reads, hashes and splits them and writes train.bin and val.bin.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def add_arguments(parser):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: use --device cpu, which trains a tiny model.")
-    get_tokenizer("gpt2")  # tiktoken has its vocabulary from here on
+    get_tokenizer("gpt2")  # fills tiktoken's cache
     report = Report(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -51,7 +51,7 @@ def run(args):
 
 
 def write_sources(folder):
-    """The standard library's files as NAME.py and as NAME.txt in `folder`, each content once; their texts."""
+    """Write the standard library's files to `folder` as NAME.py and NAME.txt, each content once; return their texts."""
     folder.mkdir()
     texts, size = {}, 0
     for path in python._python_files([sysconfig.get_path("stdlib")]):
@@ -75,12 +75,12 @@ def measure_tokenizing(report, texts, folder):
         encoded = tiktoken.get_encoding("gpt2").encode_ordinary_batch(texts, num_threads=threads)
         counts["tiktoken"] = sum(map(len, encoded))
 
-    def prepare(module, *words):
-        """What the command line `prepare.py WORDS` does."""
+    def prepare(module, *arguments):
+        """Run `prepare.py ARGUMENTS`."""
         name = module.__name__.split(".")[1]
-        words = ["prepare.py", *words, "--out_dir", folder / name, "--num_proc", threads, "--force"]
-        argv, unseen = mock.patch("sys.argv", list(map(str, words))), io.StringIO()
-        with argv, contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+        argv = ["prepare.py", *arguments, "--out_dir", folder / name, "--num_proc", threads, "--force"]
+        patch, unseen = mock.patch("sys.argv", list(map(str, argv))), io.StringIO()
+        with patch, contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
             module.main()
         meta = json.loads((folder / name / "meta.json").read_text())
         counts[name] = meta["train_tokens"] + meta["val_tokens"]
@@ -110,14 +110,14 @@ def measure_tokenizing(report, texts, folder):
 
 
 def measure_training(report, folder, device):
-    """The same steps of AdamW with the run's own batches and with one that stays on the device."""
+    """Time the same AdamW steps with the run's batches and with one batch that stays on the device."""
     if device == "cuda":
-        model, words = "124M", [str(CONFIG_124M)]
+        model, argv = "124M", [str(CONFIG_124M)]
         settings = {"total_bs": 64, "batch_size": 64, "dataset": folder / "text"}
     else:
-        model, words, settings = "tiny", [], TINY | {"dataset": folder / "shakespeare_char"}
+        model, argv, settings = "tiny", [], TINY | {"dataset": folder / "shakespeare_char"}
     settings |= {"out_dir": folder / "out", "device": device}
-    config = load_config(AdamConfig, words + [f"--{key}={value}" for key, value in settings.items()])
+    config = load_config(AdamConfig, argv + [f"--{key}={value}" for key, value in settings.items()])
     with Run(config) as run:
         run.set_optimizer(make_optimizer)
         resident, steps = run.train_batch(0), itertools.count(1)

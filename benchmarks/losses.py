@@ -1,10 +1,10 @@
-"""How far the losses of training are apart under two settings, or at two commits: the same seed, the same tokens.
+"""Compare the training losses of two settings or two commits: the same seed, the same tokens.
 
     python bench.py losses HEAD~1 HEAD "HEAD~1 --batch_size=32"
     python bench.py losses . ". --fp8=True" --base "config/train_gpt2_medium_sophiag.py --max_iters=300"
 
-Each word is a run: a commit, or a folder with a checkout (. is this one), and settings after it. The first is what the
-others are compared with. A yardstick is a run that differs in nothing but its micro-batch.
+Each argument is a run: a commit or a folder with a checkout (. is this one), then settings. The others are compared
+with the first. A run that differs only in its micro-batch shows how large rounding differences are.
 """
 
 import os
@@ -27,7 +27,7 @@ EVERY_STEP = ["--log_interval=1", "--eval_interval=1000000"]
 
 def add_arguments(parser):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="COMMIT or FOLDER [--key=value ...], in quotes")
-    parser.add_argument("--base", default=BASE, help="what all runs share; default: %(default)s")
+    parser.add_argument("--base", default=BASE, help="the settings of all runs; default: %(default)s")
     parser.add_argument("--script", default="train_sophiag.py", choices=("train_sophiag.py", "train_adam.py"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
 
@@ -52,50 +52,50 @@ def run(args):
         finally:
             for tree in folder.glob("tree*"):
                 subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False)
-    for name, theirs in zip(args.runs[1:], losses[1:], strict=True):
-        if not theirs or list(theirs) != list(losses[0]):
+    for name, compared in zip(args.runs[1:], losses[1:], strict=True):
+        if not compared or list(compared) != list(losses[0]):
             raise UserError(
-                f"{name!r} and {args.runs[0]!r} do not log losses at the same steps; give both as many, and rates at "
-                "which they stay finite."
+                f"{name!r} and {args.runs[0]!r} do not log losses at the same steps; give both as many steps, and "
+                "learning rates at which the losses stay finite."
             )
-        difference = {step: abs(theirs[step] - loss) for step, loss in losses[0].items()}
-        for steps in (5, 20, 50):  # rounding grows from step to step: what is more than that differs at once
+        difference = {step: abs(compared[step] - loss) for step, loss in losses[0].items()}
+        for steps in (5, 20, 50):  # rounding grows from step to step; another cause differs at once
             early = max((value for step, value in difference.items() if step < steps), default=0.0)
             print(f"{name}: largest difference in the first {steps} steps {early:.6f}", flush=True)
         worst = max(difference, key=difference.get)
-        print(f"{name}: largest difference at step {worst}, {losses[0][worst]:.5f} and {theirs[worst]:.5f}")
+        print(f"{name}: largest difference at step {worst}, {losses[0][worst]:.5f} and {compared[worst]:.5f}")
         model, last = args.runs[0], list(difference)[-20:]
         report.add(name, model, "largest_loss_difference", difference[worst], "nats")
-        signed = sum(theirs[step] - losses[0][step] for step in last) / len(last)
+        signed = sum(compared[step] - losses[0][step] for step in last) / len(last)
         report.add(name, model, f"mean_difference_last_{len(last)}", signed, "nats")
 
 
-def place_of(words, tree):
-    """(checkout, settings) of a run; a commit is checked out into `tree`."""
+def place_of(run, tree):
+    """(checkout, settings) of a run. A commit is checked out into `tree`."""
     try:
-        words = shlex.split(words) or ["."]
+        place, *settings = shlex.split(run) or ["."]
     except ValueError as error:
-        raise UserError(f"{words!r} cannot be read as a run ({error}); quote it once more.") from None
-    if Path(words[0]).is_dir():
-        return (ROOT if words[0] == "." else Path(words[0]).resolve()), words[1:]
+        raise UserError(f"{run!r} cannot be read as a run ({error}); quote it once more.") from None
+    if Path(place).is_dir():
+        return (ROOT if place == "." else Path(place).resolve()), settings
     done = subprocess.run(
-        ["git", "-C", ROOT, "worktree", "add", "--detach", tree, words[0]], capture_output=True, text=True
+        ["git", "-C", ROOT, "worktree", "add", "--detach", tree, place], capture_output=True, text=True
     )
     if done.returncode:
-        raise UserError(f"{words[0]!r} is neither a folder nor a commit of this repository.")
-    return tree, words[1:]
+        raise UserError(f"{place!r} is neither a folder nor a commit of this repository.")
+    return tree, settings
 
 
-def losses_of(args, checkout, words, out_dir, free):
-    """{step: training loss} of a run, on a GPU that is taken from `free` and put back."""
+def losses_of(args, checkout, settings, out_dir, free):
+    """{step: training loss} of a run, on a GPU that is taken from `free` and given back."""
     gpu = free.pop()
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    command = [sys.executable, args.script, *shlex.split(args.base), *EVERY_STEP, f"--device={args.device}", *words]
+    command = [sys.executable, args.script, *shlex.split(args.base), *EVERY_STEP, f"--device={args.device}", *settings]
     done = subprocess.run(
         [*command, f"--out_dir={out_dir}"], cwd=checkout, env=environment, capture_output=True, text=True
     )
     free.append(gpu)
     if done.returncode:
-        raise UserError(f"{shlex.join(words) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        raise UserError(f"{shlex.join(settings) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     lines = read_metrics(out_dir / METRICS)
     return {line["step"]: line["train/loss"] for line in lines if line.get("train/loss") is not None}

@@ -1,4 +1,4 @@
-"""One optimizer step, its curvature update and its clipping, against the peers and the memory's speed."""
+"""One optimizer step, curvature update and clipping, against peers and against the memory's speed."""
 
 import functools
 import gc
@@ -33,7 +33,7 @@ def gpt2_shapes(name):
 
 
 def optimizer_contenders(args):
-    """name -> (params -> optimizer), decayed and undecayed groups as in training."""
+    """{name: function of parameters that builds the optimizer}, with decayed and undecayed groups as in training."""
 
     def with_groups(cls, **settings):
         def build(params):
@@ -57,7 +57,7 @@ def optimizer_contenders(args):
 
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: use --device cpu, for the peers that run there.")
+        raise UserError("this machine has no CUDA device: use --device cpu, which times the peers that run there.")
     report = Report(args)
     contenders = optimizer_contenders(args)
     for model in args.models:
@@ -81,9 +81,9 @@ def make_gradients(params, seed):
 
 
 def measure_peak(report, name, model, build):
-    """Bytes asked of the allocator at the peak of estimate, clipping and steps; the floor is p + g + two states.
+    """Report the peak of bytes in use during estimate, clipping and steps. The floor: p, g and two states.
 
-    As asked for: what the allocator rounds up is the same for every optimizer (3% at 774M).
+    Bytes are counted as requested. The allocator's rounding is the same for every optimizer (3% at 774M).
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -112,7 +112,7 @@ def measure_times(report, model, contenders, args):
     gc.collect()
     params = make_parameters(model, args.device)
     count = sum(p.numel() for p in params)
-    # As in training, where gradients are freed and come back: they alternate between two places in memory.
+    # Gradients alternate between two places in memory, as in training, where they are freed and allocated again.
     places = [make_gradients(params, seed) for seed in (1, 2)]
     turn = itertools.cycle(places)
     optimizers = {name: build(params) for name, build in contenders.items()}
@@ -165,13 +165,15 @@ def print_comparison(report, model, device):
             print(f"{model:>6}  {metric}: sophia at {floor / ours:.1%} of the floor's speed", flush=True)
     peer = "adamw_fused" if device == "cuda" else "adamw_foreach"
     for metric in ("step_ms", "clip_step_ms"):
-        ours, theirs = report.value("sophia", model, metric), report.value(peer, model, metric)
-        if ours and theirs:
-            print(f"{model:>6}  {metric}: sophia takes {ours / theirs:.2f} of {peer}", flush=True)
+        ours, of_peer = report.value("sophia", model, metric), report.value(peer, model, metric)
+        if ours and of_peer:
+            print(f"{model:>6}  {metric}: sophia takes {ours / of_peer:.2f} of {peer}", flush=True)
 
 
 def tune(model, args):
-    """Every kernel under other launch settings: what to write into sophia._LAUNCH."""
+    """Time every kernel under other launch settings, to choose those in sophia_fused.LAUNCH."""
+    import sophia_fused  # needs Triton
+
     params = make_parameters(model, args.device)
     for p, g in zip(params, make_gradients(params, 1), strict=True):
         p.grad = g
@@ -188,22 +190,22 @@ def tune(model, args):
     calls = {
         "step": unclipped_step,
         "hessian": optimizer.update_hessian,
-        "square": lambda: optimizer._clip(optimizer._gather()),
+        "square": lambda: optimizer._clip(optimizer._collect()),
         "sums": optimizer.statistics,
     }
     configurations = [(512, 8, 2), (512, 4, 4), *itertools.product((1024,), (1, 2, 4, 8, 16), (4,))]
     configurations += [*itertools.product((2048,), (1, 2, 4, 8), (4, 8)), *itertools.product((4096,), (1, 2, 4), (8,))]
-    chosen = dict(sophia._LAUNCH)
+    chosen = dict(sophia_fused.LAUNCH)
     for kernel, call in calls.items():
         times = {}
         for configuration in configurations:
-            sophia._LAUNCH[kernel] = configuration
+            sophia_fused.LAUNCH[kernel] = configuration
             optimizer._tables.clear()
             try:
                 times[configuration] = alternate({"": call}, 5, args.calls, args.device)[""]
             except Exception as error:
                 print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
-        sophia._LAUNCH[kernel] = chosen[kernel]
+        sophia_fused.LAUNCH[kernel] = chosen[kernel]
         optimizer._tables.clear()
         for configuration, took in sorted(times.items(), key=lambda item: item[1]):
             mark = "  <- now" if configuration == chosen[kernel] else ""

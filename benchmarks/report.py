@@ -1,4 +1,4 @@
-"""What every benchmark needs: rows that are kept as they come, and contenders that take turns on the device's clock."""
+"""The rows of a benchmark, and the times of contenders that take turns on the device's clock."""
 
 import argparse
 import importlib.util
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from training.errors import UserError
+from training.tracking import write_atomically
 
 GPT2_SIZES = {  # layers, heads, width
     "30M": (6, 6, 384),
@@ -22,7 +23,7 @@ GPT2_SIZES = {  # layers, heads, width
 
 
 class Report:
-    """The rows of one benchmark: printed when they come, and written after each, so that a crash loses nothing."""
+    """The rows of one benchmark. Each is printed and written at once, so that a crash loses nothing."""
 
     def __init__(self, args):
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
@@ -47,19 +48,19 @@ class Report:
     def write(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+            write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--out={self.path} cannot be written ({error.strerror}); name another file.") from None
 
     def value(self, contender, model, metric):
-        found = [r["value"] for r in self.content["rows"] if (contender, model, metric) == tuple(r.values())[:3]]
-        return found[0] if found else None
+        rows = self.content["rows"]
+        return next((r["value"] for r in rows if (contender, model, metric) == tuple(r.values())[:3]), None)
 
 
 def timed(function, calls, device):
-    """Milliseconds of one of `calls` calls in a row, on the device's clock, behind one that keeps the device busy.
+    """Milliseconds a call of `calls` calls in a row, on the device's clock.
 
-    So the host is ahead of the device, where it can be, as it is in training.
+    One call comes before, to keep the device busy: then the host can be ahead of the device, as in training.
     """
     if device == "cpu":
         start = time.perf_counter()
@@ -77,9 +78,9 @@ def timed(function, calls, device):
 
 
 def alternate(functions, rounds, calls, device, failed=None):
-    """name -> median milliseconds. The contenders take turns, so that a change of clocks falls on all of them."""
+    """{name: median milliseconds}. The contenders take turns, so that a change of clock rates affects all of them."""
     times = {name: [] for name in functions}
-    for round_ in range(rounds + 1):  # the first one warms up, and compiles
+    for round_ in range(rounds + 1):  # the first round warms up and compiles
         for name, function in functions.items():
             if times[name] is None:
                 continue
@@ -95,7 +96,7 @@ def alternate(functions, rounds, calls, device, failed=None):
 
 
 def load_module(path, name):
-    """A peer's file as a module of its own."""
+    """Import a peer's file as a module."""
     if not path.is_file():
         raise UserError(f"{path} is missing: name a checkout of the peer's repository.")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -105,7 +106,7 @@ def load_module(path, name):
 
 
 def markdown_table(path):
-    """The rows of a result: a line a metric and contender, a column a model."""
+    """A result as a table: a line for each metric and contender, a column for each model."""
     try:
         rows = json.loads(Path(path).read_text())["rows"]
         models = list(dict.fromkeys(row["model"] for row in rows))

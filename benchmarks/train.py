@@ -1,7 +1,7 @@
-"""Training steps of whole models beside nanoGPT's and the official repository's: one process, in turns, median times.
+"""Training steps beside nanoGPT's and the official repository's: one process, in turns, median times.
 
-What is timed is the training loop: reading the batch, forward, backward, clipping at 1.0 and the optimizer's step, with
-bf16 autocast and torch.compile for all. Compilation, which comes before, is reported beside.
+The training loop is timed: reading the batch, forward, backward, clipping at 1.0 and the optimizer's step, with bf16
+autocast and torch.compile for all. Compilation comes before and is reported as its own row.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from training.metrics import METRICS, read_metrics
 from training.optimizers import make_optimizer
 from training.run import Run
 
-# Sequences. On an H200 nanoGPT was fastest at 64 of 12, 32 and 64 (124M), ours as fast at 128; 355M: only 32 was run.
+# Sequences. At 124M on an H200 nanoGPT was fastest at 64 of 12, 32 and 64, and ours as fast at 128. 355M: only 32 ran.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
-OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # only 32 was run with this script
+OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # only 32 ran here
 ACCUMULATION = 8  # micro-batches in a step where curvature and scaling are measured: at 124M x 64 half a million tokens
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,7 @@ def add_arguments(parser):
 
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: use --device cpu, to try it out.")
+        raise UserError("this machine has no CUDA device: try it out with --device cpu.")
     parts = {"speed": speed, "curvature": curvature, "checkpointing": checkpointing, "scaling": scaling, "fsdp": fsdp}
     chosen = args.parts.split(",")
     if unknown := sorted(set(chosen) - set(parts)):
@@ -71,22 +71,22 @@ def run(args):
 
 
 def write_tokens(folder, count=4_000_000):
-    """Random tokens, common ones often: the speed does not depend on the text."""
+    """Write random tokens, of which some are common: the speed does not depend on the text."""
     tokens = (np.random.default_rng(0).zipf(1.2, count) - 1) % 50257
     for split in ("train", "val"):
         tokens.astype("<u2").tofile(folder / f"{split}.bin")
 
 
 def settings(model, args, micro_batch, **more):
-    """Command-line words of a run of `model`, as a person would type them."""
+    """The command-line arguments of a run of `model`."""
     layers, heads, width = GPT2_SIZES[model]
-    words = {
+    values = {
         "dataset": args.folder, "n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size,
         "batch_size": micro_batch, "total_bs": micro_batch, "max_iters": 10**6, "warmup_iters": 10,
         "learning_rate": 3e-4, "eval_interval": 10**9, "eval_tokens": args.block_size, "log_interval": 10**9,
         "device": args.device, "compile": args.compile,
     }  # fmt: skip
-    return [f"--{key}={value}" for key, value in (words | more).items()]
+    return [f"--{key}={value}" for key, value in (values | more).items()]
 
 
 class Ours:
@@ -111,7 +111,7 @@ class Ours:
 
 
 class Peer:
-    """A peer's model in nanoGPT's training loop: the next batch is fetched while the device works."""
+    """A peer's model in nanoGPT's training loop, which fetches the next batch while the device works."""
 
     def __init__(self, model, optimizer, micro_batch, args):
         self.model, self.optimizer, self.shape = model, optimizer, (micro_batch, args.block_size)
@@ -146,17 +146,16 @@ class Peer:
         self.model = self.compiled = self.optimizer = None
 
 
+def peer_model(module, model, args):
+    layers, heads, width = GPT2_SIZES[model]
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": GPTConfig.vocab_size}
+    config = module.GPTConfig(**shape, block_size=args.block_size, bias=False, dropout=0.0)
+    return module.GPT(config).to(args.device)
+
+
 def make_nanogpt(model, args):
     module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
-    layers, heads, width = GPT2_SIZES[model]
-    shape = {
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "block_size": args.block_size,
-        "vocab_size": GPTConfig.vocab_size,
-    }
-    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    gpt = peer_model(module, model, args)
     optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return Peer(gpt, optimizer, MICRO_BATCH[model], args)
 
@@ -169,21 +168,13 @@ def make_official(model, args):
         module = load_module(Path(args.official) / "model.py", "official_model")
     finally:
         sys.modules["sophia"] = ours
-    layers, heads, width = GPT2_SIZES[model]
-    shape = {
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "block_size": args.block_size,
-        "vocab_size": GPTConfig.vocab_size,
-    }
-    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    gpt = peer_model(module, model, args)
     optimizer = gpt.configure_optimizers("sophiag", 0.2, 3e-4, (0.965, 0.99), 0.05, args.device)
     return Peer(gpt, optimizer, OFFICIAL_MICRO_BATCH[model], args)
 
 
 def start(report, name, model, make, args):
-    """A contender after its first steps, or None where it failed. Its compilation and its memory are reported."""
+    """A contender after its first steps, or None if it failed. Report its compilation time and memory."""
     gc.collect()
     base = 0
     if args.device == "cuda":
@@ -225,7 +216,7 @@ def started(report, model, makers, args):
 
 
 def compare(report, model, contenders, tokens, args):
-    """name -> milliseconds of a step; tokens/s and MFU are reported. tokens: in a step of each contender."""
+    """{name: milliseconds of a step}; tokens/s and MFU are reported. tokens: {name: tokens in a step}."""
     times = alternate(
         contenders, args.rounds, args.steps, args.device, lambda name, error: report.error(name, model, "step", error)
     )
@@ -260,20 +251,19 @@ def speed(report, model, args):
         ratios = [
             (metric, report.value("ours", model, metric), report.value(name, model, metric)) for metric in metrics
         ]
-        said = ", ".join(f"{metric} {ours / theirs:.3f}" for metric, ours, theirs in ratios if ours and theirs)
-        if said:
-            print(f"{model:>6}  ours over {name}: {said}", flush=True)
+        text = ", ".join(f"{metric} {ours / peers:.3f}" for metric, ours, peers in ratios if ours and peers)
+        if text:
+            print(f"{model:>6}  ours over {name}: {text}", flush=True)
 
 
 def curvature(report, model, args):
-    """What Sophia costs over AdamW, its estimates every 10 steps included: a share of AdamW's time."""
+    """Sophia's extra time over AdamW's, estimates every 10 steps included, as a share of AdamW's time."""
     micro = MICRO_BATCH[model]
-    words = settings(model, args, micro, total_bs=ACCUMULATION * micro)
+    argv = settings(model, args, micro, total_bs=ACCUMULATION * micro)
     out_dir = args.folder / f"curvature_{model}"
-    makers = {"ours_adamw": lambda: Ours(words, f"{out_dir}_adamw")}
+    makers = {"ours_adamw": lambda: Ours(argv, f"{out_dir}_adamw")}
     for name in ("sophiag", "sophiah"):
-        own = [*words, f"--optimizer_name={name}"]
-        makers[f"ours_{name}"] = partial(Ours, own, f"{out_dir}_{name}", sophia=True)
+        makers[f"ours_{name}"] = partial(Ours, [*argv, f"--optimizer_name={name}"], f"{out_dir}_{name}", sophia=True)
     with started(report, model, makers, args) as contenders:
         steps = {**vars(args), "steps": 10}  # one estimate in each turn
         tokens = ACCUMULATION * micro * args.block_size
@@ -284,18 +274,19 @@ def curvature(report, model, args):
 
 def checkpointing(report, model, args):
     micro = MICRO_BATCH[model]
-    words = settings(model, args, micro, activation_checkpointing=True)
-    makers = {"ours_checkpointing": lambda: Ours(words, args.folder / f"checkpointing_{model}")}
+    argv = settings(model, args, micro, activation_checkpointing=True)
+    makers = {"ours_checkpointing": lambda: Ours(argv, args.folder / f"checkpointing_{model}")}
     with started(report, model, makers, args) as contenders:
         compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
 
 
-def ended_run(ranks, script, words, out_dir, gpu=None, **numbers):
-    """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use, else any."""
-    words = [*words, f"--out_dir={out_dir}", *(f"--{key}={value}" for key, value in numbers.items())]
+def ended_run(ranks, script, argv, out_dir, gpu=None):
+    """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use; None: any."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    done = subprocess.run([*command, str(ROOT / script), *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, str(ROOT / script), *argv, f"--out_dir={out_dir}"], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))
@@ -309,11 +300,11 @@ SHORT = {"max_iters": 26, "log_interval": 5, "eval_interval": 10**6}
 
 
 def scaling(report, model, args):
-    """Tokens/s of two GPUs over that of one, at the same micro-batch: the same script, one rank and two.
+    """Tokens/s of two GPUs over one, at the same micro-batch: the same script with two ranks and with one.
 
-    One GPU is the mean of the two, each alone at the same time: GPUs of one kind differ, and together the slower sets
-    the pace. Once with the same batch of ACCUMULATION micro-batches, and once with one micro-batch a rank and step,
-    where every backward pass waits for an exchange of the gradients.
+    One GPU is the mean of both, which run one rank each at the same time: GPUs of one model differ, and of two the
+    slower one sets the pace. Measured with a batch of ACCUMULATION micro-batches, and with one micro-batch for each
+    rank and step, where every backward pass waits for an exchange of gradients.
     """
     gpus = (visible_gpus()[:2] or [None]) if args.device == "cuda" else [None]
     if args.device == "cuda" and len(gpus) < 2:
@@ -322,30 +313,31 @@ def scaling(report, model, args):
     for metric, batches in (("scaling_2gpu", (ACCUMULATION, ACCUMULATION)), ("scaling_2gpu_one_pass", (1, 2))):
 
         def run(ranks, batch, gpu=None, metric=metric):
-            words = settings(model, args, micro, total_bs=micro * batch, **SHORT)
+            argv = settings(model, args, micro, total_bs=micro * batch, **SHORT)
             out_dir = args.folder / f"{metric}_{model}_{ranks}_{gpu}"
-            tokens, _ = ended_run(ranks, "train_adam.py", words, out_dir, gpu)
+            tokens, _ = ended_run(ranks, "train_adam.py", argv, out_dir, gpu)
             on = "" if gpu is None else f" on GPU {gpu}"
             print(f"{model:>6}  {ranks} ranks, {batch} micro-batches: {tokens:,.0f} tokens/s{on}", flush=True)
             return tokens
 
         try:
             with ThreadPoolExecutor(len(gpus)) as pool:
-                alone = list(pool.map(partial(run, 1, batches[0]), gpus))
-            report.add("ours", model, metric, run(2, batches[1]) / statistics.mean(alone), "times one GPU")
+                single = list(pool.map(partial(run, 1, batches[0]), gpus))
+            report.add("ours", model, metric, run(2, batches[1]) / statistics.mean(single), "times one GPU")
         except Exception as error:
             report.error("ours", model, metric, error)
 
 
 def fsdp(report, model, args):
-    """Sophia-G with parameters, gradients and states sharded over two GPUs, and beside it with checkpointing."""
+    """Sophia-G with parameters, gradients and states sharded over two GPUs, without and with checkpointing."""
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         return print("  fsdp: left out, one GPU here", flush=True)
     micro = MICRO_BATCH[model]
-    for name, again in (("ours_fsdp", False), ("ours_fsdp_checkpointing", True)):
-        words = settings(model, args, micro, total_bs=micro * 2, fsdp=True, activation_checkpointing=again, **SHORT)
+    for name, checkpoints in (("ours_fsdp", False), ("ours_fsdp_checkpointing", True)):
+        more = {"fsdp": True, "activation_checkpointing": checkpoints, **SHORT}
+        argv = settings(model, args, micro, total_bs=micro * 2, **more)
         try:
-            tokens, memory = ended_run(2, "train_sophiag.py", words, args.folder / f"{name}_{model}")
+            tokens, memory = ended_run(2, "train_sophiag.py", argv, args.folder / f"{name}_{model}")
         except Exception as error:
             report.error(name, model, "tokens_per_second", error)
             continue

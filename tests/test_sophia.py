@@ -7,12 +7,11 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sophia import SophiaG, SophiaH, hutchinson, sampled_label_loss
+from sophia import SophiaG, SophiaH
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}]
@@ -582,65 +581,3 @@ def test_properties(shapes, dtype, lr, rho, bs, gradient_scale, seed, transposed
         moved.append([p.detach().double() for p in params])
     for a, b in zip(*moved, strict=True):
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * (1 + lr))
-
-
-# --- the examples of the docstrings ----------------------------------------------------------------------------------
-
-
-def docstring_example(cls, start, stop=None):
-    """The lines of the class docstring from the one that contains `start`, to the next blank one, or through `stop`."""
-    lines = cls.__doc__.splitlines()
-    first = next(i for i, line in enumerate(lines) if start in line)
-    ends = (i for i in range(first, len(lines)) if (stop in lines[i] if stop else not lines[i].strip()))
-    last = next(ends)
-    indent = len(lines[first]) - len(lines[first].lstrip())
-    return "\n".join(line[indent:] for line in lines[first : last + 1])
-
-
-def bigram_batches(count):
-    """A language in which the next token is the current one plus one, of 8."""
-    for _ in range(count):
-        x = torch.randint(8, (16, 4))
-        yield x, (x + 1) % 8
-
-
-@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
-def test_the_loop_in_the_class_docstring_trains(cls):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 8))
-    names = {cls.__name__: cls, "sampled_label_loss": sampled_label_loss, "hutchinson": hutchinson, "F": F}
-    names |= {"model": model, "batches": bigram_batches(60)}
-    names["loss_fn"] = lambda logits, y: F.cross_entropy(logits.flatten(0, -2), y.flatten())
-    code = docstring_example(cls, f"optimizer = {cls.__name__}(model.parameters()").replace("lr=3e-4", "lr=3e-2")
-    exec(code, names)
-    x, y = next(bigram_batches(1))
-    assert names["loss_fn"](model(x), y).item() < 0.2 < math.log(8)
-
-
-def test_the_trainer_in_the_class_docstring_trains(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    start = torch.arange(64) % 8
-    sequences = [(s + torch.arange(8)) % 8 for s in start]
-    args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=24, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-        learning_rate=2e-2, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    names = {"transformers": transformers, "SophiaG": SophiaG, "sampled_label_loss": sampled_label_loss}
-    names |= {"model": model, "args": args, "dataset": [{"input_ids": s, "labels": s} for s in sequences]}
-    names |= {"k": 10, "bs": 2 * 8 * 8, "tokens": 8 * 8}
-    example = docstring_example(SophiaG, "class SophiaTrainer", "SophiaTrainer(model, args").replace("3e-4", "2e-2")
-    estimates = []
-    update_hessian = SophiaG.update_hessian
-    try:
-        SophiaG.update_hessian = lambda self, scale: (estimates.append(scale), update_hessian(self, scale))[1]
-        exec(example.replace("SophiaTrainer(model", "trainer = SophiaTrainer(model").replace(".train()", ""), names)
-        loss = names["trainer"].train().training_loss
-    finally:
-        SophiaG.update_hessian = update_hessian
-    assert estimates == [0.5] * 3  # steps 0, 10 and 20, on the first of two micro-batches
-    history = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
-    assert history[-1] < 0.7 * history[0] and math.isfinite(loss)

@@ -93,7 +93,7 @@ def rank_main(rank, ranks, port, results):
             hessians = [h.full_tensor() if isinstance(h, DTensor) else h for h in state]
             if implementation == "fused":
                 momenta = {p: optimizer.state[p]["exp_avg"] for p in model.parameters()}
-                assert all(bucket.alignment for bucket in optimizer._sort(momenta)[0])
+                assert all(bucket.alignment for bucket in optimizer._group_tensors(momenta)[0])
             assert name == "ddp" or all(isinstance(h, DTensor) for h in state)
             copy.deepcopy(optimizer.state_dict())
             if rank == 0:

@@ -1,4 +1,4 @@
-"""SophiaG(eigenbasis=True) against a float64 reference that decomposes by QR, and what its bases have to be."""
+"""EigenbasisSophiaG against a float64 reference that decomposes by QR, and its bases against exact eigenvectors."""
 
 import contextlib
 import copy
@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sophia import SophiaG, SophiaH, _turn, _Turner
+from sophia import SophiaG
+from sophia_eigenbasis import EigenbasisSophiaG, _BasisUpdater, _orthogonal_iteration
 
-SHAPES = ((6, 6), (12, 4), (4, 9), (5,))  # (12, 4) is three squares
+SHAPES = ((6, 6), (12, 4), (4, 9), (5,))
+
+
+def make(params, **settings):
+    """(12, 4) is split in three, as query, key and value are."""
+    return EigenbasisSophiaG(params, split=[3 if p.shape == (12, 4) else 1 for p in params], **settings)
 
 
 class Reference:
@@ -98,7 +104,7 @@ def test_equals_the_float64_reference(options, dtype, foreach):
     shapes = [shape for shape in SHAPES if exact or shape != (4, 9)]
     params = [nn.Parameter(draw(shape, generator, dtype)) for shape in shapes]
     common = {"lr": 0.01, "betas": (0.9, 0.8), "rho": 0.2, "weight_decay": 0.1} | options
-    optimizer = SophiaG(params, eigenbasis=True, foreach=foreach, **common)
+    optimizer = make(params, foreach=foreach, **common)
     references = [Thirds(p, **common) if len(p) == 12 else Reference(p, **common) for p in params]
     for t in range(9):
         if t % 3 == 0:
@@ -130,20 +136,20 @@ def test_without_an_estimate_it_is_plain_sophia():
     for eigenbasis in (False, True):
         p = nn.Parameter(torch.ones(4, 4))
         p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-        SophiaG([p], lr=0.1, eigenbasis=eigenbasis).step()
+        EigenbasisSophiaG([p], lr=0.1, eigenbasis=eigenbasis).step()
         steps.append(p.detach().clone())
     torch.testing.assert_close(*steps)
 
 
 def test_the_bases_become_the_eigenvectors_largest_first():
     p = nn.Parameter(torch.zeros(8, 8))
-    optimizer, generator = SophiaG([p], eigenbasis=True), torch.Generator().manual_seed(1)
+    optimizer, generator = EigenbasisSophiaG([p]), torch.Generator().manual_seed(1)
     gradients = [draw(p.shape, generator) for _ in range(4)]
     for _ in range(200):
         for g in gradients:
             p.grad = g.float()
             optimizer.update_hessian()
-    optimizer.statistics()  # until then they are being turned
+    optimizer.statistics()  # until then they are being updated
     state = optimizer.state[p]
     factors, bases = (torch.cat([state[f"left_{kind}"], state[f"right_{kind}"]]) for kind in ("factor", "basis"))
     inside = bases.mT @ factors @ bases
@@ -156,14 +162,14 @@ def test_the_bases_become_the_eigenvectors_largest_first():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 24), st.integers(0, 24), st.floats(0, 14), st.integers(0, 999))
-def test_turned_bases_are_orthonormal_whatever_the_factors(width, rank, decades, seed):
+def test_updated_bases_are_orthonormal_whatever_the_factors(width, rank, decades, seed):
     generator = torch.Generator().manual_seed(seed)
     g = torch.randn(width, max(rank, 1), generator=generator).double()
     g = torch.logspace(0, -decades / 2, width, dtype=torch.float64)[:, None] * g
     factors = (g @ g.T * (rank > 0)).float()[None]
     bases = torch.eye(width)[None]
     for _ in range(3):
-        bases = _turn(factors, bases)
+        bases = _orthogonal_iteration(factors, bases)
     torch.testing.assert_close(bases.mT @ bases, torch.eye(width)[None], rtol=0, atol=1e-5)
     if rank == 0:
         assert torch.equal(bases, torch.eye(width)[None])
@@ -171,20 +177,20 @@ def test_turned_bases_are_orthonormal_whatever_the_factors(width, rank, decades,
 
 def test_factors_that_are_not_finite_leave_the_basis():
     basis = torch.eye(3)[None]
-    assert torch.equal(_turn(torch.full((1, 3, 3), torch.nan), basis), basis)
+    assert torch.equal(_orthogonal_iteration(torch.full((1, 3, 3), torch.nan), basis), basis)
 
 
 def test_a_decomposition_that_fails_leaves_the_basis(monkeypatch):
     failed, basis = torch.linalg.cholesky_ex, torch.eye(3)[None]
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda gram: (failed(gram)[0], torch.ones(1, dtype=torch.int32)))
-    assert torch.equal(_turn(torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None] + 0.1, basis), basis)
+    assert torch.equal(_orthogonal_iteration(torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None] + 0.1, basis), basis)
 
 
 def test_small_half_precision_gradients_are_unscaled_in_float32():
     norms, g = [], torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * 1e-8
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
         p = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
-        optimizer = SophiaG([p], eigenbasis=True)
+        optimizer = EigenbasisSophiaG([p])
         optimizer.grad_scale, p.grad = torch.full((), scale), (g * scale).to(dtype)
         optimizer.update_hessian(scale=1e16)
         norms.append(optimizer.statistics()["hessian_norm"])
@@ -193,7 +199,7 @@ def test_small_half_precision_gradients_are_unscaled_in_float32():
 
 def test_one_width_in_two_precisions():
     params = [nn.Parameter(torch.ones(4, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
-    optimizer, g = SophiaG(params, eigenbasis=True), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    optimizer, g = EigenbasisSophiaG(params), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     for p in params:
         p.grad = g.to(p.dtype)
     optimizer.update_hessian()
@@ -206,7 +212,7 @@ def test_one_width_in_two_precisions():
 def test_many_squares_are_worked_on_in_pieces(monkeypatch):
     ends = []
     for elements in (2**25, 32):
-        monkeypatch.setattr("sophia._SQUARES_ELEMENTS", elements)
+        monkeypatch.setattr("sophia_eigenbasis._SQUARES_ELEMENTS", elements)
         ends.append(trained(4)[0].detach())
     torch.testing.assert_close(*ends)
 
@@ -214,7 +220,7 @@ def test_many_squares_are_worked_on_in_pieces(monkeypatch):
 def trained(steps, optimizer=None, p=None, dtype=torch.float32):
     generator = torch.Generator().manual_seed(steps)
     p = nn.Parameter(torch.ones(12, 4, dtype=dtype)) if p is None else p
-    optimizer = optimizer or SophiaG([p], lr=0.01, bias_correction=True, eigenbasis=True)
+    optimizer = optimizer or make([p], lr=0.01, bias_correction=True)
     for _ in range(steps):
         for call in (optimizer.update_hessian, optimizer.step):
             p.grad = draw(p.shape, generator, p.dtype)
@@ -226,7 +232,7 @@ def trained(steps, optimizer=None, p=None, dtype=torch.float32):
 def test_a_loaded_state_goes_on_as_if_never_stopped(dtype):
     p, optimizer = trained(259, dtype=dtype)  # a count that bfloat16 cannot hold
     q = nn.Parameter(p.detach().clone())
-    resumed = SophiaG([q], lr=0.01, bias_correction=True, eigenbasis=True)
+    resumed = make([q], lr=0.01, bias_correction=True)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     trained(2, optimizer, p)
     trained(2, resumed, q)
@@ -247,7 +253,7 @@ def test_autocast_does_not_reach_the_rotations():
 
 def test_a_state_without_bases_loads_and_starts_from_the_axes():
     p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
-    plain, optimizer = SophiaG([p]), SophiaG([q], eigenbasis=True)
+    plain, optimizer = SophiaG([p]), EigenbasisSophiaG([q])
     p.grad = q.grad = torch.arange(16.0).view(4, 4)
     plain.update_hessian()
     plain.step()
@@ -275,7 +281,7 @@ def test_an_estimate_that_has_just_begun_is_in_every_copy():
         p.grad = draw(p.shape, torch.Generator().manual_seed(9), torch.float32)
         optimizer.update_hessian()
         if how == "state_dict":
-            state, optimizer = optimizer.state_dict(), SophiaG([p], lr=0.01, bias_correction=True, eigenbasis=True)
+            state, optimizer = optimizer.state_dict(), make([p], lr=0.01, bias_correction=True)
             optimizer.load_state_dict(state)
         elif how == "loaded":
             optimizer.load_state_dict(before)
@@ -305,7 +311,7 @@ def test_found_inf_changes_nothing_and_grad_scale_divides(foreach):
         assert torch.equal(value, optimizer.state[p][key]), key
 
     q = nn.Parameter(p.detach().clone())
-    other = SophiaG([q], lr=0.01, bias_correction=True, eigenbasis=True, foreach=foreach)
+    other = make([q], lr=0.01, bias_correction=True, foreach=foreach)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.found_inf = torch.zeros(())
     for call in ("update_hessian", "step"):
@@ -317,18 +323,25 @@ def test_found_inf_changes_nothing_and_grad_scale_divides(foreach):
     torch.testing.assert_close(optimizer.state[p]["left_factor"], other.state[q]["left_factor"])
 
 
-def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="needs the gradients of SophiaG's estimate"):
-        SophiaH([{"params": [nn.Parameter(torch.ones(4, 4))], "eigenbasis": True}])
-    with pytest.raises(ValueError, match="eigenbasis=True is for real matrices"):
-        SophiaG([nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))], eigenbasis=True)
-    with pytest.raises(ValueError, match="eigenbasis=True cannot be captured in a CUDA graph"):
-        SophiaG([nn.Parameter(torch.ones(4, 4))], eigenbasis=True, capturable=True)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "settings", "message"),
+    [
+        ((4, 4), torch.complex64, {}, "eigenbasis=True is for real matrices"),
+        ((4, 4), torch.float32, {"capturable": True}, "eigenbasis=True cannot be captured in a CUDA graph"),
+        ((4, 4), torch.float32, {"split": 3}, "split = 3 does not divide the 4 rows of parameter 0"),
+        ((4, 4), torch.float32, {"split": 0}, "split = 0 does not divide"),
+        ((4, 4), torch.float32, {"split": [1, 1]}, "split has 2 numbers for 1 parameters"),
+    ],
+)
+def test_a_matrix_that_it_cannot_step_is_refused(shape, dtype, settings, message):
+    with pytest.raises(ValueError, match=message):
+        EigenbasisSophiaG([nn.Parameter(torch.ones(shape, dtype=dtype))], **settings)
+    EigenbasisSophiaG([{"params": [nn.Parameter(torch.ones(shape, dtype=dtype))], "eigenbasis": False}], **settings)
 
 
-def test_a_group_can_have_it_alone():
+def test_a_group_can_be_left_to_the_plain_step():
     a, b = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
-    optimizer = SophiaG([{"params": [a], "eigenbasis": True}, {"params": [b]}])
+    optimizer = EigenbasisSophiaG([{"params": [a]}, {"params": [b], "eigenbasis": False}])
     for p in (a, b):
         p.grad = torch.arange(16.0).view(4, 4)
     optimizer.update_hessian()
@@ -336,22 +349,52 @@ def test_a_group_can_have_it_alone():
     assert "left_basis" in optimizer.state[a] and "left_basis" not in optimizer.state[b]
 
 
+def test_only_split_decides_into_how_many_blocks_a_matrix_is_taken():
+    """Three times as many rows as columns mean nothing; the state's shapes follow split; blocks do not mix."""
+    for split, blocks in ((1, 1), (3, 3), ([3], 3), ([6], 6)):
+        p = nn.Parameter(torch.ones(12, 4))
+        p.grad = draw(p.shape, torch.Generator().manual_seed(0), torch.float32)
+        optimizer = EigenbasisSophiaG([{"params": [p], "split": split}])
+        optimizer.update_hessian()
+        optimizer.step()
+        state = optimizer.state[p]
+        assert state["left_basis"].shape == (blocks, 12 // blocks, 12 // blocks)
+        assert state["right_factor"].shape == (blocks, 4, 4)
+        for i, g in enumerate(p.grad.chunk(blocks)):
+            torch.testing.assert_close(state["left_factor"][i], 0.05 * g @ g.T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_without_the_split_keeps_that_of_the_constructor():
+    p, optimizer = trained(2)
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        del group["split"]
+        group["spectral"] = False
+    resumed = make([nn.Parameter(p.detach().clone())], lr=0.01, bias_correction=True)
+    resumed.load_state_dict(old)
+    assert resumed.param_groups[0]["split"] == [3]
+    (q,) = resumed.param_groups[0]["params"]
+    trained(2, optimizer, p)
+    trained(2, resumed, q)
+    assert torch.equal(p, q)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stopped", [False, True])
 def test_on_a_gpu_as_on_the_cpu(stopped, monkeypatch):
-    """Bases turn on a stream of their own. Both streams are slow, so that one that does not wait is seen."""
+    """Bases are updated on a stream of their own. Both streams are slow, so that one that does not wait is seen."""
 
     def slow(factors, bases):
         if factors.is_cuda:
             torch.cuda._sleep(10**7)
-        return _turn(factors, bases)
+        return _orthogonal_iteration(factors, bases)
 
-    monkeypatch.setattr("sophia._turn", slow)
+    monkeypatch.setattr("sophia_eigenbasis._orthogonal_iteration", slow)
     generator, ends = torch.Generator().manual_seed(3), []
     gradients = [[draw(shape, generator) for shape in SHAPES] for _ in range(24)]
     for device in ("cpu", "cuda"):
         params = [nn.Parameter(torch.ones(shape, dtype=torch.float64, device=device)) for shape in SHAPES]
-        optimizer = SophiaG(params, lr=0.01, betas=(0.9, 0.8), rho=0.2, eigenbasis=True)
+        optimizer = make(params, lr=0.01, betas=(0.9, 0.8), rho=0.2)
         for t, step in enumerate(gradients):
             for p, g in zip(params, step, strict=True):
                 p.grad = g.to(device)
@@ -362,43 +405,43 @@ def test_on_a_gpu_as_on_the_cpu(stopped, monkeypatch):
             (optimizer.step if t % 3 else optimizer.update_hessian)()
             if stopped and t % 6 in (0, 4):  # some right after an estimate
                 state = copy.deepcopy(optimizer.state_dict())
-                optimizer = SophiaG(params, lr=0.01, betas=(0.9, 0.8), rho=0.2, eigenbasis=True)
+                optimizer = make(params, lr=0.01, betas=(0.9, 0.8), rho=0.2)
                 optimizer.load_state_dict(state)
         ends.append([p.detach().cpu() for p in params])
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.gpu
-def test_a_recorded_turn_has_the_bits_of_a_plain_one():
+def test_a_recorded_update_has_the_bits_of_a_plain_one():
     generator = torch.Generator("cuda").manual_seed(0)
-    turner, sides = _Turner(torch.device("cuda")), []
+    updater, sides = _BasisUpdater(torch.device("cuda")), []
     for count, width in ((5, 384), (12, 1536), (3, 384), (1, 3072)):
         g = torch.randn(count, width, width, generator=generator, device="cuda")
         sides.append((g @ g.mT, torch.eye(width, device="cuda").repeat(count, 1, 1)))
-    turns = []
+    updates = []
     for _ in range(3):  # plain, recorded, replayed
-        turned, done = turner.start(sides)
+        updated, done = updater.start(sides)
         done.synchronize()
-        turns.append([basis.clone() for basis in turned])
-    assert turner.graph is not None
-    for turn in turns[1:]:
-        assert all(torch.equal(*pair) for pair in zip(turns[0], turn, strict=True))
-    alone = [basis for factors, bases in sides for basis in _turn(factors, bases)]
-    torch.testing.assert_close(turns[0], alone)
+        updates.append([basis.clone() for basis in updated])
+    assert updater.graph is not None
+    for update in updates[1:]:
+        assert all(torch.equal(*pair) for pair in zip(updates[0], update, strict=True))
+    alone = [basis for factors, bases in sides for basis in _orthogonal_iteration(factors, bases)]
+    torch.testing.assert_close(updates[0], alone)
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_recorded_turns_all_the_same(monkeypatch):
+def test_what_cannot_be_recorded_updates_all_the_same(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    turner, turns = _Turner(torch.device("cuda")), []
+    updater, updates = _BasisUpdater(torch.device("cuda")), []
     g = torch.randn(2, 64, 64, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     sides = [(g @ g.mT, torch.eye(64, device="cuda").repeat(2, 1, 1))]
     for warned in (False, True, False):
         with pytest.warns(UserWarning, match="without a CUDA graph") if warned else contextlib.nullcontext():
-            turned, done = turner.start(sides)
+            updated, done = updater.start(sides)
         done.synchronize()
-        turns.append([basis.clone() for basis in turned])
-    assert turner.graph is None and all(torch.equal(*pair) for pair in zip(turns[0], turns[2], strict=True))
+        updates.append([basis.clone() for basis in updated])
+    assert updater.graph is None and all(torch.equal(*pair) for pair in zip(updates[0], updates[2], strict=True))

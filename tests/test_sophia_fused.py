@@ -13,6 +13,7 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="the fused implementation needs Triton")
 
 import sophia  # noqa: E402
+import sophia_fused  # noqa: E402
 from sophia import SophiaG, SophiaH, sample_labels, sampled_label_loss  # noqa: E402
 from tests.test_sophia import make_params, run_both  # noqa: E402
 
@@ -36,7 +37,7 @@ option_ids = {"ids": lambda option: next(iter(option), "default")}
 @pytest.mark.parametrize("options", OPTIONS, **option_ids)
 def test_equals_the_float64_reference(device, cls, dtype, options):
     params, optimizer, reference = run_both(cls, dtype, shapes=SHAPES, device=device, fused=True, steps=4, **options)
-    assert all(b.alignment for b in optimizer._gather())  # nothing went through foreach
+    assert all(b.alignment for b in optimizer._collect())  # nothing went through foreach
     tolerance = TOLERANCE[dtype] + (BF16_IN_INTERPRETER if dtype == torch.bfloat16 and device == "cpu" else 0.0)
     for i, p in enumerate(params):
         state = optimizer.state[p]
@@ -139,7 +140,7 @@ def test_any_layout(device, layout):
         runs.append(optimizer)
         if "fused" in implementation:
             alignment = {"offset": 1, "odd": 1, "transposed": 0, "strided": 0, "gradient": 0, "float64": 0}[layout]
-            assert sorted(b.alignment for b in optimizer._gather()) == sorted([alignment, 16])
+            assert sorted(b.alignment for b in optimizer._collect()) == sorted([alignment, 16])
     assert_same(*runs, rtol=1e-5, atol=1e-6)
     assert runs[0].statistics(bs=3) == pytest.approx(runs[1].statistics(bs=3), rel=1e-4)
 
@@ -149,7 +150,7 @@ def test_a_dense_transposed_parameter_with_matching_gradients_stays_fused(device
     p = nn.Parameter(torch.ones(16, 8, device=device).t())
     optimizer = SophiaG([p], fused=True)
     p.grad = torch.ones(16, 8, device=device).t()
-    assert optimizer._gather()[0].alignment == 16
+    assert optimizer._collect()[0].alignment == 16
 
 
 @devices
@@ -292,7 +293,7 @@ def test_no_recompilation():
     def variants():
         return [
             sum(len(cache[0] if isinstance(cache, tuple) else cache) for cache in kernel.device_caches.values())
-            for kernel in sophia._kernels().values()
+            for kernel in (*sophia_fused._KERNELS.values(), sophia_fused._clip_kernel)
         ]
 
     params = make_params(torch.float32, shapes=((64, 64), (64,)), device="cuda")

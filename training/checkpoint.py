@@ -1,16 +1,18 @@
-"""Checkpoints that a crash cannot tear and that notice damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
+"""Checkpoints that survive a crash and detect damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
 
     save_checkpoint(out_dir, {"model": ..., "optimizer": ..., "step": 1000, ...})
     CheckpointWriter(out_dir).save(...)                     # the same, while training goes on
     checkpoint, path = load_checkpoint(out_dir)
 
-A file is what torch.save writes, so torch.load reads it, followed by its SHA-256. Loading runs no code from the file.
+A file is torch.save's, which torch.load reads, followed by its SHA-256. Loading runs no code from the file.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
 import shutil
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -25,7 +27,7 @@ _TRAILER = len(_MARK) + hashlib.sha256().digest_size
 
 
 class _HashingFile:
-    """A binary file that is only appended to, and knows the SHA-256 of what went in."""
+    """A binary file for appending that keeps the SHA-256 of its content."""
 
     def __init__(self, file):
         self.file, self.digest, self.error = file, hashlib.sha256(), None
@@ -35,7 +37,7 @@ class _HashingFile:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save would say something else instead
+            self.error = error  # torch.save raises a RuntimeError instead of it
             raise
 
     def flush(self):
@@ -43,13 +45,14 @@ class _HashingFile:
 
 
 def save_checkpoint(out_dir, checkpoint, keep=0):
-    """Write `checkpoint` as ckpt.pt; the one before becomes ckpt_prev.pt. The last `keep` stay as ckpt_STEP.pt too.
+    """Write `checkpoint` as ckpt.pt. The one before becomes ckpt_prev.pt; the last `keep` stay as ckpt_STEP.pt too.
 
-    At every moment there is a whole checkpoint under one of the two names: the file is complete and on disk before
-    it gets its name.
+    At every moment one of the two names has a complete checkpoint: a file gets its name when all of it is on disk.
     """
     out_dir = Path(out_dir)
     newest, temporary = out_dir / NEWEST, out_dir / f"{NEWEST}.tmp"
+    with contextlib.suppress(OSError):
+        temporary.unlink()  # of a run that was killed; opening a FIFO would block
     with open(temporary, "wb") as file:
         hashing = _HashingFile(file)
         try:
@@ -61,45 +64,51 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
         os.fsync(file.fileno())
     if newest.exists():
         _link(newest, out_dir / PREVIOUS)
-    os.replace(temporary, newest)
     if keep:
-        _link(newest, out_dir / f"ckpt_{checkpoint['step']}.pt")
-        for old in kept_checkpoints(out_dir)[:-keep]:
+        _link(temporary, out_dir / f"ckpt_{checkpoint['step']}.pt")
+    os.replace(temporary, newest)
+    with contextlib.suppress(OSError):  # the checkpoint is complete; not every file system can sync a folder
+        for old in kept_checkpoints(out_dir)[:-keep] if keep else ():
             old.unlink()
-    folder = os.open(out_dir, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(out_dir, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time. A write that fails leaves the last good one and warns.
+    """Write checkpoints in a thread, one at a time. A write that fails warns, leaves the last good checkpoint and is
+    tried again until it succeeds, a newer checkpoint arrives, or the run ends. No error ends the thread.
 
-    Training waits for the copy to host memory and never for the disk: of checkpoints that come while one is being
-    written the newest is next, the others are passed over with a warning.
+    Training waits for the copy to host memory, never for the disk. While a checkpoint is being written, only the newest
+    of those that arrive is kept for the next write; the others are skipped with a warning.
 
-    step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it went well.
+    step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it succeeded.
     """
+
+    RETRY, LAST_RETRY, LAST_TRIES = 30, 0.5, 3  # seconds between tries; at the end of the run; tries then
 
     def __init__(self, out_dir, keep=0, step=None):
         self.out_dir, self.keep, self.step, self.error = out_dir, keep, step, None
-        self._lock, self._next, self._thread = threading.Lock(), None, None
+        self._lock, self._next, self._thread = threading.Condition(), None, None
+        self._tries = None  # that are left; None: no limit
+        self._warned = None  # the step whose failure was printed
 
     def save(self, checkpoint):
         """Copy `checkpoint` to host memory and leave it to the thread."""
         with self._lock:
-            passed_over, self._next = self._next, None  # before its successor takes as much memory
-        if passed_over:
-            print(
-                f"warning: the checkpoint of step {passed_over['step']} is passed over, the disk has not finished the "
-                "one before; a larger --eval_interval would suit it.",
-                file=sys.stderr,
+            skipped, self._next = self._next, None  # freed before its successor takes as much memory
+        if skipped and skipped["step"] != self._warned:
+            _warn(
+                f"the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
+                "being written; use a larger --eval_interval."
             )
-            del passed_over
+        del skipped
         copy = copy_to_host(checkpoint)
         with self._lock:
             self._next = copy
+            self._lock.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint")
                 self._thread.start()
@@ -112,43 +121,59 @@ class CheckpointWriter:
                     self._thread = None
                     return
             self._write(checkpoint)
-            del checkpoint
+            with self._lock:
+                if self.error and self._next is None and self._tries != 0 and threading.main_thread().is_alive():
+                    self._next = checkpoint
+                    del checkpoint  # its successor takes as much memory
+                    self._lock.wait(self.LAST_RETRY if self._tries else self.RETRY)
+                    if self._tries:
+                        self._tries -= 1
 
     def _write(self, checkpoint):
         try:
             save_checkpoint(self.out_dir, checkpoint, self.keep)
             self.step, self.error = checkpoint["step"], None
         except Exception as error:  # a full disk, mostly
-            (Path(self.out_dir) / f"{NEWEST}.tmp").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (Path(self.out_dir) / f"{NEWEST}.tmp").unlink()
             self.error = error
-            print(
-                f"warning: the checkpoint of step {checkpoint['step']} could not be written ({error}); "
-                f"the newest good one is of step {self.step}, training goes on.",
-                file=sys.stderr,
-            )
+            if self._warned != checkpoint["step"]:
+                self._warned = checkpoint["step"]
+                _warn(
+                    f"the checkpoint of step {checkpoint['step']} could not be written ({error}); the newest good one "
+                    f"is of step {self.step}, training goes on and the write is tried again."
+                )
 
     def wait(self):
-        """Return when nothing is being written."""
+        """Wait until nothing is being written. A write that fails is given up after LAST_TRIES more tries."""
+        with self._lock:
+            self._tries = self.LAST_TRIES
+            self._lock.notify_all()
         while thread := self._thread:
             thread.join()
+        self._tries = None
 
     def newest(self):
-        """The step of the newest checkpoint on disk, once nothing is being written; None without one."""
+        """Wait until nothing is being written; return the step of the newest checkpoint on disk, or None."""
         self.wait()
         return self.step
 
 
-def copy_to_host(thing, seen=None, keep=True):
-    """A copy of nested dicts and lists with every tensor copied to host memory; tensors that were one stay one.
+def _warn(message):
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
+        print(f"warning: {message}", file=sys.stderr)
 
-    A tensor that is sharded over the ranks is gathered whole, one at a time: then every rank has to call this, those
-    that do not want the copy with keep=False.
+
+def copy_to_host(thing, seen=None, keep=True):
+    """Copy nested dicts and lists, with every tensor in host memory. Tensors that share memory share it in the copy.
+
+    Sharded tensors are gathered one by one, so every rank has to call this, with keep=False if it needs no copy.
     """
     seen = {} if seen is None else seen
     if hasattr(thing, "full_tensor"):  # a DTensor
         if id(thing) not in seen:
-            whole = thing.detach().full_tensor()
-            seen[id(thing)] = whole.to("cpu", copy=True) if keep else None
+            full = thing.detach().full_tensor()
+            seen[id(thing)] = full.to("cpu", copy=True) if keep else None
         return seen[id(thing)]
     if isinstance(thing, torch.Tensor):
         if not keep:
@@ -165,7 +190,7 @@ def copy_to_host(thing, seen=None, keep=True):
 
 
 def _link(source, name):
-    """Give `source` a second name, atomically; where the file system has no links, a copy gets it."""
+    """Give `source` a second name, atomically. On a file system without links the name gets a copy."""
     temporary = name.with_suffix(".link")
     temporary.unlink(missing_ok=True)
     try:
@@ -182,14 +207,14 @@ def kept_checkpoints(out_dir):
 
 
 def load_checkpoint(out_dir, map_location="cpu"):
-    """(checkpoint, its path): ckpt.pt or, where that is missing or damaged, ckpt_prev.pt with a warning on stderr.
+    """(checkpoint, its path): ckpt.pt or, if that is missing or damaged, ckpt_prev.pt with a warning on stderr.
 
-    Raises UserError where there is none, or both are damaged.
+    Raises UserError if there is none, or if both are damaged.
     """
     problems = []
     for name in (NEWEST, PREVIOUS):
         path = Path(out_dir) / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             checkpoint = read_checkpoint(path, map_location)
@@ -204,16 +229,39 @@ def load_checkpoint(out_dir, map_location="cpu"):
 
 
 def read_checkpoint(path, map_location="cpu"):
-    """The checkpoint in one file. Raises UserError if one bit of it is not as it was written."""
+    """The checkpoint in one file. Raises UserError if it cannot be read or a bit has changed since it was written."""
     path = Path(path)
-    digest, left = hashlib.sha256(), path.stat().st_size - _TRAILER
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 24))):
-            digest.update(block)
-            left -= len(block)
-        if left or file.read() != _MARK + digest.digest():
-            raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would block
+            raise UserError(f"{path} cannot be read (it is not a file).")
+        digest, left = hashlib.sha256(), status.st_size - _TRAILER
+        with open(path, "rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 24))):
+                digest.update(block)
+                left -= len(block)
+            if left or file.read() != _MARK + digest.digest():
+                raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
         return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint of this project ({error}).") from None
+
+
+def checkpoint_sha256(path):
+    """The SHA-256 that a checkpoint which was read ends with."""
+    with open(path, "rb") as file:
+        file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+        return file.read().hex()
+
+
+def set_aside_unreadable(out_dir):
+    """Rename a ckpt.pt that cannot be read. It must not become ckpt_prev.pt, and a folder could not be replaced."""
+    path = Path(out_dir) / NEWEST
+    if not os.path.lexists(path):
+        return
+    try:
+        os.replace(path, path.with_name(f"{NEWEST}.unreadable"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read or renamed ({error.strerror}); move it elsewhere.") from None

@@ -38,8 +38,10 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
-    max_skipped: int = setting(20, "end the run after so many steps in a row that were not finite", at_least=1)
-    overwrite: bool = setting(False, "start new although out_dir holds a run; that run's files are removed")
+    max_skipped: int = setting(
+        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
+    )
+    overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(
         1337,
         "seed of the initial weights, the order of the data, dropout and sampled labels",
@@ -59,14 +61,14 @@ class TrainConfig:
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
 
     block_size_schedule: str = setting(
-        "", "shorter sequences at first, as in 0:128,2000:256 (STEP:LENGTH,...); a step keeps its tokens"
+        "", "shorter sequences from a step on, e.g. 0:128,2000:256 (STEP:LENGTH,...); tokens per step stay the same"
     )
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads in a block", at_least=1)
     n_embd: int = setting(768, "width; divisible by n_head", at_least=1)
     dropout: float = setting(0.0, "dropout probability", at_least=0.0, below=1.0)
-    bias: bool = setting(False, "biases in Linear and LayerNorm, as OpenAI's GPT-2 has them")
+    bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
     gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
 
@@ -75,38 +77,56 @@ class TrainConfig:
     embedding_lr: float | None = setting(
         None, "peak learning rate of the embeddings, min_lr in proportion; default learning_rate", above=0.0
     )
-    weight_decay: float = setting(0.1, "weight decay of the Linear weights, decoupled but for sgd", at_least=0.0)
+    weight_decay: float = setting(0.1, "weight decay of the Linear weights; decoupled, except for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
+    cautious_decay: bool = setting(False, "muon and its kin: decay only coordinates that the update moves towards 0")
+    whiten_sides: str = setting(
+        "both",
+        "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
+        choices=("input", "output", "both"),
+    )
+    whiten_exponent: float = setting(0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0)
+    whiten_ridge: float = setting(0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0)
+    whiten_decay: float = setting(0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0)
+    whiten_interval: int = setting(10, "whitened_muon: steps between two roots of the factors", at_least=1)
+    whiten_max_width: int | None = setting(None, "the same: wider sides are whitened in diagonal blocks", at_least=1)
+
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
-    lr_schedule: str = setting("cosine", "how the rate falls after the warm-up", choices=SCHEDULES)
+    lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(None, "step at which the rate reaches min_lr; default max_iters", at_least=1)
-    min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, linear and wsd 0", at_least=0.0
+    lr_decay_iters: int | None = setting(
+        None, "step at which the learning rate reaches min_lr; default max_iters", at_least=1
     )
-    wsd_decay: float = setting(0.2, "wsd: share of lr_decay_iters in which the rate falls", above=0.0, at_most=1.0)
+    min_lr: float | None = setting(
+        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
+    )
+    wsd_decay: float = setting(
+        0.2, "wsd: share of lr_decay_iters in which the learning rate falls", above=0.0, at_most=1.0
+    )
     restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period", at_least=1)
     restart_multiplier: float = setting(
-        2.0, "cosine_restarts: length of a period in lengths of the one before", at_least=1.0
+        2.0, "cosine_restarts: steps of a period over steps of the one before", at_least=1.0
     )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
     eval_iters: int | None = setting(
-        None, "nanoGPT's way to say it: eval_tokens = eval_iters * batch_size * block_size", at_least=1
+        None, "nanoGPT's setting: eval_tokens = eval_iters * batch_size * block_size", at_least=1
     )
-    eval_only: bool = setting(False, "evaluate once and end")
+    eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
-    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; off: only at a new best val/loss")
+    always_save_checkpoint: bool = setting(
+        True, "write a checkpoint at every evaluation; off: only at a new best val/loss"
+    )
     keep_checkpoints: int = setting(0, "how many ckpt_STEP.pt to keep beside ckpt.pt and ckpt_prev.pt", at_least=0)
 
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("sophia", "Weights & Biases project")
-    wandb_run_name: str = setting("", "Weights & Biases run name; default the last part of out_dir")
+    wandb_run_name: str = setting("", "Weights & Biases run name; default: the last part of out_dir")
 
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
     dtype: str = setting(
@@ -116,12 +136,14 @@ class TrainConfig:
     )
     compile: bool = setting(False, "torch.compile the model")
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
-    activation_checkpointing: bool = setting(False, "keep only a block's input and compute it again: less memory")
-    fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2) instead of a copy on each")
+    activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
+    fsdp: bool = setting(
+        False, "split the model and its optimizer over the ranks (FSDP2), instead of a copy on each rank"
+    )
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
-    nccl_timeout: int = setting(600, "seconds after which a rank that waits for the others gives up", at_least=1)
+    nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
@@ -134,16 +156,16 @@ class TrainConfig:
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
             raise UserError(
                 f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
-                "shorten the warm-up or lengthen the run."
+                "shorten the warm-up, or train for more steps."
             )
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
-            raise UserError("embedding_lr is held as a multiple of learning_rate, which is 0; raise learning_rate.")
+            raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
-            raise UserError(f"fp8 goes with dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+            raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size

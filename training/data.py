@@ -438,6 +438,7 @@ def _epochs(seed, n_tokens, block_size):
 def window_starts(n_tokens, seed, first, count, block_size):
     """Where the sequences `first` to `first + count - 1` of a run start, (count,) int64.
 
+    first: how many sequences of the stream come before them; default step * total_bs.
     An epoch reads floor(n_tokens / block_size) windows that do not overlap, each once, in a random order; the file
     is a ring, cut at a random place in each epoch, so that fewer than block_size tokens are left out of one.
     """

@@ -1,4 +1,4 @@
-"""The ranks of a run, the devices they own, and the signals they get: one process, or as many as torchrun started.
+"""The ranks of a run and their devices: one process, or as many as torchrun started.
 
 with Distributed(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
@@ -15,13 +15,13 @@ from training.monitor import NOTICE_TIME, RankMonitor
 
 
 class Distributed:
-    """rank, size, local_rank and device of this process; the collectives that a run needs, free for one process.
+    """rank, size, local_rank and device of this process, and the collectives that a run needs.
 
-    one_machine: whether all ranks are on it, as far as torchrun says.
+    one_machine: whether all ranks are on one machine.
 
-    Tensors go through `backend`; what the host has to say goes through a gloo group of its own (`_control`), so that
-    no rank waits for its GPU to hear it. A collective fails after `timeout` seconds.
-    Raises UserError when the device is not there.
+    Tensors go through `backend`. Host objects go through a gloo group (`_control`), so that no rank has to wait for its
+    GPU. A collective fails after `timeout` seconds. In one process the collectives cost nothing.
+    Raises UserError if the device does not exist.
     """
 
     def __init__(self, device="auto", backend="auto", timeout=600):
@@ -37,11 +37,11 @@ class Distributed:
         if self.distributed:
             if backend == "auto":
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-            own = self.device if backend == "nccl" else None
+            device_id = self.device if backend == "nccl" else None
             patience = datetime.timedelta(seconds=timeout)
             self._store, *_ = next(dist.rendezvous("env://", timeout=patience))
             dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=own, timeout=patience
+                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=device_id, timeout=patience
             )
             self._control = dist.new_group(backend="gloo", timeout=patience)
         self._rank_monitor = RankMonitor(self) if self.distributed and self.size > 1 else None
@@ -61,7 +61,7 @@ class Distributed:
         if device.type == "cuda":
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
-            if max(index, ranks - 1) >= count:  # seen on every rank of the machine, of which one says it
+            if max(index, ranks - 1) >= count:  # every rank of the machine notices, one prints it
                 wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
                 if device.index is not None:
                     wanted, remedy = "the first is number 0", "name another, or "
@@ -77,14 +77,14 @@ class Distributed:
     def __exit__(self, kind, *_):
         if self._rank_monitor:
             self._rank_monitor.close(well=kind is None)
-        if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a rank that died
+        if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a dead rank
             if kind is None:
-                dist.barrier(group=self._control)  # gloo aborts a rank that leaves while another still talks to it
+                dist.barrier(group=self._control)  # gloo aborts if a rank leaves while another still sends to it
             dist.destroy_process_group()
             self.distributed = False
 
     def mesh(self):
-        """All ranks in a row, over which `sharding` splits a model."""
+        """The device mesh of all ranks, over which `sharding` splits a model."""
         return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
 
     def sum(self, tensor):
@@ -101,7 +101,7 @@ class Distributed:
         return things
 
     def on_rank0(self, function):
-        """Call `function()` on rank 0 and give its result to all; a UserError there is raised on every rank."""
+        """Call `function()` on rank 0 and return its result on all ranks. All raise the UserError that it raises."""
         result = error = None
         if self.is_rank0:
             try:
@@ -117,7 +117,7 @@ class Distributed:
         return result
 
     def local_rank0_first(self, function):
-        """Call `function()` on one rank of each machine, then on the others; a UserError on any is raised on all."""
+        """Call `function()` on one rank of each machine, then on the others. All raise the first UserError of any."""
         result = error = None
         for first in (True, False):
             if (self.local_rank == 0) == first:
@@ -139,29 +139,30 @@ class Distributed:
         return vote.item() > 0
 
     def assert_same_on_all_ranks(self, facts):
-        """UserError that says what differs where the dicts `facts` are not the same on all ranks."""
-        ours = self.gather(facts)
-        for rank, theirs in enumerate(ours):
-            differing = [key for key in ours[0] if theirs.get(key) != ours[0][key]]
-            if differing:
-                what = ", ".join(f"{key} ({ours[0][key]!r} and {theirs.get(key)!r})" for key in differing)
+        """UserError that names the keys in which the dicts `facts` of two ranks differ."""
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, start=1):
+            if differing := [
+                f"{key} ({first[key]!r} and {other.get(key)!r})" for key in first if other.get(key) != first[key]
+            ]:
                 raise UserError(
-                    f"ranks 0 and {rank} were not started alike: they differ in {what}; make them the same."
+                    f"ranks 0 and {rank} were not started alike: they differ in {', '.join(differing)}; make them the "
+                    "same."
                 )
 
     def explain(self, error):
-        """The RunError for a collective that failed with `error`, naming the rank that died; None for other errors."""
+        """The RunError that names the rank whose death made a collective fail with `error`; None for other errors."""
         if self._rank_monitor:
             self._rank_monitor.leaving.set()
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
         if not self._rank_monitor or not (isinstance(error, dist.DistError) or of_gloo):
             return None
         if self._rank_monitor.broken.wait(NOTICE_TIME):
-            return RunError(self._rank_monitor.sentence())
+            return RunError(self._rank_monitor.message())
         return RunError(f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto.")
 
     def synchronize(self):
-        """Wait until the device has done all it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         elif self.device.type == "mps":
@@ -191,7 +192,7 @@ class Distributed:
             torch.cuda.set_rng_state(state.cpu(), device)
 
     def share(self, count):
-        """The contiguous part of range(count) that belongs to this rank; the parts differ in length by one at most."""
+        """This rank's contiguous part of range(count). The parts of two ranks differ in length by one at most."""
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import EMBEDDINGS, GPT, GPTConfig
 from training.checkpoint import load_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer
 
-EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "dropout")]
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps these transposed, (in, out)
@@ -219,10 +218,14 @@ def _read_import(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a ckpt.pt with import:PATH.") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values, and is not read.") from None
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors and plain values; name another ckpt.pt."
+        ) from None
     if not isinstance(foreign, dict) or not {"model", "model_args", "iter_num"} <= foreign.keys():
-        ours = "; it is this project's, resume it or export it and use hf:DIR" if "step" in foreign else ""
-        raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has{ours}.")
+        remedy = "name a ckpt.pt of nanoGPT's form"
+        if "step" in foreign:
+            remedy = "it is this project's, resume it or export it and use hf:DIR"
+        raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has; {remedy}.")
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in foreign["model"].items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a causal mask
     args = {key: value for key, value in foreign["model_args"].items() if key in (*MODEL_SETTINGS, "vocab_size")}
@@ -232,11 +235,12 @@ def _read_import(path):
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in GPT(GPTConfig(**args)).state_dict().items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its model_args are no GPT's ({error}).") from None
+        raise UserError(f"{path}: its model_args are no GPT's ({error}); name another checkpoint.") from None
     for name in expected.keys() | weights.keys():
         if name not in weights or weights[name].shape != expected.get(name):
             found = tuple(weights[name].shape) if name in weights else "missing"
-            raise UserError(f"{path}: {name} is {found}, a GPT with its model_args has {expected.get(name, 'none')}.")
+            wanted = f"a GPT with its model_args has {expected.get(name, 'none')}"
+            raise UserError(f"{path}: {name} is {found}, {wanted}; name another checkpoint.")
     return {
         "model": weights,
         "model_args": dataclasses.asdict(GPTConfig(**args)),
@@ -264,5 +268,6 @@ def _named_states(optimizer, weights, path):
     for name in order:
         state = states.get(name, {})
         if {value.shape for key, value in state.items() if key != "step"} != {weights[name].shape}:
-            raise UserError(f"{path}: its optimizer's state is in an order not known here, it does not fit {name}.")
+            problem = f"its optimizer's state is in an order not known here, it does not fit {name}"
+            raise UserError(f'{path}: {problem}; remove its "optimizer" to start from the weights alone.')
     return optimizer_of_state(state) or "optimizer", states

@@ -1,4 +1,4 @@
-"""The loss at the output matrix, which needs no more than a piece of the logits at a time.
+"""The loss at the output matrix, from chunks of the logits: all logits are never in memory.
 
 loss = LinearLoss.apply(hidden, weight, targets, cross_entropy)       # (N, C), (V, C), (N,)
 loss.backward()
@@ -13,22 +13,20 @@ from training.curvature import label_loss
 
 
 class LinearLoss(torch.autograd.Function):
-    """loss(hidden @ weight.T, targets), scalar, for a `loss` that is a mean over all rows of the logits.
+    """loss(hidden @ weight.T, targets), a scalar, for a `loss` that is a mean over all rows of the logits.
 
-    Every row has a target; there is no ignore_index.
-
-    The gradients are computed in the forward pass, piece by piece, where a piece's logits are at hand; that of the
-    weight is summed in the weight's precision.
+    Every row has a target; there is no ignore_index. The forward pass computes the gradients too, chunk by chunk,
+    while a chunk's logits exist. The gradient of the weight is summed in the weight's precision.
     """
 
-    ELEMENTS = 2**30  # logits of a piece, at most
+    ELEMENTS = 2**30  # logits in a chunk, at most
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss):
-        narrow, pieces = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
+        narrow, chunks = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
         total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
-        room = hidden.new_empty(-(-len(hidden) // pieces), len(weight))
-        for h, t, d_h in zip(*(x.tensor_split(pieces) for x in (hidden, targets, d_hidden)), strict=True):
+        room = hidden.new_empty(-(-len(hidden) // chunks), len(weight))
+        for h, t, d_h in zip(*(x.tensor_split(chunks) for x in (hidden, targets, d_hidden)), strict=True):
             logits = torch.mm(h, narrow.t(), out=room[: len(h)])
             if has_kernel(loss, logits.device):
                 value, gradient = fused_cross_entropy(logits, t)
@@ -46,8 +44,8 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         d_hidden, d_weight = ctx.saved_tensors
-        factor = (grad_output / len(d_hidden)).view(1, 1)  # without dimensions CUDA would round it to hidden's dtype
-        return torch.mul(d_hidden, factor, out=torch.empty_like(d_hidden)), d_weight * factor, None, None
+        scale = (grad_output / len(d_hidden)).view(1, 1)  # CUDA would round a 0-dimensional tensor to hidden's dtype
+        return torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden)), d_weight * scale, None, None
 
 
 def has_kernel(loss, device):
@@ -55,7 +53,7 @@ def has_kernel(loss, device):
 
 
 def loss_and_gradient(logits, targets, loss):
-    """The sum over the rows of a loss that is a mean, and its gradient by the logits."""
+    """The sum over the rows of a loss that is a mean, and its gradient with respect to the logits."""
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         total = loss(logits, targets) * len(logits)
@@ -63,9 +61,9 @@ def loss_and_gradient(logits, targets, loss):
 
 
 def fused_cross_entropy(logits, targets):
-    """The sum of the cross-entropies, and its gradient by the logits (N, V), which takes the place of the logits.
+    """The sum of the cross-entropies, and its gradient with respect to the logits (N, V), written over the logits.
 
-    targets (N,): int64 labels; or floats in [0, 1), each of which draws its row's label from the softmax.
+    targets (N,): int64 labels, or floats in [0, 1) that draw the row's label from the softmax.
     """
     losses = torch.empty(len(logits), device=logits.device)
     lanes, each, warps = LAUNCH
@@ -86,9 +84,9 @@ def _kernel():
 
     @triton.jit
     def kernel(logits, targets, losses, columns, stride, DRAWN: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
-        """One row a program: its log-sum-exp in one pass, a drawn label in another, its gradient in the last.
+        """One row for each program: a pass for its log-sum-exp, one to draw a label, one for its gradient.
 
-        A lane has a running peak and sum of its own, so that lanes meet once a row and not once a tile.
+        Each lane keeps its own running peak and sum, so that lanes are reduced once a row and not once a tile.
         """
         LOG2_E: tl.constexpr = 1.4426950408889634
         row = tl.program_id(0).to(tl.int64)
@@ -105,7 +103,7 @@ def _kernel():
         whole = tl.sum(total * tl.exp2(peak - highest))
         log_total = highest + tl.log2(whole)  # in base 2
         target = tl.load(targets + row)
-        if DRAWN:  # the first class of a positive weight at which the cumulative weights exceed this share of the whole
+        if DRAWN:  # the first class of positive weight at which the cumulative weight exceeds this share of the total
             share = target * whole
             below, label, likely = 0.0, columns, 0
             for first in range(0, columns, LANES * EACH):
@@ -118,9 +116,9 @@ def _kernel():
                 label = tl.minimum(label, tl.min(tl.where((weights > 0) & (cumulative > share), at, columns)))
                 likely = tl.maximum(likely, tl.max(tl.where(weights > 0, at, 0)))
                 below += tl.sum(sums)
-            target = tl.minimum(label, likely)  # the sums may end a rounding below the whole
+            target = tl.minimum(label, likely)  # by rounding, the sums may end below the total
         tl.store(losses + row, log_total / LOG2_E - tl.load(base + target).to(tl.float32))
-        tl.debug_barrier()  # the logit of the target is read before its gradient takes its place
+        tl.debug_barrier()  # the target's logit is read before its gradient overwrites it
         for first in range(0, columns, LANES * EACH):
             at = first + tile
             x = tl.load(base + at, mask=at < columns, other=-float("inf")).to(tl.float32) * LOG2_E

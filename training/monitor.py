@@ -1,4 +1,4 @@
-"""Ends that a run does not choose: a rank that dies, a signal that asks the run to stop.
+"""The death of a rank, and signals that ask a run to stop.
 
 monitor = RankMonitor(world)     # one thread on each rank: tells all ranks which one died
 signals = Signals()              # signals.received is set by SIGTERM, SIGINT and SIGUSR1
@@ -21,12 +21,13 @@ LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
 
 
 class RankMonitor:
-    """Tells every rank at once when another died. Without it the host waits for its GPU, NCCL for the dead until the
-    time-out, and then nobody can say who it was.
+    """Tell every rank at once that a rank died, and which one.
 
-    Rank 0 has a connection to each other rank; when a process ends, however it does, the system closes its own.
-    leaving: to be set when this rank has noticed by itself; if it does not, the lifeline ends it.
-    broken: set when a rank died, `dead`.
+    Without it the host waits for its GPU and NCCL for the dead rank until the time-out, and no error names that rank.
+    Rank 0 has a connection to each other rank. The system closes a process's connection however the process ends.
+
+    leaving: to be set when this rank has noticed by itself; if it does not, the monitor ends the process.
+    broken: set when a rank has died. dead: its number.
     """
 
     BYE = (2**32 - 1).to_bytes(4)
@@ -42,61 +43,61 @@ class RankMonitor:
             server.settimeout(patience)
             while len(self._ranks) < world.size - 1:
                 connection, _ = server.accept()
-                connection.settimeout(5)  # one who says nothing must not hold up the others for long
-                word = b""
+                connection.settimeout(5)  # a silent stranger must not delay the ranks for long
+                message = b""
                 with contextlib.suppress(OSError):
-                    word = _read(connection, 20)
-                if word[:16] == secret:
-                    self._ranks[connection] = int.from_bytes(word[16:])
-                else:  # a port scanner, say
+                    message = _read(connection, 20)
+                if message[:16] == secret:
+                    self._ranks[connection] = int.from_bytes(message[16:])
+                else:  # e.g. a port scanner
                     connection.close()
             server.close()
         else:
             connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=patience)
             connection.sendall(secret + self.rank.to_bytes(4))
             self._ranks[connection] = 0
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="rank monitor", daemon=True)
         self._thread.start()
 
-    def sentence(self):
+    def message(self):
         return f"rank {self.rank} ends, because rank {self.dead} died; restart with --init_from=auto."
 
     def close(self, well):
-        """Stop watching. The others learn that this rank leaves: where all went well they are told that it did."""
+        """Stop watching. The other ranks learn that this rank leaves, and whether all went well."""
         self.leaving.set()
         self._closed = True
         if well:
-            self._say(self.BYE)
+            self._send(self.BYE)
         else:
             for connection in list(self._ranks):
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _say(self, word):
+    def _send(self, message):
         for connection in list(self._ranks):
             with contextlib.suppress(OSError):
-                connection.sendall(word)
+                connection.sendall(message)
 
     def _watch(self):
         while not self._closed and self._ranks:
             for connection in wait(list(self._ranks), 0.2):  # select.select() takes no file above 1023
                 try:
-                    word = _read(connection, 4)
+                    message = _read(connection, 4)
                 except OSError:
-                    word = b""
+                    message = b""
                 rank = self._ranks.pop(connection)
-                if word != self.BYE and not self._closed:
-                    self._break(int.from_bytes(word) if word else rank)
+                if message != self.BYE and not self._closed:
+                    self._break(int.from_bytes(message) if message else rank)
                     return
 
     def _break(self, dead):
         self.dead = dead
         self.broken.set()
-        self._say(dead.to_bytes(4))  # rank 0 passes it on, for the others nobody is left to tell
+        self._send(dead.to_bytes(4))  # rank 0 tells the others; they have no one else to tell
         if not self.leaving.wait(NOTICE_TIME):
-            print(f"error: {self.sentence()}", file=sys.stderr, flush=True)
+            print(f"error: {self.message()}", file=sys.stderr, flush=True)
             for thread in threading.enumerate():
-                if thread.name == "checkpoint":  # what is being written may yet be finished
+                if thread.name == "checkpoint":  # let it finish its write
                     thread.join(LEAVE_TIME)
             os._exit(RunError.exit_code)
         time.sleep(LEAVE_TIME)
@@ -104,9 +105,9 @@ class RankMonitor:
 
 
 class Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that the run can end well; a second one ends it at once.
+    """Catch SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that the run can stop well. A second one ends it at once.
 
-    Within a second of the first the second is taken for the same: torchrun passes on what the terminal sent already.
+    A second one within a second does not count: torchrun passes on a signal that the terminal has sent already.
     """
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -123,7 +124,7 @@ class Signals:
         if self.received is None:
             self.received, self._since = number, now
             name = signal.Signals(number).name
-            os.write(2, f"{name}: this step is finished and checkpointed; once more ends at once\n".encode())
+            os.write(2, f"{name}: finishing this step, then writing a checkpoint; a second signal ends it\n".encode())
 
     def restore(self):
         for number, handler in self._before.items():
@@ -132,8 +133,8 @@ class Signals:
 
 
 def _read(connection, count):
-    """`count` bytes, or fewer where the other side has closed."""
-    word = b""
-    while len(word) < count and (more := connection.recv(count - len(word))):
-        word += more
-    return word
+    """`count` bytes, or fewer if the other side has closed."""
+    message = b""
+    while len(message) < count and (more := connection.recv(count - len(message))):
+        message += more
+    return message

@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -69,27 +70,43 @@ class Run:
             )
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
-        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
+        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
-        self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
-        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
-        world.assert_same_on_all_ranks(hashes)
-
-        checkpoint, resume = None, config.init_from == "resume"
+        checkpoint, resume, differing = None, config.init_from == "resume", []
         if config.init_from != "scratch":
             checkpoint = world.local_rank0_first(
                 lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config)
             )
         if resume:
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
-            optimizers.check_state_fits(config, checkpoint)
-        if checkpoint:
-            origin = f"the checkpoint in {config.out_dir}" if resume else config.init_from
-            self.corpus.check_tokenizer(checkpoint.get("tokenizer"), origin)
+            differing = optimizers.state_differences(config, checkpoint)
+        self.corpus = None
+        try:
+            self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
+        except UserError:
+            if not resume or checkpoint["config"]["dataset"] == config.dataset:
+                raise
+            differing.append(("dataset", checkpoint["config"]["dataset"], config.dataset))
+        model_config = self._model_config(checkpoint, differing)
+        self.step = checkpoint["step"] if checkpoint else 0
+        if resume and self.step > config.max_iters and not config.eval_only:
+            raise UserError(
+                f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}; "
+                f"use at least --max_iters={self.step}."
+            )
+        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
+        world.assert_same_on_all_ranks(hashes)
+        self._hashes = hashes
+        self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
+        self._facts |= {"device_name": world.device_name, "world_size": world.size}
+        self._changed = self._changes(checkpoint) if resume else {}
+        self._history = list(checkpoint.get("history", [])) if resume else []
+        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
+
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        self.model = GPT(self._model_config(checkpoint))
+        self.model = GPT(model_config)
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
@@ -100,28 +117,26 @@ class Run:
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
-        self._batches = Batches(config, self.corpus, world)
+        self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
         self._train_step = TrainStep(config, self.model, world, self._clock)
         if resume:
-            self._train_step.set_counts(checkpoint["counts"])
+            self._train_step.load_state_dict(checkpoint)
 
         self._resumed = checkpoint
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
-        self.step = checkpoint["step"] if checkpoint else 0
-        self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
+        remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
+        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
-        before = checkpoint.get("flops") if resume else None  # of settings that may have been others
+        before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
             if config.init_from != "resume":
                 for path in _run_files(config.out_dir):
                     path.unlink(missing_ok=True)
-            self._tracker = Tracker(
-                config, self._facts(hashes), self.step, checkpoint["wandb_id"] if checkpoint else None
-            )
+            self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
@@ -131,25 +146,53 @@ class Run:
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
         if resume:
-            defaults = {field.name: field.default for field in dataclasses.fields(config)}
-            before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
-            now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
-            changed = [key for key in before if before[key] != now.get(key)]
-            self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
+            changed = ", ".join(self._changed) or "nothing"
+            self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
+            for text in self._effects(checkpoint["config"]):
+                self._say(f"  {text}")
 
-    def _facts(self, hashes):
+    def _changes(self, checkpoint):
+        """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
+        config = self.config
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
+        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
+        changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
+        changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
+        for split in ("train", "val"):
+            if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
+                raise UserError(
+                    f"{split}.bin in {self.corpus.folder} is not the file that the checkpoint in {config.out_dir} was "
+                    "trained with (its SHA-256 differs); put that back, or give the new data a --dataset of their own."
+                )
+        return changed
+
+    def _effects(self, before):
+        """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
+        changed, config, step = self._changed, self.config, self.step
+        seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
+        if "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
+        if {"seed", "train_sha256"} & changed.keys():
+            yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        if {"eval_tokens", "val_sha256"} & changed.keys():
+            yield "val/loss is taken on other tokens than before; the search for the best one begins again"
+        if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
+            yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
+
+    def _record(self):
         """What config.json holds beside the settings."""
         commit, clean = git_state()
+        sizes = {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val)}
         return {
             "git_commit": commit,
             "clean": clean,
-            "source_sha256": source_hash(),
-            "torch": torch.__version__,
-            "device_name": self.world.device_name,
+            **self._facts,
             "shared_device": self._shared_device,
-            "world_size": self.world.size,
+            "history": self._history,
             "command": sys.argv,
-            "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
+            "data": sizes | self._hashes,
             "tokenizer": tokenizer_identity(self.corpus.tokenizer),
             "model": {
                 **dataclasses.asdict(self.model.config),
@@ -158,26 +201,35 @@ class Run:
             },
         }
 
-    def _model_config(self, checkpoint):
+    def _model_config(self, checkpoint, differing=()):
+        """The model's GPTConfig. UserError that names all settings with which the checkpoint does not go on.
+
+        differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
+        """
         names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
-        shape = {name: getattr(self.config, name) for name in names}
+        config = self.config
+        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
-        rows = rows if self.corpus.fits(rows) else self.corpus.model_vocab_size
+        rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
         try:
             wanted = GPTConfig(vocab_size=rows, **shape)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for name, value in (checkpoint["model_args"] if checkpoint else {}).items():
-            if name != "dropout" and getattr(wanted, name) != value:
-                remedy = (
-                    f"give --{name}={value}"
-                    if name in names
-                    else f"use the data it was trained on, not {self.corpus.folder}"
-                )
-                raise UserError(
-                    f"the checkpoint in {self.config.out_dir} has {name} = {value}, this run would have "
-                    f"{getattr(wanted, name)}; {remedy}, or name another --out_dir."
-                )
+        if not checkpoint:
+            return wanted
+        args, differing = checkpoint["model_args"], list(differing)
+        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
+        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
+        remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
+        remedy = [f"give {' '.join(remedies)}"] if remedies else []
+        origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
+        if self.corpus and not remedy:
+            self.corpus.check_tokenizer(checkpoint.get("tokenizer"), f"the checkpoint {origin}")
+        if self.corpus and args["vocab_size"] != rows:
+            remedy.append(f"use the data it was trained on, not {self.corpus.folder}")
+        if remedy:
+            raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, or name another --out_dir.")
         return wanted
 
     def __enter__(self):
@@ -210,24 +262,29 @@ class Run:
         return self._train_step.optimizer
 
     def set_optimizer(self, make):
-        """Step with the optimizer `make(config, parameter groups, device)`; on a resume it gets its state. Return it.
+        """Make `make(config, parameter groups, device)` the run's optimizer and return it, on a resume with its state.
 
-        Its learning rates follow the schedule and its state is in checkpoints.
+        Its learning rates follow the schedule, and checkpoints hold its state.
         """
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             optimizers.load_state(optimizer, self._resumed["optimizer"])
-            self._train_step.scaler.load_state_dict(self._resumed["scaler"])
+            if self._resumed["scaler"]:  # empty from a run in another dtype than float16
+                self._train_step.scaler.load_state_dict(self._resumed["scaler"])
             self.world.set_rng_state(self._resumed["rng"])
         elif self._resumed and self._resumed["optimizer"]:
             load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
+        if self._resumed and self._resumed["optimizer"]:
+            labels = [self._resumed["config"].get(key) for key in ("total_bs", "block_size")]
+            if all(isinstance(n, int) for n in labels) and math.prod(labels) != self.tokens_per_step:
+                optimizers.rescale_curvature(optimizer, math.prod(labels) / self.tokens_per_step)
         self._resumed = None
         return optimizer
 
     def parameter_groups(self):
-        """The model's parameter groups. One with an `lr_scale` has so many times the schedule's learning rate."""
+        """The model's parameter groups. `lr_scale` of a group multiplies the schedule's learning rate."""
         config, groups = self.config, self.model.parameter_groups(self.config.weight_decay)
         for group in groups if config.embedding_lr else ():
             if group["name"] == "embeddings":
@@ -267,13 +324,13 @@ class Run:
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
-            if step % config.eval_interval == 0 or step == config.max_iters or config.eval_only:
+            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
                     metrics |= {"val/loss": self.evaluate()} | self._val_losses
                     improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
                     if step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step)
-            if step == config.max_iters or config.eval_only:
+            if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
                 return
@@ -286,7 +343,7 @@ class Run:
             step += 1
 
     def _finish_writing(self):
-        """Return when the last checkpoint is on disk; RunError on all ranks when it could not be written."""
+        """Wait until the last checkpoint is on disk; RunError on all ranks if it could not be written."""
 
         def finish():
             if self._writer:
@@ -302,7 +359,7 @@ class Run:
     # ----- evaluation, metrics, checkpoints
 
     def _flops(self, step):
-        """FLOPs of the steps before `step` under the settings of now, all ranks together."""
+        """FLOPs of the steps before `step` with this run's settings, all ranks together."""
         estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
@@ -349,6 +406,9 @@ class Run:
             "train/clip_rate": done.counts["clipped"] / (step + 1),
             "train/skipped": done.counts["skipped"],
             "skipped_in_a_row": done.counts["skipped_in_a_row"],
+            **{f"curvature/{name}": number for name, number in done.curvature.items()},
+            "curvature/skipped": done.counts["curvature_skipped"],
+            "curvature_skipped_in_a_row": done.counts["curvature_skipped_in_a_row"],
             "param_norm": total_norm(done.parameters, world),
         }
         states = self.optimizer.state.values()
@@ -358,15 +418,21 @@ class Run:
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | optimizers.statistics(config, self.optimizer)
-        if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+        in_a_row = {"updates": metrics.pop("skipped_in_a_row")}
+        in_a_row["curvature estimates"] = metrics.pop("curvature_skipped_in_a_row")
+        if not optimizers.OPTIMIZERS[config.optimizer_name].estimate:
+            del metrics["curvature/skipped"]
+        for what, count in in_a_row.items():
+            if count < config.max_skipped:
+                continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
-                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
+                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
                 f"in {config.out_dir}, with a lower --learning_rate."
             )
-        if self._recent_losses:
-            metrics["train/spike"] = metrics["train/loss"] / statistics.median(self._recent_losses)
+        if self._recent_losses and (median := statistics.median(self._recent_losses)):
+            metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):
             self._recent_losses.append(metrics["train/loss"])
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds}
@@ -384,8 +450,15 @@ class Run:
     def _log(self, step, metrics):
         if self.world.is_rank0:
             flops = float(self._flops_before + self._flops(step))
-            epochs = self.corpus.epochs(step * self.config.total_bs, self.config.block_size)
-            metrics = {"step": step, "tokens": step * self.tokens_per_step, **epochs, "flops": flops} | metrics
+            sequences = self._batches.sequences_before(step)
+            metrics = {
+                "step": step,
+                "tokens": sequences * self.config.block_size,
+                "sequences": sequences,
+                **self.corpus.epochs(sequences, self.config.block_size),
+                "flops": flops,
+                **metrics,
+            }
             if self._tracker:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
@@ -400,11 +473,14 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._train_step.scaler.state_dict(),
             "step": step,
+            "sequences_seen": self._batches.sequences_before(step),
+            "history": self._history,
+            "facts": self._facts | self._hashes,
             "model_args": dataclasses.asdict(self.model.config),
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
-            "counts": {name: count.item() for name, count in self._train_step.counts.items()},
+            **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "flops": self._flops_before + self._flops(step),
@@ -428,6 +504,14 @@ def _resolve_dtype(dtype, device):
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def _sequences_seen(config, checkpoint):
+    """Sequences of the stream that a run with this checkpoint has read. Older ones do not say it."""
+    if not checkpoint:
+        return 0
+    before = checkpoint["config"].get("total_bs", config.total_bs) if config.init_from == "resume" else config.total_bs
+    return checkpoint.get("sequences_seen", checkpoint["step"] * before)
 
 
 def _accumulation(config, ranks):

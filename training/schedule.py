@@ -1,4 +1,4 @@
-"""The learning rate and the sequence length of each step, as pure functions of the step."""
+"""Learning rate and sequence length, as pure functions of the step."""
 
 import itertools
 import math
@@ -12,16 +12,16 @@ TO_ZERO = ("linear", "wsd")  # their min_lr is 0 where it is not given
 def learning_rate(step, config):
     """Linear warm-up over `warmup_iters` steps to `learning_rate`, then `lr_schedule` down to `min_lr`.
 
-    cosine           half a cosine, at its end at `lr_decay_iters`
-    linear           a straight line to there
-    wsd              warm-up, stable, decay: `learning_rate` until the last share `wsd_decay` of `lr_decay_iters`, then
-                     a straight line (arXiv:2404.06395, with the linear decay of arXiv:2405.18392)
+    cosine           half a cosine, which ends at `lr_decay_iters`
+    linear           a straight line, which ends there
+    wsd              warm-up, stable, decay: `learning_rate`, then a straight line in the last share `wsd_decay` of
+                     `lr_decay_iters` (arXiv:2404.06395, with the linear decay of arXiv:2405.18392)
     cosine_restarts  half cosines of `restart_iters` steps, each `restart_multiplier` times as long as the one before
                      (SGDR, arXiv:1608.03983); the last one is cut off at `lr_decay_iters`
-    constant         `learning_rate` for ever
+    constant         `learning_rate`
 
-    From `lr_decay_iters` on the rate is `min_lr`, but for constant. Without `decay_lr` it is `learning_rate`
-    throughout. Step 0 always moves: in a warm-up its rate is learning_rate / (warmup_iters + 1).
+    From `lr_decay_iters` on, every schedule but constant stays at `min_lr`. Without `decay_lr` all steps have
+    `learning_rate`. Step 0 of a warm-up has learning_rate / (warmup_iters + 1), not 0.
     """
     if not config.decay_lr:
         return config.learning_rate
@@ -45,26 +45,28 @@ def learning_rate(step, config):
 
 
 def sequence_length(step, config):
-    """Tokens in a training sequence at `step`: block_size, or what `block_size_schedule` has there."""
+    """Tokens in a training sequence at `step`: block_size, or the length that `block_size_schedule` gives."""
     phases = parse_block_sizes(config)
     return next(length for start, length in reversed(phases) if step >= start)
 
 
 def parse_block_sizes(config):
-    """[(first step, sequence length), ...] of a block_size_schedule, '0:128,2000:256'. UserError where it is none."""
-    text, whole = config.block_size_schedule, config.block_size
+    """[(first step, sequence length), ...] of block_size_schedule, '0:128,2000:256'. UserError for another text."""
+    text, block_size = config.block_size_schedule, config.block_size
     if not text:
-        return [(0, whole)]
+        return [(0, block_size)]
     try:
         phases = [tuple(int(number) for number in phase.split(":")) for phase in text.split(",")]
         starts, lengths = zip(*phases, strict=True)
     except ValueError:
-        raise UserError(f"block_size_schedule = {text!r} is not written as 0:128,2000:256 (STEP:LENGTH,...).") from None
+        raise UserError(
+            f"block_size_schedule = {text!r} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it."
+        ) from None
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-        raise UserError(f"block_size_schedule = {text!r}: its steps have to begin at 0 and to rise.")
+        raise UserError(f"block_size_schedule = {text!r}: its steps have to begin at 0 and to rise; correct it.")
     for length in lengths:
-        if length < 1 or whole % length:
+        if length < 1 or block_size % length:
             raise UserError(
-                f"block_size_schedule = {text!r}: {length} does not divide block_size = {whole}; change it."
+                f"block_size_schedule = {text!r}: {length} does not divide block_size = {block_size}; change it."
             )
     return phases

@@ -1,11 +1,11 @@
 """A model too large for one GPU: parameters, gradients and optimizer state split over the ranks (PyTorch's FSDP2).
 
     shard(model, world.mesh(), torch.bfloat16, compile=True)             # instead of DistributedDataParallel
-    optimizer.register_load_state_dict_pre_hook(shard_state)             # whole tensors go in, each rank keeps its part
+    optimizer.register_load_state_dict_pre_hook(shard_state)             # complete tensors in, each rank keeps its part
     norm = total_norm(gradients, world)
 
-Every parameter becomes a DTensor, of which a rank holds its share of the rows; `numel()` and `shape` are the whole's.
-FSDP and DTensor are imported where they are used: it takes a second, which other runs need not wait.
+Every parameter becomes a DTensor. A rank holds its share of the rows; `numel()` and `shape` are those of all rows.
+FSDP and DTensor are imported where they are used, because importing them takes a second.
 """
 
 import torch
@@ -15,7 +15,7 @@ from training.optimizers import OPTIMIZERS
 
 
 def check_sharding(config, world):
-    """UserError where a run with `config` cannot be sharded."""
+    """UserError if a run with `config` cannot be sharded."""
     if not world.distributed:
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
     if not OPTIMIZERS[config.optimizer_name].shards:
@@ -25,26 +25,26 @@ def check_sharding(config, world):
             f"over the ranks; use one of {able}, or --fsdp=False."
         )
     sequences = getattr(config, "hess_bs", 0)
-    if sequences % world.size:  # ranks with another number of passes than the rest would wait for them for ever
+    if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
         raise UserError(
-            f"hess_bs = {sequences} is not divisible by the {world.size} ranks, as fsdp = True needs it; "
+            f"hess_bs = {sequences} is not divisible by the {world.size} ranks, and fsdp = True needs that; "
             f"use --hess_bs={max(1, sequences // world.size) * world.size}."
         )
 
 
 def shard(model, mesh, dtype, compile):
-    """Split a GPT that is on the CPU over the ranks of `mesh`, block by block, so that no device ever holds it whole.
+    """Split a GPT that is on the CPU over the ranks of `mesh`, block by block. No device ever holds all of it.
 
-    A block's Linear layers are gathered in `dtype`, to which autocast would round them in any case, and their gradients
-    are summed in float32. Embeddings and LayerNorms, those of the blocks too, belong to the model's own group, which is
-    gathered in float32: every number is computed as autocast alone computes it. With `compile` each block is a graph.
+    Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
+    autocast rounds them anyway, and their gradients are summed in float32. Embeddings and all LayerNorms are one group,
+    gathered in float32. With `compile` each block is a graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = model.transformer.h
     inner = {p for block in blocks for part in (block.attn, block.mlp) for p in part.parameters()}
-    fully_shard(model, mesh=mesh, ignored_params=inner)  # first: later it would leave out all that is in a block
+    fully_shard(model, mesh=mesh, ignored_params=inner)  # before the blocks, whose parameters it would ignore later
     for block in blocks:
         if compile:
             block.compile(dynamic=False)
@@ -52,7 +52,7 @@ def shard(model, mesh, dtype, compile):
 
 
 def shard_state(optimizer, state_dict):
-    """`state_dict` with only this rank's part of every tensor of its parameter's shape; a load_state_dict pre-hook."""
+    """A load_state_dict pre-hook: `state_dict` with this rank's part of every tensor that has its parameter's shape."""
     from torch.distributed.tensor import distribute_tensor
 
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -62,15 +62,17 @@ def shard_state(optimizer, state_dict):
     def part(value, p):
         if not isinstance(value, torch.Tensor) or hasattr(value, "to_local") or value.shape != p.shape:
             return value
-        split = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)  # every rank has the whole
-        return split.clone()  # a part that is a view would keep the whole alive
+        split = distribute_tensor(
+            value, p.device_mesh, p.placements, src_data_rank=None
+        )  # every rank has the complete tensor
+        return split.clone()  # a view would keep the complete tensor in memory
 
     state = {n: {key: part(v, parameter[n]) for key, v in s.items()} for n, s in state_dict["state"].items()}
     return {**state_dict, "state": state}
 
 
 def total_norm(tensors, world):
-    """The 2-norm of all `tensors` together, sharded or not: a plain scalar tensor, the same on every rank."""
+    """The 2-norm of all `tensors` together, sharded or not, as a scalar tensor that is the same on every rank."""
     if not tensors or not hasattr(tensors[0], "to_local"):
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
     parts = torch.nn.utils.get_total_norm([t.to_local() for t in tensors], foreach=True)

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, damage noticed, no code run."""
 
+import builtins
 import os
 import random
 import threading
@@ -10,11 +11,13 @@ import torch
 
 from training.checkpoint import (
     CheckpointWriter,
+    checkpoint_sha256,
     copy_to_host,
     kept_checkpoints,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    set_aside_unreadable,
 )
 from training.errors import UserError
 
@@ -85,7 +88,7 @@ def test_without_hard_links_copies_serve(tmp_path, monkeypatch):
 
 
 def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, capsys):
-    """However slow the disk is: of what comes meanwhile the newest is written, the others are passed over."""
+    """However slow the disk is. Of those that arrive meanwhile the newest is written, the others are skipped."""
     written, gate, writing = [], threading.Event(), threading.Lock()
 
     def slow(out_dir, checkpoint, keep):
@@ -103,8 +106,8 @@ def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, ca
     for step in (2, 3, 4):
         writer.save(checkpoint(step))
     assert written == [], "save() did not wait for the disk"
-    said = capsys.readouterr().err
-    assert "step 2 is passed over" in said and "step 3 is passed over" in said and "step 4" not in said
+    message = capsys.readouterr().err
+    assert "step 2 is skipped" in message and "step 3 is skipped" in message and "step 4" not in message
     gate.set()
     writer.wait()
     assert written == [(1, 1.0), (4, 4.0)] and writer.step == 4
@@ -132,12 +135,128 @@ def test_a_write_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
         patch.setattr(os, "fsync", full_disk)
         writer.save(checkpoint(2))
         writer.wait()
-    assert "step 2 could not be written" in (said := capsys.readouterr().err) and "newest good one is of step 1" in said
+    assert (
+        "step 2 could not be written" in (message := capsys.readouterr().err)
+        and "newest good one is of step 1" in message
+    )
     assert writer.error and load_checkpoint(tmp_path)[0]["step"] == 1
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
     writer.save(checkpoint(3))
     writer.wait()
     assert writer.error is None and load_checkpoint(tmp_path)[0]["step"] == 3
+
+
+def cannot_open(monkeypatch, name, error):
+    """open() of a file with this name raises `error`, as mode 000 does for a user and a bad sector for everyone."""
+    original = builtins.open
+
+    def fails(path, *arguments, **settings):
+        if os.path.basename(os.fspath(path) if not isinstance(path, int) else "") == name:
+            raise error
+        return original(path, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "open", fails)
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "dangling link", "link to itself", "mode 000", "bad sector"])
+def test_an_unreadable_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch, capsys, kind):
+    save_checkpoint(tmp_path, checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(2))
+    newest = tmp_path / "ckpt.pt"
+    if kind == "mode 000":
+        cannot_open(monkeypatch, "ckpt.pt", PermissionError(13, "Permission denied"))
+    elif kind == "bad sector":
+        cannot_open(monkeypatch, "ckpt.pt", OSError(5, "Input/output error"))
+    else:
+        newest.unlink()
+    if kind == "folder":
+        newest.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(newest)
+    elif kind == "dangling link":
+        newest.symlink_to(tmp_path / "nowhere")
+    elif kind == "link to itself":
+        newest.symlink_to(newest)
+    loaded, path = load_checkpoint(tmp_path)
+    assert (loaded["step"], path.name) == (1, "ckpt_prev.pt")
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {newest} cannot be read (") and said.count("\n") == 1
+
+    monkeypatch.undo()
+    set_aside_unreadable(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        save_checkpoint(tmp_path, checkpoint(3))
+    assert load_checkpoint(tmp_path)[0]["step"] == 1, "the unreadable file never takes the good one's place"
+    save_checkpoint(tmp_path, checkpoint(3))
+    assert load_checkpoint(tmp_path)[0]["step"] == 3
+    assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert checkpoint_sha256(newest) != checkpoint_sha256(tmp_path / "ckpt_prev.pt")
+
+
+def test_what_is_in_the_way_of_a_write_ends_neither_the_thread_nor_the_wait(tmp_path, monkeypatch, capsys):
+    """A folder named ckpt.pt.tmp can be neither opened nor unlinked."""
+    monkeypatch.setattr(CheckpointWriter, "RETRY", 0.05)
+    monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
+    obstacle, writer = tmp_path / "ckpt.pt.tmp", CheckpointWriter(tmp_path)
+    (obstacle / "file").mkdir(parents=True)
+    writer.save(checkpoint(1))
+    writer.wait()
+    assert isinstance(writer.error, IsADirectoryError) and writer.step is None
+    writer.save(checkpoint(2))
+    time.sleep(0.3)  # several tries, of which one is told
+    assert capsys.readouterr().err.count("could not be written") == 2
+    obstacle.rename(tmp_path / "elsewhere")
+    for _ in range(100):
+        if writer.step == 2:
+            break
+        time.sleep(0.05)
+    assert writer.error is None and load_checkpoint(tmp_path)[0]["step"] == 2, "without another save()"
+    os.mkfifo(obstacle)
+    writer.save(checkpoint(3))
+    writer.wait()
+    assert writer.error is None and load_checkpoint(tmp_path)[0]["step"] == 3
+
+
+@pytest.mark.parametrize("number", [5, 28, 116], ids=["EIO", "ENOSPC", "ESTALE"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "unlink", "link"])
+def test_no_error_of_the_disk_ends_the_thread(tmp_path, monkeypatch, call, number):
+    """Every call fails until the second try; stderr is closed all the while."""
+    save_checkpoint(tmp_path, checkpoint(1))
+    monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
+    original, failures = getattr(os, call), []
+
+    def fails(*arguments, **settings):
+        if len(failures) < 3:
+            failures.append(arguments)
+            raise OSError(number, os.strerror(number))
+        return original(*arguments, **settings)
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        patch.setattr("sys.stderr", open(os.devnull))  # not writable
+        writer.save(checkpoint(2))
+        writer.wait()
+        assert writer.error is None and writer.step == 2
+    assert load_checkpoint(tmp_path)[0]["step"] == 2
+    assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CheckpointWriter, "RETRY", 60)
+    obstacle, writer = tmp_path / "ckpt.pt.tmp", CheckpointWriter(tmp_path)
+    obstacle.mkdir()
+    writer.save(checkpoint(1))
+    while writer.error is None:
+        time.sleep(0.01)
+    obstacle.rmdir()
+    writer.save(checkpoint(2))
+    while writer.step != 2:  # at once, not after RETRY
+        time.sleep(0.01)
+    assert writer.error is None
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "step 1 could not be written" in said
 
 
 class RunsCode:

@@ -62,7 +62,7 @@ def test_a_rank_that_leaves_is_named(monkeypatch, address, files):
         monitor, other = two_monitors()
         other.close(well=False)
         assert monitor.broken.wait(5) and monitor.dead == 1
-        assert "rank 0 ends, because rank 1 died" in monitor.sentence()
+        assert "rank 0 ends, because rank 1 died" in monitor.message()
 
 
 def test_a_rank_that_is_done_is_not(monkeypatch):

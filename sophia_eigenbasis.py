@@ -1,0 +1,377 @@
+"""Sophia-G for matrices in the eigenbasis of their curvature, and the spectral step in whitened coordinates.
+
+    from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
+
+Keep this file beside sophia.py. Both classes are used as SophiaG is. They are for hidden matrices: leave embeddings,
+norms and biases to groups with `"eigenbasis": False` or to another optimizer.
+"""
+
+import warnings
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sophia import _EPS, _FOREACH, SophiaG, _clipped, _opmath_dtype
+
+__all__ = ["EigenbasisSophiaG", "SpectralSophiaG"]
+
+_SIDES = ("left_factor", "left_basis"), ("right_factor", "right_basis")  # in a parameter's state
+_FACTOR_DECAY = 0.95  # at an estimate, at most: the factors' averages are at least this short
+_TINY = 1e-30  # keeps divisors off 0 in float32 and wider
+_SQUARES_ELEMENTS = 2**25  # worked on at a time in float64: 256 MiB, and a few times that for temporaries
+
+
+class EigenbasisSophiaG(SophiaG):
+    """SophiaG whose matrices take their step in the eigenbasis of their curvature.
+
+    From the sampled-label gradients G of a matrix, update_hessian() keeps the Kronecker factors E[G G^T] and E[G^T G],
+    and two bases that approach their eigenvectors. h is the curvature of the rotated gradients. A step rotates m,
+    divides and clips it there as SophiaG does, and rotates the update back. For h see EKFAC (arXiv:1806.03884), for
+    the bases SOAP (arXiv:2409.11321). The factors' averages decay by beta2 as h does, or by 0.95 if that is less.
+
+    update_hessian() only starts the work, so that a GPU does it beside the next forward and backward pass. The next
+    step(), statistics() or state_dict() waits for it.
+
+    Args, besides SophiaG's; both are also settings of a group:
+        eigenbasis: False leaves a group's matrices to SophiaG's step. Tensors that are no matrices always take that.
+        split: into how many equal blocks of rows a matrix is split, each with factors and bases of its own: 3 for a
+            fused query-key-value matrix (3C, C). An int for all matrices of the group, or a list with one int for
+            each parameter of the group, in order.
+
+    More state of a matrix (split = n): "left_factor" and "left_basis" (n, rows / n, rows / n), "right_factor" and
+    "right_basis" (n, columns, columns), in float32 or the parameter's wider dtype. On a GPU a third square is needed
+    for each side while the bases are updated. The factors of embeddings would be too large.
+
+    Raises:
+        ValueError: for capturable or complex matrices, and for a split that does not fit.
+        RuntimeError: for sharded matrices, and for a state of this class in a group with eigenbasis=False.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04, weight_decay: float = 1e-1, *, eigenbasis: bool = True, split: int | list[int] = 1,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self._more_defaults = {"eigenbasis": eigenbasis, "split": split, **self._more_defaults}
+        super().__init__(params, lr, betas, rho, weight_decay, **settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for position, param in enumerate(group["params"] if group["eigenbasis"] else ()):
+            if group["capturable"]:
+                raise ValueError("eigenbasis=True cannot be captured in a CUDA graph, leave capturable=False")
+            if param.is_complex():
+                raise ValueError("eigenbasis=True is for real matrices, leave complex ones to another group")
+            self._matrix(group, position)
+
+    def _reset(self):
+        super()._reset()
+        self._stacks = {}  # (bucket key, name in the state) -> see _stack
+        self._pending = []  # what _start_updates has begun
+        self._updaters = {}  # device -> its _BasisUpdater
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._finish_updates()
+        return super().__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._finish_updates()
+        return super().state_dict()
+
+    def _keeps_dtype(self, key):
+        return super()._keeps_dtype(key) or key.startswith(("left_", "right_"))
+
+    def _matrix(self, group, position):
+        """(shape, number of blocks) of a matrix that is stepped in its eigenbasis, else None."""
+        param, split = group["params"][position], group["split"]
+        if not (group["eigenbasis"] and param.ndim == 2 and param.numel()):
+            return None
+        if not isinstance(split, int) and len(split) != len(group["params"]):
+            raise ValueError(f"split has {len(split)} numbers for {len(group['params'])} parameters of its group")
+        blocks = split if isinstance(split, int) else split[position]
+        if blocks < 1 or len(param) % blocks:
+            raise ValueError(f"split = {blocks} does not divide the {len(param)} rows of parameter {position}")
+        return param.shape, blocks
+
+    def _param_state(self, param, group, position):
+        state, matrix = super()._param_state(param, group, position), self._matrix(group, position)
+        if matrix is None:
+            return state
+        if hasattr(param, "device_mesh"):
+            raise RuntimeError("eigenbasis=True needs whole matrices, and this one is sharded over ranks")
+        (rows, columns), count = matrix
+        placed = {"dtype": _opmath_dtype(param), "device": param.device}
+        for (factor, basis), width in zip(_SIDES, (rows // count, columns), strict=True):
+            if basis not in state:
+                state[factor] = torch.zeros(count, width, width, **placed)
+                state[basis] = torch.eye(width, **placed).repeat(count, 1, 1)
+            state[factor], state[basis] = state[factor].to(**placed), state[basis].to(**placed)
+        return state
+
+    def _collect(self, gradients=None):
+        self._finish_updates()
+        return super()._collect(gradients)
+
+    def _group_tensors(self, gradients):
+        buckets, idle = super()._group_tensors(gradients)
+        for bucket in buckets:
+            if bucket.matrix:
+                bucket.sides = [[self._stack(bucket, name) for name in names] for names in _SIDES]
+        return buckets, idle
+
+    def _stack(self, bucket, name):
+        """(n, width, width): that tensor of all states of the bucket as one. The states hold views of it."""
+        stack, tensors = self._stacks.get((bucket.key, name)), [state[name] for state in bucket.states]
+        count = len(tensors[0])
+        if stack is None or [v.data_ptr() for v in stack.split(count)] != [t.data_ptr() for t in tensors]:
+            stack = self._stacks[bucket.key, name] = torch.cat(tensors)
+            for state, view in zip(bucket.states, stack.split(count), strict=True):
+                state[name] = view
+        return stack
+
+    def _implementation(self, bucket):
+        if not bucket.matrix:
+            return super()._implementation(bucket)
+        step = partial(_FOREACH.step, direction=partial(self._direction, bucket))
+        return SimpleNamespace(step=step, square=_FOREACH.square, sums=_rotated_sums)
+
+    def _direction(self, bucket, numerators, h, rho, eps):
+        """The step of `numerators`: rotated, divided and clipped, rotated back."""
+        return _rotate_back(bucket, _clipped(_rotate(bucket, numerators), h, rho, eps))
+
+    def _update_hessian(self, buckets, scale, squared):
+        super()._update_hessian([bucket for bucket in buckets if not bucket.matrix], scale, squared)
+        matrices = [bucket for bucket in buckets if bucket.matrix]
+        estimates = [(bucket, *self._update_factors(bucket, scale)) for bucket in matrices]
+        for device in dict.fromkeys(bucket.device for bucket in matrices):
+            own = [estimate for estimate in estimates if estimate[0].device == device]
+            sides = [side for bucket, *_ in own for side in bucket.sides]
+            if device not in self._updaters:
+                self._updaters[device] = _BasisUpdater(device)
+            self._pending.append((own, *self._updaters[device].start(sides)))
+
+    def _update_factors(self, bucket, scale):
+        """Average G G^T and G^T G into the factors. Returns what _finish_updates needs to renew h."""
+        grad_scale, skip = self._amp(bucket.device)
+        blocks = _blocks(bucket, bucket.grads)  # a copy: DistributedDataParallel overwrites its gradients
+        if grad_scale is not None:
+            blocks = blocks.to(bucket.sides[0][1].dtype) * (1.0 / grad_scale)
+        bucket.grads = []
+        beta2 = bucket.group["betas"][1]
+        exact = torch.float32 if bucket.device.type == "mps" else torch.float64  # mps has no float64
+        for side, (factors, _) in enumerate(bucket.sides):
+            for mean, g in zip(_chunks(factors), blocks.split(len(_chunks(factors)[0])), strict=True):
+                g = g.to(exact)
+                product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
+                mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - min(beta2, _FACTOR_DECAY))
+        return blocks, {"beta2": beta2, "scale": scale, "squared": True, "multiplier": None, "skip": skip}
+
+    @torch.no_grad()
+    def _finish_updates(self):
+        """Wait for pending eigenbasis updates, then update h in the new basis."""
+        for estimates, bases, done in self._pending:
+            if done is not None:
+                torch.cuda.current_stream(estimates[0][0].device).wait_event(done)
+            new_bases = iter(bases)
+            for bucket, blocks, settings in estimates:
+                for old in (basis for _, side in bucket.sides for basis in side):
+                    new, skip = next(new_bases), settings["skip"]
+                    old.copy_(new if skip is None else torch.where(skip, old, new))
+                bucket.grads = _rotate(bucket, blocks, bucket.hessians)
+                _FOREACH.hessian(bucket, **settings)
+        self._pending = []
+
+
+class SpectralSophiaG(EigenbasisSophiaG):
+    """The steepest step under the spectral norm, in coordinates that the curvature whitens.
+
+    In the eigenbasis, in place of the divided and clipped m, a matrix moves by
+
+        D_l^-e O(D_l^-e M D_r^-e) D_r^-e
+
+    with M the rotated m, O(X) the nearest orthogonal matrix to X, and D_l and D_r the eigenvalues of the two sides
+    (the means of h over columns and rows). This is the step of Mousse (arXiv:2603.09697) with the gradients of sampled
+    labels for the curvature. Its length is Muon's scaled to AdamW (arXiv:2502.16982), about 0.2 lr a coordinate, so
+    use Muon's lr. Other parameters move by up to lr: give them a group with an lr of their own, or AdamW. rho has no
+    effect on matrices, and win_rate says nothing about them.
+
+    Args, besides EigenbasisSophiaG's; also a setting of a group:
+        exponent: e, the power of the curvature by which each side is whitened. 0 is Muon's step, the control. Before
+            the first estimate the step is Muon's too.
+
+    Raises:
+        ValueError: also for an exponent that is not a number of at least 0.
+    """
+
+    def __init__(self, params: ParamsT, *args: Any, exponent: float = 0.125, **settings: Any) -> None:
+        self._more_defaults = {"exponent": exponent}
+        super().__init__(params, *args, **settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        exponent = self.param_groups[-1]["exponent"]
+        if not exponent >= 0.0:
+            raise ValueError(f"Invalid exponent: {exponent}, expected a number of at least 0")
+
+    def _direction(self, bucket, numerators, h, rho, eps):
+        exponent = bucket.group["exponent"]
+        if not exponent:
+            return _unblock(bucket, _muon(_blocks(bucket, numerators)), numerators)
+        rotated = _blocks(bucket, _rotate(bucket, numerators))
+        return _rotate_back(bucket, _unblock(bucket, _spectral(rotated, _blocks(bucket, h), exponent), numerators))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Matrices of one shape, together: blocks (n, rows / split, columns). bucket.sides is [[factors, bases], [factors,
+# bases]]: on the left (n, rows / split, rows / split), on the right (n, columns, columns).
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(bucket, matrices):
+    """The blocks of all matrices of the bucket, as one tensor."""
+    split = bucket.matrix[1]
+    return torch.cat([m.unflatten(0, (split, -1)) for m in matrices])
+
+
+def _unblock(bucket, blocks, like):
+    """The reverse of _blocks, in the shapes of `like`."""
+    return [part.reshape(m.shape) for part, m in zip(blocks.split(bucket.matrix[1]), like, strict=True)]
+
+
+def _rotate(bucket, matrices, like=None):
+    """Left^T X Right, in which the eigenvectors are the axes. With `like`, matrices are blocks already."""
+    left, right = (bases for _, bases in bucket.sides)
+    blocks = _blocks(bucket, matrices) if like is None else matrices
+    with torch.autocast(left.device.type, enabled=False):
+        return _unblock(bucket, left.mT @ blocks.to(left.dtype) @ right, matrices if like is None else like)
+
+
+def _rotate_back(bucket, matrices):
+    left, right = (bases for _, bases in bucket.sides)
+    with torch.autocast(left.device.type, enabled=False):
+        return _unblock(bucket, left @ _blocks(bucket, matrices) @ right.mT, matrices)
+
+
+def _rotated_sums(bucket, **settings):
+    bucket.exp_avgs = _rotate(bucket, bucket.exp_avgs)
+    return _FOREACH.sums(bucket, **settings)
+
+
+def _spectral(blocks: Tensor, curvature: Tensor, exponent: float) -> Tensor:
+    """SpectralSophiaG's step of rotated matrices (n, rows, columns) with their curvature h."""
+    with torch.autocast(blocks.device.type, enabled=False):
+        left, right = curvature.mean(-1, keepdim=True), curvature.mean(-2, keepdim=True)
+        left, right = left / (left.mean(-2, keepdim=True) + _TINY), right / (right.mean(-1, keepdim=True) + _TINY)
+        whitening = (left * right).clamp(min=1e-8) ** -exponent  # the same for all before the first estimate
+        orthogonal = _orthogonalize(whitening * blocks)
+        step = whitening * orthogonal
+        length, present = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (orthogonal, step))
+        return step * (0.2 * max(blocks.shape[-2:]) ** 0.5 * length / (present + _TINY))
+
+
+def _muon(blocks: Tensor) -> Tensor:
+    """Muon's step of matrices (n, rows, columns): what _spectral is for exponent 0."""
+    with torch.autocast(blocks.device.type, enabled=False):
+        return _orthogonalize(blocks) * (0.2 * max(blocks.shape[-2:]) ** 0.5)
+
+
+def _orthogonalize(matrices: Tensor) -> Tensor:
+    """About the nearest orthogonal matrices: U f(S) V^T of U S V^T, f in 0.68 to 1.21 for S over 0.0015 of its norm.
+
+    Five steps of Muon's quintic Newton-Schulz iteration (K. Jordan, 2024), on GPUs in bfloat16 as there. Matrices with
+    a norm below 1e-15 come out smaller, down to 0.
+    """
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + _EPS)
+    x = x.bfloat16() if x.device.type == "cuda" else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    x = x.to(matrices.dtype)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+def _chunks(squares):
+    """(n, width, width) in parts that are small enough to be worked on in float64."""
+    return squares.split(max(1, _SQUARES_ELEMENTS // squares[0].numel()))
+
+
+class _BasisUpdater:
+    """Updates all bases of one device by one step of orthogonal iteration. Many steps give the eigenvectors.
+
+    Squares of one width are updated together. A GPU does it on a stream of its own, with priority. An update is many
+    small kernels, slow to start one by one, so from the second update of the same stacks on it is a CUDA graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.stacks: Any = None
+        self.graph: Any = None  # the graph of an update of these stacks
+        self.updated: Any = None  # the bases that the graph writes
+        self.records = True
+
+    def start(self, sides):
+        """(every new basis, for the pairs of stacks `sides`; the event after which they are there, or None)."""
+        if self.stream is None:
+            return self.update(sides), None
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        stacks = [(stack.data_ptr(), stack.shape) for side in sides for stack in side]
+        with torch.cuda.stream(self.stream):
+            if stacks == self.stacks and self.graph is None and self.records:
+                self.record(sides)
+            if stacks == self.stacks and self.graph is not None:
+                self.graph.replay()
+                return self.updated, self.stream.record_event()
+            self.stacks, self.graph, updated = stacks, None, self.update(sides)
+            for basis in updated:
+                basis.record_stream(current)
+            return updated, self.stream.record_event()
+
+    def record(self, sides):
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.stream.device, priority=-1)  # a new one: its workspaces belong to the graph
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                updated = self.update(sides)
+        except RuntimeError as error:
+            warnings.warn(f"bases are updated without a CUDA graph, more slowly: {error}", stacklevel=2)
+            self.records = False
+        else:
+            self.graph, self.updated = graph, updated
+
+    def update(self, sides):
+        squares, alike, updated = [pair for side in sides for pair in zip(*side, strict=True)], {}, {}
+        for i, (factor, _) in enumerate(squares):
+            alike.setdefault((factor.shape, factor.dtype), []).append(i)
+        for (shape, _), indices in alike.items():
+            count = max(1, _SQUARES_ELEMENTS // shape.numel())
+            for some in (indices[i : i + count] for i in range(0, len(indices), count)):
+                factors, bases = (torch.stack(each) for each in zip(*(squares[i] for i in some), strict=True))
+                updated |= zip(some, _orthogonal_iteration(factors, bases), strict=True)
+        return [updated[i] for i in range(len(squares))]
+
+
+def _orthogonal_iteration(factors: Tensor, bases: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of `factors @ bases`, first to last: what a QR decomposition gives.
+
+    Computed by a Cholesky decomposition in float64, which is faster than QR for a batch of matrices on a GPU. Cholesky
+    squares the condition number. So the columns are scaled to one length, and the factors get a thousandth of their
+    mean eigenvalue times the identity, which moves no eigenvector and slows the small ones a little. The result is
+    orthonormal to 3e-5 in width 512, except in the first updates of factors of rank 1 (to 6e-3). A basis that cannot
+    be computed, as of factors 0, stays as it is.
+    """
+    if factors.device.type == "mps":  # has no float64
+        return _orthogonal_iteration(factors.cpu(), bases.cpu()).to(factors.device)
+    exact, q = factors.double(), bases.double()
+    q = exact @ q + 1e-3 * exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * q
+    q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+    lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
+    q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
+    ok = (failed == 0) & torch.isfinite(q).all(-1).all(-1)
+    return torch.where(ok[:, None, None], q.to(bases.dtype), bases)
