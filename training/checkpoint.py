@@ -13,13 +13,13 @@ import os
 import pickle
 import shutil
 import stat
-import sys
 import threading
 from pathlib import Path
 
 import torch
 
 from training.errors import UserError
+from training.terminal import warn
 
 NEWEST, PREVIOUS = "ckpt.pt", "ckpt_prev.pt"
 _MARK = b"sha256: "
@@ -100,7 +100,7 @@ class CheckpointWriter:
         with self._lock:
             skipped, self._next = self._next, None  # freed before its successor takes as much memory
         if skipped and skipped["step"] != self._warned:
-            _warn(
+            warn(
                 f"the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
                 "being written; use a larger --eval_interval."
             )
@@ -139,7 +139,7 @@ class CheckpointWriter:
             self.error = error
             if self._warned != checkpoint["step"]:
                 self._warned = checkpoint["step"]
-                _warn(
+                warn(
                     f"the checkpoint of step {checkpoint['step']} could not be written ({error}); the newest good one "
                     f"is of step {self.step}, training goes on and the write is tried again."
                 )
@@ -157,11 +157,6 @@ class CheckpointWriter:
         """Wait until nothing is being written; return the step of the newest checkpoint on disk, or None."""
         self.wait()
         return self.step
-
-
-def _warn(message):
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
-        print(f"warning: {message}", file=sys.stderr)
 
 
 def copy_to_host(thing, seen=None, keep=True):
@@ -220,7 +215,7 @@ def load_checkpoint(out_dir, map_location="cpu"):
             checkpoint = read_checkpoint(path, map_location)
         except UserError as error:
             problems.append(str(error))
-            print(f"warning: {error}", file=sys.stderr)
+            warn(error)
             continue
         return checkpoint, path
     if problems:

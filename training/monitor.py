@@ -124,7 +124,10 @@ class Signals:
         if self.received is None:
             self.received, self._since = number, now
             name = signal.Signals(number).name
-            os.write(2, f"{name}: finishing this step, then writing a checkpoint; a second signal ends it\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(
+                    2, f"{name}: finishing this step, then writing a checkpoint; a second signal ends it\n".encode()
+                )
 
     def restore(self):
         for number, handler in self._before.items():
