@@ -145,7 +145,9 @@ def unclean(runs):
 
 def loss_unit(runs):
     """The unit of a loss."""
-    return "nats a character" if all(isinstance(r.conditions["tokenizer"], dict) for r in runs) else "nats a token"
+    return (
+        "nats a character" if all("characters" in (r.conditions["tokenizer"] or "") for r in runs) else "nats a token"
+    )
 
 
 def size_name(parameters):

@@ -61,7 +61,10 @@ class TrainConfig:
         below=2**31,
     )
 
-    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting(
+        "openwebtext",
+        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
+    )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
     gradient_accumulation_steps: int | None = setting(

@@ -34,6 +34,7 @@ from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.step import DTYPES, Batches, TrainStep
+from training.tokenizer import identity as tokenizer_identity
 from training.tracking import SHARED, Clock, Tracker, console_line, git_state, source_hash
 
 
@@ -133,6 +134,7 @@ class Run:
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
+        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
@@ -202,7 +204,7 @@ class Run:
             "history": self._history,
             "command": sys.argv,
             "data": sizes | self._hashes,
-            "tokenizer": self.corpus.tokenizer,
+            "tokenizer": tokenizer_identity(self.corpus.tokenizer),
             "model": {
                 **dataclasses.asdict(self.model.config),
                 "num_params": self.model.num_params(),
@@ -232,12 +234,12 @@ class Run:
         said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
-        known = config.init_from.startswith(("resume", "ckpt:")) and checkpoint.get("tokenizer")
-        if self.corpus and (args["vocab_size"] != rows or (known and known != self.corpus.tokenizer)):
-            said = said or f"another tokenizer than {self.corpus.folder}"
+        origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
+        if self.corpus and not remedy:
+            self.corpus.check_tokenizer(checkpoint.get("tokenizer"), f"the checkpoint {origin}")
+        if self.corpus and args["vocab_size"] != rows:
             remedy.append(f"use the data it was trained on, not {self.corpus.folder}")
         if remedy:
-            origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
             raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, or name another --out_dir.")
         return wanted
 
@@ -335,7 +337,7 @@ class Run:
             metrics = {}
             if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics["val/loss"] = self.evaluate()
+                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
                     trained = step > self.step or self._origin  # else there is nothing to keep
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
@@ -376,19 +378,25 @@ class Run:
         estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
-    @torch.no_grad()
     def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin in nats a token. The ranks share the windows."""
+        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        self.world.local_rank0_first(self.corpus.check_unchanged)
+        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
+        return sum(share * loss for _, share, loss in losses)
+
+    @torch.no_grad()
+    def _evaluate(self, tokens):
+        """The loss on one corpus. The ranks share its windows."""
         config, world = self.config, self.world
-        world.local_rank0_first(self.corpus.check_unchanged)
-        windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
+        windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
         for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp each pass needs all
             places = starts[first : first + config.batch_size]
-            inputs, targets = data.take_windows(self.corpus.val, places, config.block_size)
+            inputs, targets = data.take_windows(tokens, places, config.block_size)
             missing = config.batch_size - len(places)  # filled up: another shape would be compiled anew
             inputs, targets = (
                 torch.nn.functional.pad(torch.from_numpy(array), (0, 0, 0, missing), value=fill)
@@ -401,8 +409,8 @@ class Run:
             if len(places):
                 total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
         self.model.train()
-        loss, tokens = world.sum(total).tolist()
-        return loss / tokens
+        loss, count = world.sum(total).tolist()
+        return loss / count
 
     def _training_metrics(self, step):
         """The metrics of the step just done. All ranks call it and wait once for their device."""
@@ -462,7 +470,7 @@ class Run:
                 "step": step,
                 "tokens": sequences * self.config.block_size,
                 "sequences": sequences,
-                "epoch": sequences / (len(self.corpus.train) // self.config.block_size),
+                **self.corpus.epochs(sequences, self.config.block_size),
                 "flops": flops,
                 **metrics,
             }

@@ -63,8 +63,7 @@ class Batches:
         """The batch in host memory. The prefetcher's thread calls it; it changes nothing."""
         config = self.config
         self.corpus.check_whole()
-        stream = len(self.corpus.train), config.seed, step, config.total_bs, config.block_size
-        starts = data.window_starts(*stream, first=self.sequences_before(step))
+        starts = self.corpus.train_starts(config.seed, self.sequences_before(step), config.total_bs, config.block_size)
         micro_batches, weight = self._micro_batches(sequences)
         batch = []
         for places in micro_batches:
