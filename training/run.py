@@ -84,7 +84,8 @@ class Run:
             )
         if resume:
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
-                world.on_rank0(lambda: _check_empty(config))
+                if not config.eval_only:
+                    world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
             differing = optimizers.state_differences(config, checkpoint)
