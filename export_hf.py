@@ -12,6 +12,8 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 """
 
 import json
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,14 @@ def export(model, tokenizer, folder):
     hf_model = to_hf(model, tokenizer.vocab_size)
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
-    hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)
+    if tokenizer.spec is None:
+        print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
+        return
+    if isinstance(tokenizer.spec, str):
+        hf_tokenizer = gpt2_tokenizer(folder) if tokenizer.spec == "gpt2" else tiktoken_tokenizer(tokenizer)
+    else:
+        characters = tokenizer.spec.get("characters")
+        hf_tokenizer = character_tokenizer(characters) if characters else json_tokenizer(tokenizer)
     hf_tokenizer.model_max_length = model.config.block_size
     hf_tokenizer.save_pretrained(folder)
 
@@ -68,6 +77,28 @@ def gpt2_tokenizer(folder):
     (folder / "merges.txt").write_bytes(merges)
     pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]  # the first line is a version
     return GPT2Tokenizer(json.loads(vocab), pairs)
+
+
+def tiktoken_tokenizer(tokenizer):
+    """Another of tiktoken's vocabularies, converted by transformers."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tiktoken_to_fast(tokenizer.encoding, folder)
+        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **_end(tokenizer))
+
+
+def json_tokenizer(tokenizer):
+    """The tokenizer.json that the data was prepared with."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.json), **_end(tokenizer))
+
+
+def _end(tokenizer):
+    return {} if tokenizer.eot is None else {"eos_token": tokenizer.decode([tokenizer.eot])}
 
 
 def character_tokenizer(characters):

@@ -58,7 +58,7 @@ def main(argv=None):
             print(tokenizer.decode(prompt), end="")
         sampling = (config.temperature, config.top_k, config.seed + i, tokenizer.vocab_size, config.top_p)
         tokens = model.stream(idx, config.max_new_tokens, *sampling)
-        for text in decode_stream((token.item() for token in tokens), tokenizer):
+        for text in decode_stream((token.item() for token in tokens), tokenizer, prompt):
             print(text, end="", flush=True)
         print()
 
@@ -80,17 +80,23 @@ def prompt_ids(start, tokenizer):
     return tokenizer.encode(text)
 
 
-def decode_stream(ids, tokenizer):
-    """Yield the text of `ids`, as soon as its characters are complete: one can take several tokens, and a part of it
-    decodes to U+FFFD."""
-    waiting = []
+def decode_stream(ids, tokenizer, prompt=()):
+    """Yield the text of `ids` after `prompt` piece by piece, each as soon as it is complete.
+
+    A character can be cut over several tokens: half of one decodes to U+FFFD. What a token adds, such as the blank
+    before a word, can depend on the token before it.
+    """
+    before, waiting = list(prompt[-1:]), []
+
+    def text():
+        return tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
+
     for i in ids:
         waiting.append(i)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd"):
-            yield text
-            waiting = []
-    yield tokenizer.decode(waiting)
+        if not text().endswith("\ufffd"):
+            yield text()
+            before, waiting = waiting, []
+    yield text()
 
 
 if __name__ == "__main__":

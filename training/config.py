@@ -38,7 +38,9 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
-    max_skipped: int = setting(20, "stop the run after this many steps in a row that were not finite", at_least=1)
+    max_skipped: int = setting(
+        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
+    )
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(
         1337,
@@ -47,7 +49,10 @@ class TrainConfig:
         below=2**31,
     )
 
-    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting(
+        "openwebtext",
+        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
+    )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
     gradient_accumulation_steps: int | None = setting(

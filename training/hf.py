@@ -37,11 +37,9 @@ def load_model(init_from, out_dir):
     else:
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
-    if checkpoint["tokenizer"] is None:
-        raise UserError(
-            f"{origin} does not say what its {rows} tokens are; name a run, or a model with GPT-2's tokens."
-        )
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if checkpoint["tokenizer"] is None and init_from != "resume":
+        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's.")
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], vocab_size=rows)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}; "
@@ -192,7 +190,7 @@ def load_pretrained(init_from):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint["tokenizer"] = "gpt2" if rows >= GPT2_VOCAB_SIZE else None
+    checkpoint["tokenizer"] = "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None  # padded or not
     return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
 
 

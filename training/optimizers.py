@@ -333,7 +333,21 @@ def take_momentum(optimizer, before):
 
 def load_state(optimizer, state):
     """Load a checkpoint's state. The settings (betas, weight decay, ...) stay those of `optimizer`."""
+    made = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict(_with_settings_of(optimizer, state))
+    for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
+        for key in tensors.keys() - optimizer.state[p].keys():
+            optimizer.state[p][key] = tensors[key]
+
+
+def rescale_curvature(optimizer, ratio):
+    """Keep the curvature of a SophiaG whose step has 1 / ratio times as many labels as the one that made its state.
+
+    Its state holds the curvature over the labels of a step.
+    """
+    for state in (s for part in _parts(optimizer) if isinstance(part, SophiaG) for s in part.state.values()):
+        if "hessian" in state:
+            state["hessian"].mul_(ratio)
 
 
 def _with_settings_of(optimizer, state):
@@ -361,18 +375,19 @@ def _joined_blocks(optimizer, state):
     return {"state": joined, "param_groups": [{**saved, "params": list(range(len(splits)))}]}
 
 
-def check_state_fits(config, checkpoint):
-    """UserError if the optimizer's state in the checkpoint is of another optimizer than this run's."""
+def state_differences(config, checkpoint):
+    """[(setting, its value in the checkpoint, its value now)] where they give the optimizer another state."""
     before, step = checkpoint["config"], checkpoint["step"]
 
     def is_adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
         return 0 < start >= step
 
     defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
-    for name, default in defaults.items():
-        saved, wanted = before.get(name, default), getattr(config, name, default)
-        if saved != wanted and (name != "sophia_start_iter" or is_adamws(saved) != is_adamws(wanted)):
-            raise UserError(
-                f"the checkpoint in {config.out_dir} is of {name} = {saved}, this is {wanted}, whose optimizer has "
-                f"another state at step {step}; resume with the former, or name another --out_dir."
-            )
+    if config.optimizer_name in ("whitened_muon", "sophia_muon"):
+        defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
+    pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]
+    return [
+        (name, saved, wanted)
+        for name, saved, wanted in pairs
+        if saved != wanted and (name != "sophia_start_iter" or is_adamws(saved) != is_adamws(wanted))
+    ]

@@ -55,7 +55,7 @@ def foreign(path, corpus, make_optimizer, groups, official, bias=True, **extra):
                 "model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": STEPS,
                 "best_val_loss": torch.tensor(4.0), "config": {"learning_rate": 0.5, "compile": True}, **extra,
             }, path)  # fmt: skip
-        starts = data.window_starts(6000, 1337, step, 24, 16)
+        starts = data.window_starts(6000, 1337, 24 * step, 24, 16)
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus_tokens(corpus), starts, 16))
         loss = model(inputs, targets)[1]
         optimizer.zero_grad()

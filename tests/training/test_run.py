@@ -101,7 +101,7 @@ def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95))
     expected = []
     for step in range(3):
-        starts = data.window_starts(len(corpus.train), config.seed, step, 24, 16)
+        starts = data.window_starts(len(corpus.train), config.seed, 24 * step, 24, 16)
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus.train, starts, 16))
         loss = model(inputs, targets)[1]
         expected.append(loss.item())
