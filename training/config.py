@@ -17,7 +17,18 @@ from training.errors import UserError
 from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH")  # weights from elsewhere
+PRETRAINED = (
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "hf:DIR",
+    "import:PATH",
+    "ckpt:PATH",
+)  # weights from elsewhere
+
+
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
 
 
 def setting(default, help, **limits):
@@ -38,6 +49,7 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
+    checkpoint: str = setting("newest", CHECKPOINT)
     max_skipped: int = setting(
         20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
     )
@@ -147,6 +159,7 @@ class TrainConfig:
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
+        check_checkpoint(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -169,6 +182,15 @@ class TrainConfig:
         parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+
+def check_checkpoint(config):
+    """UserError if a checkpoint is named that would not be read."""
+    if config.checkpoint != "newest" and config.init_from != "resume":
+        raise UserError(
+            f"checkpoint = {config.checkpoint!r} goes with --init_from=resume, this is {config.init_from!r}; use that, "
+            "or --init_from=ckpt:PATH to start new from its weights."
+        )
 
 
 def load_config(cls, argv=None):

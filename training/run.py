@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import math
 import os
+import shutil
 import statistics
 import sys
 import types
@@ -21,7 +22,7 @@ import torch
 
 from model import GPT, GPTConfig
 from training import data, optimizers
-from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
+from training.checkpoint import CheckpointWriter, all_checkpoints, copy_to_host, load_checkpoint, make_newest
 from training.config import with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError
@@ -72,12 +73,18 @@ class Run:
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
-        checkpoint, resume, differing = None, config.init_from == "resume", []
+        checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
+        elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
         if config.init_from != "scratch":
-            checkpoint = world.local_rank0_first(
-                lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config)
+            checkpoint, origin = world.local_rank0_first(
+                lambda: (
+                    load_checkpoint(config.out_dir, which=config.checkpoint) if resume else (start_from(config), None)
+                )
             )
         if resume:
+            if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
+                world.on_rank0(lambda: _check_empty(config))
+                checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
             differing = optimizers.state_differences(config, checkpoint)
         self.corpus = None
@@ -122,7 +129,7 @@ class Run:
         if resume:
             self._train_step.load_state_dict(checkpoint)
 
-        self._resumed = checkpoint
+        self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
@@ -133,9 +140,13 @@ class Run:
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
-            if config.init_from != "resume":
+            if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
                     path.unlink(missing_ok=True)
+            if config.checkpoint != "newest":
+                make_newest(origin, config.out_dir)
+            if elsewhere and (origin.parent / METRICS).exists():
+                shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
         self._say(
@@ -156,7 +167,7 @@ class Run:
         config = self.config
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
-        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
+        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
         changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
         facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
@@ -327,9 +338,13 @@ class Run:
             if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
                     metrics |= {"val/loss": self.evaluate()} | self._val_losses
-                    improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
+                    trained = step > self.step or self._origin  # else there is nothing to keep
+                    if improved := trained and metrics["val/loss"] < self._best:
+                        self._best = metrics["val/loss"]
                     if step > self.step and (improved or config.always_save_checkpoint):
-                        self._save(step)
+                        self._save(step, improved)
+                    elif improved and self._writer:
+                        self._writer.mark_best(self._origin)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
@@ -463,7 +478,7 @@ class Run:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
-    def _save(self, step):
+    def _save(self, step, is_best=False):
         """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(self.world.rng_state())
         if not self.world.is_rank0 and not self.config.fsdp:
@@ -480,6 +495,7 @@ class Run:
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
+            "is_best": is_best,
             **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
@@ -541,8 +557,16 @@ def _accumulation(config, ranks):
 
 def _run_files(out_dir):
     """The files of an earlier run in `out_dir`."""
-    named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, METRICS, CONFIG)]
-    return [path for path in named if path.exists()] + kept_checkpoints(out_dir)
+    return [path for name in (METRICS, CONFIG) if (path := Path(out_dir) / name).exists()] + all_checkpoints(out_dir)
+
+
+def _check_empty(config):
+    """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
+    if _run_files(config.out_dir) and not config.overwrite:
+        raise UserError(
+            f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong; name another "
+            "--out_dir, or replace it with --overwrite=True."
+        )
 
 
 def _check_out_dir(config):
@@ -550,7 +574,7 @@ def _check_out_dir(config):
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
-        init_from = "resume" if (folder / NEWEST).exists() or (folder / PREVIOUS).exists() else "scratch"
+        init_from = "resume" if all_checkpoints(folder) else "scratch"
     elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
         raise UserError(
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
