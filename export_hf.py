@@ -12,8 +12,8 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 """
 
 import json
+import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,13 +82,27 @@ def gpt2_tokenizer(folder):
 
 
 def tiktoken_tokenizer(tokenizer):
-    """Another of tiktoken's vocabularies, converted by transformers."""
+    """Another of tiktoken's vocabularies. tiktoken has ranks where `tokenizers` has merges: of every two tokens that
+    make a third."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert_tiktoken_to_fast(tokenizer.encoding, folder)
-        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **_end(tokenizer))
+    encoding, of_byte = tokenizer.encoding, bytes_to_unicode()
+    ranks = encoding._mergeable_ranks
+    text = {token: "".join(of_byte[byte] for byte in token) for token in ranks}
+    cuts = ((token[:i], token[i:], rank) for token, rank in ranks.items() for i in range(1, len(token)))
+    pairs = sorted((rank, ranks[a], ranks[b], a, b) for a, b, rank in cuts if a in ranks and b in ranks)
+    vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
+    merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
+    merged.add_special_tokens(list(encoding._special_tokens))
+    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace(
+        "$", r"\z"
+    )  # the same in that package's dialect
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    merged.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    merged.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=merged, **_end(tokenizer))
 
 
 def json_tokenizer(tokenizer):
