@@ -12,11 +12,11 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 """
 
 import json
-import tempfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import PRETRAINED, load_config, setting
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.errors import UserError, command
 from training.hf import load_model, to_hf
 from training.terminal import warn
@@ -29,9 +29,11 @@ class ExportConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
+        check_checkpoint(self)
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
@@ -41,7 +43,7 @@ def main(argv=None):
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
-    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
     try:
         export(model, tokenizer, folder)
     except OSError as error:
@@ -80,13 +82,27 @@ def gpt2_tokenizer(folder):
 
 
 def tiktoken_tokenizer(tokenizer):
-    """Another of tiktoken's vocabularies, converted by transformers."""
+    """Another of tiktoken's vocabularies. tiktoken has ranks where `tokenizers` has merges: of every two tokens that
+    make a third."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert_tiktoken_to_fast(tokenizer.encoding, folder)
-        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **_end(tokenizer))
+    encoding, of_byte = tokenizer.encoding, bytes_to_unicode()
+    ranks = encoding._mergeable_ranks
+    text = {token: "".join(of_byte[byte] for byte in token) for token in ranks}
+    cuts = ((token[:i], token[i:], rank) for token, rank in ranks.items() for i in range(1, len(token)))
+    pairs = sorted((rank, ranks[a], ranks[b], a, b) for a, b, rank in cuts if a in ranks and b in ranks)
+    vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
+    merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
+    merged.add_special_tokens(list(encoding._special_tokens))
+    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace(
+        "$", r"\z"
+    )  # the same in that package's dialect
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    merged.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    merged.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=merged, **_end(tokenizer))
 
 
 def json_tokenizer(tokenizer):

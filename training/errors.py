@@ -38,30 +38,49 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains).")
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that the memory of the host or of a device is used up."""
+    if error is None or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return error is not None
+    said = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    of_torch = type(error).__name__ == "OutOfMemoryError"
+    of_torch = of_torch or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
+    return of_torch or is_out_of_memory(error.__cause__)
+
+
 def command(main, goes_on=False):
     """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
 
-    A file that cannot be used is a sentence too. Ctrl-C ends it quietly. goes_on: as `open_streams` has it.
+    A file that cannot be used and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on: as in
+    `open_streams`.
     """
     open_streams(goes_on)
     try:
         main()
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.exit_code == 1:
-            _print(error)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.filename is None and error.errno not in FULL:
+    except Exception as error:
+        explained = _explain(error)
+        if not explained:
             raise
-        name = "a file" if error.filename is None else error.filename
-        _print(f"{name} cannot be read or written ({error.strerror}); check its path, permissions and free space.")
-        sys.exit(RunError.exit_code if error.errno in FULL else UserError.exit_code)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or explained.exit_code == 1:
+            print(f"error: {printable(' '.join(str(explained).split()))}", file=sys.stderr)
+        sys.exit(explained.exit_code)
     finally:
         if sys.stdout:
             sys.stdout.flush()
 
 
-def _print(error):
-    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+def _explain(error):
+    """The UserError that says what `error` means to a user; None if it is a mistake in the code."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        return RunError(f"the memory is used up ({reason}); use less at once, or a larger machine.")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        name = "a file" if error.filename is None else error.filename
+        remedy = "check its path, permissions and free space"
+        kind = RunError if error.errno in FULL else UserError
+        return kind(f"{name} cannot be read or written ({error.strerror}); {remedy}.")
+    return None

@@ -14,9 +14,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_corpus import arguments, documents, prepare, prepare_in_new_process, read_corpus, state, write_jsonl
 
 from data import corpus, sources
+from tests.data.test_corpus import (
+    arguments,
+    documents,
+    prepare,
+    prepare_in_new_process,
+    read_corpus,
+    state,
+    write_jsonl,
+)
 from training.errors import UserError
 from training.tokenizer import get_tokenizer
 

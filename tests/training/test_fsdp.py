@@ -119,6 +119,7 @@ def test_bfloat16_with_activation_checkpointing_and_dropout(corpus, tmp_path):
     assert losses(tmp_path / "True")[0] == losses(tmp_path / "False")[0]
 
 
+@pytest.mark.slow  # the compiler takes a minute; on GPUs test_two_gpus_train_like_copies shows it
 def test_compiled_blocks(corpus, tmp_path):
     for fsdp in (True, False):
         argv = [*SOPHIA, "--max_iters=4", f"--fsdp={fsdp}", f"--compile={fsdp}"]
