@@ -212,10 +212,10 @@ class Run:
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
         seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
-        if "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"seed", "train_sha256"} & changed.keys():
             yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        elif "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
             yield "val/loss is taken on other tokens than before; the search for the best one begins again"
         if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
