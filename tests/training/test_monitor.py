@@ -43,7 +43,7 @@ def two_monitors(before=lambda port: None):
 
     def make(rank):
         gather = (lambda word: [messages.put(word) or word]) if rank == 0 else hear
-        made[rank] = RankMonitor(SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather))
+        made[rank] = RankMonitor(SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather, timeout=60))
         made[rank].leaving.set()
 
     first = threading.Thread(target=make, args=(0,), daemon=True)
