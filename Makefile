@@ -31,7 +31,7 @@ test: .venv/installed-eval
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sophia*.py model.py
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv out

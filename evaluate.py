@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from training.config import PRETRAINED, load_config, setting
-from training.data import open_dataset
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
+from training.data import check_split, open_dataset
 from training.distributed import Distributed
 from training.errors import UserError, command
 from training.hf import load_model
@@ -30,7 +30,8 @@ class EvaluateConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    dataset: str = setting("", "folder under data/ (or an absolute path); default the one that the run was trained on")
+    checkpoint: str = setting("newest", CHECKPOINT)
+    dataset: str = setting("", "folder under data/ (or its path), or a mixture; default what the run was trained on")
     split: str = setting("val", "which of its files", choices=("train", "val"))
     stride: int | None = setting(None, "tokens from a window to the next; default half of block_size", at_least=1)
     batch_size: int = setting(8, "windows in a forward pass", at_least=1)
@@ -38,48 +39,58 @@ class EvaluateConfig:
     dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
 
     def check(self):
+        check_checkpoint(self)
         """These settings cannot contradict each other."""
 
 
 def main(argv=None):
     config = load_config(EvaluateConfig, argv)
     device = Distributed(config.device).device
-    model, tokenizer, settings = load_model(config.init_from, config.out_dir)
+    model, tokenizer, settings = load_model(config.init_from, config.out_dir, config.checkpoint)
     dataset = config.dataset or settings.get("dataset")
+    origin = config.out_dir if config.init_from == "resume" else config.init_from
     if not dataset:
-        origin = config.out_dir if config.init_from == "resume" else config.init_from
         raise UserError(f"{origin} does not say what it was trained on; give --dataset=NAME.")
     block_size, corpus = model.config.block_size, open_dataset(dataset)
     stride = config.stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(f"stride = {stride} would leave tokens out, block_size is {block_size}; lower it.")
-    tokens = check_tokens(getattr(corpus, config.split), corpus, tokenizer, config.split)
+    for part, _ in corpus.parts:
+        check_tokens(part, config.split, tokenizer, origin)
     model.to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        nats = total_nats(model, tokens, stride, config.batch_size)
-    n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens[1:], tokenizer)
-    loss, bits = nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else math.nan
-    print(f"{dataset} {config.split}: {n_tokens} tokens, {n_bytes} bytes; block_size {block_size}, stride {stride}")
-    print(f"loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4f}  bits_per_byte {bits:.4f}")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
+    results = []
+    for part, share in corpus.parts:
+        tokens = getattr(part, config.split)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            nats = total_nats(model, tokens, stride, config.batch_size)
+        n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens, tokenizer) - count_bytes(tokens[:1], tokenizer)
+        name = part.name if len(corpus.parts) > 1 else dataset
+        print(f"{name} {config.split}: {n_tokens} tokens, {n_bytes} bytes; block_size {block_size}, stride {stride}")
+        results.append((share, nats / n_tokens, n_bytes / n_tokens))
+        measures = report(*results[-1][1:])
+    if len(results) > 1:
+        print(f"{dataset} {config.split}: the mean by the shares")
+        measures = report(*(sum(result[0] * result[i] for result in results) for i in (1, 2)))
+    return measures
 
 
-def check_tokens(tokens, corpus, tokenizer, split):
-    """`tokens`; UserError if they are not the tokenizer's, or too few."""
-    expected = getattr(tokenizer, "characters", None)
-    found = corpus.tokenizer.get("characters") if isinstance(corpus.tokenizer, dict) else None
-    if expected != found:
-        kinds = [f"{len(characters)} characters" if characters else "GPT-2 tokens" for characters in (expected, found)]
-        raise UserError(f"the model reads {kinds[0]} and {corpus.folder} holds {kinds[1]}; give another --dataset.")
-    if len(tokens) < 2:
-        raise UserError(
-            f"{corpus.folder}/{split}.bin has fewer than two tokens, so there is nothing to predict; prepare more text."
-        )
-    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+def report(loss, bytes_per_token):
+    """Print and return the measures of a loss in nats a token."""
+    bits = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+    measures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
+    print("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+    return measures
+
+
+def check_tokens(corpus, split, tokenizer, origin):
+    """UserError where a split's tokens are too few, damaged, or not those that the model of `origin` reads."""
+    corpus.check_tokenizer(tokenizer.spec, origin)
+    if len(getattr(corpus, split)) < 2:
+        raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")
+    largest, _ = check_split(corpus, split)
     if largest >= tokenizer.vocab_size:
         file = corpus.folder / f"{split}.bin"
         raise UserError(f"{file} holds token {largest}, beyond the model's {tokenizer.vocab_size}; prepare it again.")
-    return tokens
 
 
 def count_bytes(tokens, tokenizer):

@@ -12,10 +12,12 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 """
 
 import json
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import PRETRAINED, load_config, setting
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.errors import UserError, command
 from training.hf import load_model, to_hf
 from training.tokenizer import gpt2_files
@@ -27,9 +29,11 @@ class ExportConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
+        check_checkpoint(self)
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
@@ -39,7 +43,7 @@ def main(argv=None):
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
-    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
     try:
         export(model, tokenizer, folder)
     except OSError as error:
@@ -54,7 +58,14 @@ def export(model, tokenizer, folder):
     hf_model = to_hf(model, tokenizer.vocab_size)
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
-    hf_tokenizer = character_tokenizer(tokenizer.characters) if tokenizer.eot is None else gpt2_tokenizer(folder)
+    if tokenizer.spec is None:
+        print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
+        return
+    if isinstance(tokenizer.spec, str):
+        hf_tokenizer = gpt2_tokenizer(folder) if tokenizer.spec == "gpt2" else tiktoken_tokenizer(tokenizer)
+    else:
+        characters = tokenizer.spec.get("characters")
+        hf_tokenizer = character_tokenizer(characters) if characters else json_tokenizer(tokenizer)
     hf_tokenizer.model_max_length = model.config.block_size
     hf_tokenizer.save_pretrained(folder)
 
@@ -68,6 +79,42 @@ def gpt2_tokenizer(folder):
     (folder / "merges.txt").write_bytes(merges)
     pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]  # the first line is a version
     return GPT2Tokenizer(json.loads(vocab), pairs)
+
+
+def tiktoken_tokenizer(tokenizer):
+    """Another of tiktoken's vocabularies. tiktoken has ranks where `tokenizers` has merges: of every two tokens that
+    make a third."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    encoding, of_byte = tokenizer.encoding, bytes_to_unicode()
+    ranks = encoding._mergeable_ranks
+    text = {token: "".join(of_byte[byte] for byte in token) for token in ranks}
+    cuts = ((token[:i], token[i:], rank) for token, rank in ranks.items() for i in range(1, len(token)))
+    pairs = sorted((rank, ranks[a], ranks[b], a, b) for a, b, rank in cuts if a in ranks and b in ranks)
+    vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
+    merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
+    merged.add_special_tokens(list(encoding._special_tokens))
+    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace(
+        "$", r"\z"
+    )  # the same in that package's dialect
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    merged.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    merged.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=merged, **_end(tokenizer))
+
+
+def json_tokenizer(tokenizer):
+    """The tokenizer.json that the data was prepared with."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.json), **_end(tokenizer))
+
+
+def _end(tokenizer):
+    return {} if tokenizer.eot is None else {"eos_token": tokenizer.decode([tokenizer.eot])}
 
 
 def character_tokenizer(characters):

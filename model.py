@@ -11,6 +11,7 @@ OpenAI's weights and Hugging Face models are read and written by training/hf.py.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, targets) -> scalar
+EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")  # wte is the output matrix too
 
 
 @dataclass
@@ -127,6 +129,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class GPT(nn.Module):
     """GPT-2 with random weights. Built on the CPU and then moved, a seed gives the same model on every device."""
 
+    transformer: Any  # a type checker does not know a ModuleDict's attributes
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -146,8 +150,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02^2), with the deviation over sqrt(2 n_layer) for c_proj, which adds to the residual stream;
-        biases 0."""
+        """As GPT-2: N(0, 0.02^2), biases 0. c_proj, which adds to the residual stream, has 0.02 / sqrt(2 n_layer)."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
@@ -193,26 +196,19 @@ class GPT(nn.Module):
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups for an optimizer: "matrices" (weights of Linear layers, decayed), "embeddings" (wte, which is also
-        the output matrix, and wpe) and "scalars" (LayerNorm, biases). Sorted by name, so the order never changes.
+        """Groups for an optimizer: "matrices" (weights of Linear layers, decayed), "embeddings" (wte, wpe) and
+        "scalars" (LayerNorm, biases). They are sorted by name, so the order never changes.
 
-        "matrices" has the key "split": for each matrix, into how many equal blocks of rows it falls. 3 for the matrix
-        that holds query, key and value, else 1.
+        "split" of the matrices: into how many equal blocks of rows each one falls. It is 3 for the matrix that holds
+        query, key and value, else 1.
         """
-        groups: dict[str, list] = {"matrices": [], "embeddings": [], "scalars": []}
-        split = []
-        for name, p in sorted(self.named_parameters()):
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):
-                groups["embeddings"].append(p)
-            elif p.dim() > 1:
-                groups["matrices"].append(p)
-                split.append(3 if name.endswith("c_attn.weight") else 1)
-            else:
-                groups["scalars"].append(p)
+        named = sorted(self.named_parameters())
+        matrices = {name: p for name, p in named if p.dim() > 1 and name not in EMBEDDINGS}
+        split = [3 if name.endswith("c_attn.weight") else 1 for name in matrices]
         return [
-            {"name": "matrices", "params": groups["matrices"], "weight_decay": weight_decay, "split": split},
-            {"name": "embeddings", "params": groups["embeddings"], "weight_decay": 0.0},
-            {"name": "scalars", "params": groups["scalars"], "weight_decay": 0.0},
+            {"name": "matrices", "params": list(matrices.values()), "weight_decay": weight_decay, "split": split},
+            {"name": "embeddings", "params": [p for name, p in named if name in EMBEDDINGS], "weight_decay": 0.0},
+            {"name": "scalars", "params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
         ]
 
     def flops_per_token(self, block_size: int | None = None) -> int:

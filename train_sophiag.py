@@ -18,7 +18,7 @@ class SophiaConfig(TrainConfig):
 
     optimizer_name: str = setting(
         "sophiag",
-        "curvature by Gauss-Newton-Bartlett (sophiag) or Hutchinson (sophiah)",
+        "curvature by Gauss-Newton-Bartlett (sophiag) or Hutchinson (sophiah); sophia_muon whitens Muon by the former",
         choices=SECOND_ORDER,
     )
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
@@ -57,6 +57,13 @@ class SophiaConfig(TrainConfig):
         hutchinson = self.optimizer_name == "sophiah"
         if self.rho is None:
             self.rho = 0.01 if hutchinson else 0.05
+        if self.optimizer_name == "sophia_muon":
+            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter or self.eigenbasis:
+                raise UserError(
+                    "sophia_muon has AdamW for all but the matrices: leave out adamw_for, eigenbasis and "
+                    "sophia_start_iter."
+                )
+            self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
         if self.sophia_start_iter and self.init_from.startswith("import:"):

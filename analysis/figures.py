@@ -196,7 +196,7 @@ def draw_finals(styled, prefix, unit):
     for place, (group, style) in zip(places, styled, strict=True):
         if (group, style) not in finished:
             at = {"transform": panels[0].get_yaxis_transform(), "va": "center", "ha": "center", "color": "gray"}
-            panels[0].text(0.5, place, "diverged" if group.finished else "not finished", **at)
+            panels[0].text(0.5, place, "diverged" if group.finished else group.unfinished, **at)
             continue
         losses, colour = group.losses, style["color"]
         panels[0].plot(losses, np.full(len(losses), place), "o", alpha=0.35, markersize=5, color=colour)

@@ -146,17 +146,16 @@ class Peer:
         self.model = self.compiled = self.optimizer = None
 
 
+def peer_model(module, model, args):
+    layers, heads, width = GPT2_SIZES[model]
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": GPTConfig.vocab_size}
+    config = module.GPTConfig(**shape, block_size=args.block_size, bias=False, dropout=0.0)
+    return module.GPT(config).to(args.device)
+
+
 def make_nanogpt(model, args):
     module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
-    layers, heads, width = GPT2_SIZES[model]
-    shape = {
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "block_size": args.block_size,
-        "vocab_size": GPTConfig.vocab_size,
-    }
-    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    gpt = peer_model(module, model, args)
     optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return Peer(gpt, optimizer, MICRO_BATCH[model], args)
 
@@ -169,15 +168,7 @@ def make_official(model, args):
         module = load_module(Path(args.official) / "model.py", "official_model")
     finally:
         sys.modules["sophia"] = ours
-    layers, heads, width = GPT2_SIZES[model]
-    shape = {
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "block_size": args.block_size,
-        "vocab_size": GPTConfig.vocab_size,
-    }
-    gpt = module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
+    gpt = peer_model(module, model, args)
     optimizer = gpt.configure_optimizers("sophiag", 0.2, 3e-4, (0.965, 0.99), 0.05, args.device)
     return Peer(gpt, optimizer, OFFICIAL_MICRO_BATCH[model], args)
 

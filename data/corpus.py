@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError
+from training.errors import Parser, UserError
 from training.tokenizer import get_tokenizer, identity
+from training.tracking import write_atomically
 
 TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 def arguments(description, script):
     """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument("--out_dir", type=_path, default=Path(script).resolve().parent, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
@@ -163,23 +164,16 @@ class _Bin:
 
 def _publish(folder, bins, texts):
     """Put the finished files in place. Old ones go first: a new one beside an old one would look like a corpus."""
-    temporary = {name: folder / f"{name}.tmp" for name in texts}
-    try:
-        for name, text in texts.items():
-            temporary[name].write_text(text, encoding="utf-8", newline="")
-        for file in bins.values():
-            file.file.flush()
-            os.fsync(file.file.fileno())
-        for name in ("val.bin", "train.bin", "meta.json"):
-            (folder / name).unlink(missing_ok=True)
-        for file in bins.values():
-            os.replace(file.temporary, file.path)
-            file.is_mine = False
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    for file in bins.values():
+        file.file.flush()
+        os.fsync(file.file.fileno())
+    for name in ("val.bin", "train.bin", "meta.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():  # first: tokens without a meta.json would be taken for GPT-2's
+        write_atomically(folder / name, text)
+    for file in bins.values():
+        os.replace(file.temporary, file.path)
+        file.is_mine = False
 
 
 def _tokenized(documents, tokenizer, num_proc):

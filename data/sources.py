@@ -308,7 +308,11 @@ def split_at_end(read, val_fraction):
 
     The text at the border is cut there, at the end of a line where one is near. They are read twice, to count first.
     """
-    total = sum(len(part) for text in read() for part in ([text] if isinstance(text, str) else text))
+    count = total = 0  # without the blanks at the end
+    for text in read():
+        for part in [text] if isinstance(text, str) else text:
+            total = count + len(part.rstrip()) if part.strip() else total
+            count += len(part)
     left = total - max(1, round(total * val_fraction))
 
     def head(parts, rest):

@@ -38,26 +38,26 @@ SMALL = ["--max_iters=2", "--eval_tokens=64"]
 few = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def ends_well(main, words):
-    """Run `main(words)`; 0 after a clean run, 2 after one sentence. Anything else fails the test."""
+def ends_well(main, argv):
+    """Run `main(argv)`; 0 after a clean run, 2 after one sentence. Anything else fails the test."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
         try:
-            command(lambda: main([str(word) for word in words]))
+            command(lambda: main([str(argument) for argument in argv]))
             return 0
         except SystemExit as ended:
             code = ended.code or 0
-    said = [line for line in errors.getvalue().splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in errors.getvalue().splitlines() if not line.startswith("warning: ")]
     assert code in (0, 2), errors.getvalue()
     if code == 2:
-        assert len(said) == 1 and said[0].startswith("error: ") and len(said[0]) > 20, said
+        assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 20, lines
     return code
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), max_size=12)
 constants = st.sampled_from(["", "True", "None", "1e3", "0x10", "float16"])
 values = st.one_of(st.integers(-3, 40).map(str), st.integers().map(str), st.floats().map(str), constants, texts)
-words = st.one_of(
+arguments = st.one_of(
     st.tuples(st.sampled_from([name for name in NAMES if name not in KEPT + SIZES]), values).map(
         "--{0[0]}={0[1]}".format
     ),
@@ -68,7 +68,7 @@ words = st.one_of(
 
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
 @few
-@given(extra=st.lists(words, max_size=4))
+@given(extra=st.lists(arguments, max_size=4))
 def test_command_lines(corpus, tmp_path_factory, script, extra):
     out_dir = tmp_path_factory.mktemp("lines") / "out"
     code = ends_well(script.main, [*tiny_words(corpus, out_dir), *SMALL, *extra])
@@ -114,8 +114,8 @@ def test_token_files(tmp_path_factory, train, val, meta):
     (folder / "val.bin").write_bytes(val)
     if meta is not None:
         (folder / "meta.json").write_bytes(meta)
-    words = tiny_words(folder, folder / "out")
-    ends_well(train_adam.main, [*words, *SMALL, "--block_size=4", "--total_bs=2", "--batch_size=2", "--n_layer=1"])
+    argv = tiny_words(folder, folder / "out")
+    ends_well(train_adam.main, [*argv, *SMALL, "--block_size=4", "--total_bs=2", "--batch_size=2", "--n_layer=1"])
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,8 @@ def test_checkpoint_bytes(finished, tmp_path_factory, data):
             (out_dir / name).write_bytes(content)
         spoiled.append(how != "whole")
     before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
-    words = [*tiny_words(finished / "corpus", out_dir), "--max_iters=6", "--eval_interval=2", "--init_from=resume"]
-    code = ends_well(train_adam.main, words)
+    argv = [*tiny_words(finished / "corpus", out_dir), "--max_iters=6", "--eval_interval=2", "--init_from=resume"]
+    code = ends_well(train_adam.main, argv)
     assert code == (2 if all(spoiled) else 0)
     if code:
         assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before, "nothing overwritten"
@@ -158,7 +158,7 @@ def test_checkpoint_bytes(finished, tmp_path_factory, data):
 
 
 KEYS = ["temperature", "top_k", "top_p", "seed", "stride", "split", "jobs", "seeds", "to", "start"]
-tool_words = st.one_of(
+tool_arguments = st.one_of(
     st.tuples(st.sampled_from(KEYS), values).map("--{0[0]}={0[1]}".format),
     st.tuples(st.sampled_from(["metrics.jsonl", "config.json", "ckpt.pt"]), st.binary(max_size=60)),  # a file spoiled
     texts,
@@ -167,15 +167,15 @@ tool_words = st.one_of(
 
 @pytest.mark.parametrize("script", [sample, evaluate, export_hf, compare, sweep], ids=lambda script: script.__name__)
 @few
-@given(extra=st.lists(tool_words, max_size=3))
+@given(extra=st.lists(tool_arguments, max_size=3))
 def test_the_other_scripts(finished, tmp_path_factory, monkeypatch, script, extra):
     folder = tmp_path_factory.mktemp("tools")
     out_dir = shutil.copytree(finished / "out", folder / "out")
     monkeypatch.chdir(folder)
-    for name, content in (word for word in extra if isinstance(word, tuple)):
+    for name, content in (argument for argument in extra if isinstance(argument, tuple)):
         (out_dir / name).unlink()
         (out_dir / name).write_bytes(content)
-    words = [word for word in extra if isinstance(word, str)]
+    argv = [argument for argument in extra if isinstance(argument, str)]
     start = [f"--out_dir={out_dir}", "--device=cpu"]
     if script is compare:
         start = [str(out_dir)]
@@ -185,4 +185,4 @@ def test_the_other_scripts(finished, tmp_path_factory, monkeypatch, script, extr
         start = [f"--out_dir={out_dir}"]
     elif script is sample:
         start += ["--max_new_tokens=3", "--start=A"]
-    ends_well(script.main, [*start, *words])
+    ends_well(script.main, [*start, *argv])

@@ -42,11 +42,11 @@ SOAK = [
 ]
 
 
-def start(ranks, words, script=ROOT / "train_sophiag.py", options=(), **environment):
+def start(ranks, argv, script=ROOT / "train_sophiag.py", options=(), **environment):
     """A torchrun, with its own `options`, of a script in a process group of its own, not waited for."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*command, *options, str(script), *words],
+        [*command, *options, str(script), *argv],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
     )  # fmt: skip
@@ -90,15 +90,15 @@ def same_end(first, second):
     assert [line.get(key) for line in read_lines(first)] == [line.get(key) for line in read_lines(second)]
 
 
-def killed_run(corpus, tmp_path, kills, seed, *words):
+def killed_run(corpus, tmp_path, kills, seed, *argv):
     """Kill a 2-rank run `kills` times at random moments, then let it end; compare with one that was let alone."""
-    run = [*RUN, f"--max_iters={20 * kills}", *words]
+    run = [*RUN, f"--max_iters={20 * kills}", *argv]
     done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "whole"), *run])
     assert done.returncode == 0, done.stderr
-    draw, words = random.Random(seed), [*tiny_words(corpus, tmp_path / "killed"), *run, "--init_from=auto"]
+    draw, argv = random.Random(seed), [*tiny_words(corpus, tmp_path / "killed"), *run, "--init_from=auto"]
     reached = []
     for kill in range(kills):
-        process = start(2, words)
+        process = start(2, argv)
         wait_for_step(process, reached[-1] if reached else 0)  # it has begun to do something new
         time.sleep(draw.uniform(0.0, 0.15))
         ranks = ranks_of(process)
@@ -109,28 +109,29 @@ def killed_run(corpus, tmp_path, kills, seed, *words):
         steps = [line["step"] for line in read_lines(tmp_path / "killed")]
         reached.append(max(steps, default=0))
         print(f"kill {kill + 1}: metrics up to step {max(steps, default=None)}")
-    done = torchrun(2, "train_sophiag.py", words)
+    done = torchrun(2, "train_sophiag.py", argv)
     assert done.returncode == 0, done.stderr
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_killed_six_times(corpus, tmp_path):
+def test_a_run_killed_six_times_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, kills=6, seed=0)
 
 
-def test_a_sharded_run_killed_twice(corpus, tmp_path):
+@pytest.mark.slow
+def test_a_sharded_run_killed_twice_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, 2, 2, "--fsdp=True")
 
 
 @pytest.mark.slow
-def test_killed_a_hundred_times(corpus, tmp_path):
+def test_a_run_killed_a_hundred_times_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, kills=100, seed=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_to_one_rank_ends_all_well(corpus, tmp_path, number):
-    words = [*tiny_words(corpus, tmp_path / "stopped"), *RUN, "--max_iters=2000", "--eval_interval=1000"]
-    process = start(2, words)
+    argv = [*tiny_words(corpus, tmp_path / "stopped"), *RUN, "--max_iters=2000", "--eval_interval=1000"]
+    process = start(2, argv)
     wait_for_step(process, 10)
     os.kill(ranks_of(process)[1], number)
     output, _ = process.communicate(timeout=40)
@@ -194,14 +195,14 @@ def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):
 
 
 def test_ranks_that_were_started_differently_say_so(corpus, tmp_path):
-    words = tiny_words(corpus, tmp_path / "out")
+    argv = tiny_words(corpus, tmp_path / "out")
     script = (
         "import os, sys, train_adam\nfrom training.errors import command\n"
-        "words = [*sys.argv[1:], f\"--learning_rate={1e-3 * (1 + int(os.environ['RANK']))}\"]\n"
-        "command(lambda: train_adam.main(words))"
+        "argv = [*sys.argv[1:], f\"--learning_rate={1e-3 * (1 + int(os.environ['RANK']))}\"]\n"
+        "command(lambda: train_adam.main(argv))"
     )
     (tmp_path / "differing.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}\n")
-    done = torchrun(2, tmp_path / "differing.py", words)
+    done = torchrun(2, tmp_path / "differing.py", argv)
     assert done.returncode != 0
     assert "ranks 0 and 1 were not started alike: they differ in learning_rate (0.001 and 0.002)" in done.stderr
 
@@ -214,17 +215,17 @@ def two_ranks(corpus, tmp_path_factory):
     """Folders of a 2-rank run of 24 steps, and of its first 12."""
     folder = tmp_path_factory.mktemp("two")
     for steps in (12, 24):
-        words = [*tiny_words(corpus, folder / str(steps)), *ELASTIC, f"--max_iters={steps}"]
-        done = torchrun(2, "train_sophiag.py", words)
+        argv = [*tiny_words(corpus, folder / str(steps)), *ELASTIC, f"--max_iters={steps}"]
+        done = torchrun(2, "train_sophiag.py", argv)
         assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_goes_on_with_the_same_tokens(corpus, two_ranks, tmp_path, ranks):
     out_dir = shutil.copytree(two_ranks / "12", tmp_path / "run")
-    words = [*tiny_words(corpus, out_dir), *ELASTIC, "--max_iters=24", "--init_from=resume"]
-    done = torchrun(ranks, "train_sophiag.py", words)
+    argv = [*tiny_words(corpus, out_dir), *ELASTIC, "--max_iters=24", "--init_from=resume"]
+    done = torchrun(ranks, "train_sophiag.py", argv)
     assert done.returncode == 0, done.stderr
     ours, theirs = (
         [line["train/loss"] for line in read_lines(folder) if "train/loss" in line]
@@ -241,10 +242,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        words = [*tiny_words(corpus, disk / "out"), "--n_embd=64", "--max_iters=40"]  # a checkpoint is 1.3 MB
+        argv = [*tiny_words(corpus, disk / "out"), "--n_embd=64", "--max_iters=40"]  # a checkpoint is 1.3 MB
         filler = disk / "filler"
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_adam.py"), *words],
+            [sys.executable, str(ROOT / "train_adam.py"), *argv],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
@@ -258,7 +259,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path):
         assert "could not be written" in errors and "training goes on" in errors
         filler.unlink()
         again = subprocess.run(
-            [sys.executable, str(ROOT / "train_adam.py"), *words, "--init_from=resume"], capture_output=True, text=True
+            [sys.executable, str(ROOT / "train_adam.py"), *argv, "--init_from=resume"], capture_output=True, text=True
         )
         assert again.returncode == 0, again.stderr
         assert load_checkpoint(disk / "out")[0]["step"] == 40
@@ -270,9 +271,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path):
 @pytest.mark.slow
 def test_memory_and_files_do_not_grow(corpus, tmp_path):
     """10,000 steps of a toy run, its resident memory and open files looked at from outside."""
-    words = [*tiny_words(corpus, tmp_path / "out"), "--max_iters=10000", "--eval_interval=500", "--log_interval=50"]
+    argv = [*tiny_words(corpus, tmp_path / "out"), "--max_iters=10000", "--eval_interval=500", "--log_interval=50"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_adam.py"), *words], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(ROOT / "train_adam.py"), *argv], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     seen = []
@@ -290,23 +291,23 @@ def test_memory_and_files_do_not_grow(corpus, tmp_path):
 
 def soak(out_dir, kills):
     """A run of SOAK on two GPUs, ended `kills` times (a rank dies, all die, a signal) and started again each time."""
-    draw, said, words = random.Random(0), [], [*SOAK, f"--out_dir={out_dir}", "--init_from=auto"]
+    draw, output_so_far, argv = random.Random(0), [], [*SOAK, f"--out_dir={out_dir}", "--init_from=auto"]
     for kill in range(kills):
-        process = start(2, words)
-        said += wait_for_step(process, 60 * (kill + 1) + draw.randrange(30))
+        process = start(2, argv)
+        output_so_far += wait_for_step(process, 60 * (kill + 1) + draw.randrange(30))
         how = ("one rank", "all ranks", "a signal")[kill % 3]
         if how == "all ranks":
             kill_all(process)
         else:
             os.kill(ranks_of(process)[1], signal.SIGKILL if how == "one rank" else signal.SIGTERM)
             output, _ = process.communicate(timeout=120)
-            said.append(output)
+            output_so_far.append(output)
             assert ("rank 0 ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
             assert (process.returncode == 0) == (how == "a signal")
         print(f"{out_dir.name}: {how} ended, metrics up to step {read_lines(out_dir)[-1]['step']}", flush=True)
-    process = start(2, words)
+    process = start(2, argv)
     output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, "".join(said) + output
+    assert process.returncode == 0, "".join(output_so_far) + output
     return {line["step"]: line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line}
 
 

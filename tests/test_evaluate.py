@@ -37,7 +37,7 @@ def corpus_of(folder, val, tokenizer, vocab_size):
     return folder
 
 
-def words(folder, corpus, **settings):
+def argv(folder, corpus, **settings):
     settings = {"out_dir": folder, "dataset": corpus, "device": "cpu", **settings}
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -54,7 +54,7 @@ def test_equal_to_a_plain_loop_over_hugging_face(tmp_path, capsys, characters, s
     tokens, corpus = characters
     model = write_run(tmp_path / "run", spread=8.0)
     for split, own in (("val", tokens), ("train", tokens[::-1])):
-        found = evaluate.main(words(tmp_path / "run", corpus, stride=stride, batch_size=batch_size, split=split))
+        found = evaluate.main(argv(tmp_path / "run", corpus, stride=stride, batch_size=batch_size, split=split))
         expected = plain_loop(to_hf(model), own, stride, 16)
         assert found["loss"] == pytest.approx(expected, abs=1e-4) and abs(expected - math.log(12)) > 0.1
         assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_the_text(tmp_path):
 
     write_run(tmp_path / "run", 50304, "gpt2")
     corpus = corpus_of(tmp_path / "corpus", ids, "gpt2", 50257)
-    found = evaluate.main(words(tmp_path / "run", corpus))
+    found = evaluate.main(argv(tmp_path / "run", corpus))
     n_bytes = sum(len(text.encode()) for text in texts) - len(tokenizer.decode(ids[:1]).encode())
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * (len(ids) - 1) / math.log(2) / n_bytes)
 
@@ -93,7 +93,7 @@ def test_windows_without_overlap_give_the_val_loss_of_training(tmp_path, capsys)
     corpus = write_corpus(tmp_path / "corpus", n_val=16 * 40 + 1, vocab_size=50257)
     train_adam.main([*tiny_words(corpus, tmp_path / "run"), "--n_embd=8", "--max_iters=5", "--eval_interval=5"])
     for dataset in ("", corpus):
-        found = evaluate.main(words(tmp_path / "run", dataset, stride=16))  # "": the run's own
+        found = evaluate.main(argv(tmp_path / "run", dataset, stride=16))  # "": the run's own
         assert found["loss"] == pytest.approx(read_lines(tmp_path / "run")[-1]["val/loss"], abs=1e-5)
 
 
@@ -104,13 +104,13 @@ def test_openais_weights(tmp_path, monkeypatch):
     hf_model = GPT2LMHeadModel(GPT2Config(n_positions=16, n_layer=1, n_head=2, n_embd=8, initializer_range=0.5)).eval()
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: {"gpt2": hf_model}[name])
     corpus = write_corpus(tmp_path / "corpus", n_val=100, vocab_size=50257)
-    found = evaluate.main(words(tmp_path / "none", corpus, init_from="gpt2", stride=8))
+    found = evaluate.main(argv(tmp_path / "none", corpus, init_from="gpt2", stride=8))
     expected = plain_loop(hf_model, np.fromfile(corpus / "val.bin", "<u2"), 8, 16)
     assert found["loss"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"stride": 17}, "stride = 17 would leave tokens out, block_size is 16"),
         ({"stride": 0}, "stride"),
@@ -121,12 +121,12 @@ def test_openais_weights(tmp_path, monkeypatch):
         ({"dataset": "{folder}/gpt2"}, "the model reads 12 characters and {folder}/gpt2 holds GPT-2 tokens"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, capsys, characters, settings, said):
+def test_bad_input_is_one_sentence(tmp_path, capsys, characters, settings, message):
     write_run(tmp_path / "run")
     write_corpus(tmp_path / "gpt2")
     settings = {key: str(value).format(folder=tmp_path) for key, value in settings.items()}
     with pytest.raises(SystemExit) as ended:
-        command(lambda: evaluate.main(words(**{"folder": tmp_path / "run", "corpus": characters[1]} | settings)))
+        command(lambda: evaluate.main(argv(**{"folder": tmp_path / "run", "corpus": characters[1]} | settings)))
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    assert said.format(folder=tmp_path) in printed.err
+    assert message.format(folder=tmp_path) in printed.err

@@ -36,8 +36,8 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, **arguments), AutoTokenizer.from_pretrained(folder, **arguments)
 
 
-def export(tmp_path, *words):
-    export_hf.main([f"--out_dir={tmp_path}/run", f"--to={tmp_path}/hf", *words])
+def export(tmp_path, *argv):
+    export_hf.main([f"--out_dir={tmp_path}/run", f"--to={tmp_path}/hf", *argv])
     return load(tmp_path / "hf")
 
 
@@ -97,7 +97,7 @@ def test_a_run_on_characters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--to="], "give the folder to write as --to=DIR"),
         (["--to={folder}/run"], "run is not an empty folder"),
@@ -105,13 +105,13 @@ def test_a_run_on_characters(tmp_path):
         (["--to=/proc/self/hf"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, capsys, words, said):
+def test_bad_input_is_one_sentence(tmp_path, capsys, argv, message):
     write_run(tmp_path / "run", 50304, "gpt2")
-    words = [f"--out_dir={tmp_path}/run", f"--to={tmp_path}/hf", *(word.format(folder=tmp_path) for word in words)]
+    argv = [f"--out_dir={tmp_path}/run", f"--to={tmp_path}/hf", *(word.format(folder=tmp_path) for word in argv)]
     with pytest.raises(SystemExit) as ended:
-        command(lambda: export_hf.main(words))
+        command(lambda: export_hf.main(argv))
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 TASK = """

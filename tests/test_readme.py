@@ -1,12 +1,14 @@
 """The README and the pages of docs against the repository: links resolve, commands parse, files exist, code runs.
 
-A Python block runs where the line before its fence is <!-- test: run -->; the blocks of a page share their names.
+A Python block runs where the line before its fence is <!-- test: run -->; the blocks of a page share their names. A
+comment "needs: model, batches" says which names it takes from the reader; the test gives a small model.
 """
 
 import re
 import shlex
 
 import pytest
+import torch
 
 from evaluate import EvaluateConfig
 from export_hf import ExportConfig
@@ -88,7 +90,10 @@ def test_commands_are_accepted(page):
 def test_code_runs(page):
     blocks = re.findall(r"<!-- test: run -->\n```python\n(.*?)```", PAGES[page], re.DOTALL)
     assert blocks, page
-    names = {}
+    names = {
+        "model": torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.Linear(32, 100)),
+        "batches": [torch.randint(100, (2, 8, 16)) for _ in range(20)],
+    }
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     if page == "README.md":

@@ -42,7 +42,7 @@ def write_run(folder, vocab_size=12, tokenizer=None, favourite=None, spread=1.0,
     return model
 
 
-def words(folder, **settings):
+def argv(folder, **settings):
     settings = {"out_dir": folder, "device": "cpu", "max_new_tokens": 40, **settings}
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -50,7 +50,7 @@ def words(folder, **settings):
 @pytest.mark.parametrize("start, shown", [("", ""), ("abba", "abba"), ("abcdefghij" * 3, "abcdefghij" * 3)])
 def test_streamed_text_is_generates_text(tmp_path, capsys, start, shown):
     model, tokenizer = write_run(tmp_path), get_tokenizer({"characters": CHARACTERS})
-    sample.main(words(tmp_path, start=start, num_samples=2, seed=5, top_k=7))
+    sample.main(argv(tmp_path, start=start, num_samples=2, seed=5, top_k=7))
     printed = capsys.readouterr()
     prompt = tokenizer.encode(start or "\n")
     expected = []
@@ -71,14 +71,14 @@ def test_tokens_are_printed_as_they_come(tmp_path, monkeypatch, capsys):
         return forward(*arguments, **more)
 
     monkeypatch.setattr(GPT, "forward", spy)
-    sample.main(words(tmp_path, max_new_tokens=6, start="ab"))
+    sample.main(argv(tmp_path, max_new_tokens=6, start="ab"))
     assert printed == [2, 1, 1, 1, 1, 1], "each token is out before the next is computed"
 
 
 def test_the_prompt_can_come_from_a_file(tmp_path, capsys):
     write_run(tmp_path)
     (tmp_path / "prompt.txt").write_text("bad\n")
-    sample.main(words(tmp_path, start=f"FILE:{tmp_path}/prompt.txt"))
+    sample.main(argv(tmp_path, start=f"FILE:{tmp_path}/prompt.txt"))
     assert capsys.readouterr().out.startswith("bad\n")
 
 
@@ -90,7 +90,7 @@ def test_padding_is_never_drawn(tmp_path, capsys, settings):
     assert (model.generate(prompt, 5, temperature=0.0)[0, 1:] == favourite).all(), "else this test shows nothing"
     settings = {"temperature": 0.8, "top_k": 200} | settings
     assert model.generate(prompt, 50, seed=1, vocab_size=50257, **settings).max() < 50257
-    sample.main(words(tmp_path, max_new_tokens=5, **settings))
+    sample.main(argv(tmp_path, max_new_tokens=5, **settings))
     assert len(capsys.readouterr().out) > 1, "padding would decode to nothing"
 
 
@@ -185,7 +185,7 @@ def test_characters_cut_over_several_tokens_come_whole():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"start": "abc€"}, "'€' is not among the 12"),
         ({"start": "FILE:{folder}/none.txt"}, "none.txt (No such file or directory)"),
@@ -207,23 +207,23 @@ def test_characters_cut_over_several_tokens_come_whole():
         ({"sart": "a"}, "'start'"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, capsys, settings, said):
+def test_bad_input_is_one_sentence(tmp_path, capsys, settings, message):
     write_run(tmp_path)
     (tmp_path / "empty.txt").touch()
     settings = {key: str(value).format(folder=tmp_path) for key, value in settings.items()}
-    refused(capsys, words(tmp_path, **settings), said)
+    refused(capsys, argv(tmp_path, **settings), message)
 
 
 def test_a_model_that_does_not_fit_the_tokenizer(tmp_path, capsys):
     write_run(tmp_path, vocab_size=8)
-    refused(capsys, words(tmp_path), "its model has 8 tokens and its tokenizer 12")
+    refused(capsys, argv(tmp_path), "its model has 8 tokens and its tokenizer 12")
 
 
-def refused(capsys, arguments, said):
+def refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as done:
         command(lambda: sample.main(arguments))
     printed = capsys.readouterr()
-    assert done.value.code == 2 and printed.out == "" and said in printed.err
+    assert done.value.code == 2 and printed.out == "" and message in printed.err
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
@@ -240,7 +240,7 @@ def test_text_from_openais_model(monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8, bias=True))
     monkeypatch.setattr("training.hf.from_pretrained", lambda name: {"gpt2": model}[name])
-    sample.main(words(tmp_path / "none", init_from="gpt2", start="To be", top_k=None, top_p=0.9, max_new_tokens=12))
+    sample.main(argv(tmp_path / "none", init_from="gpt2", start="To be", top_k=None, top_p=0.9, max_new_tokens=12))
     tokenizer = get_tokenizer("gpt2")
     idx = torch.tensor([tokenizer.encode("To be")])
     ids = model.generate(idx, 12, 0.8, None, 1337, top_p=0.9)[0].tolist()

@@ -15,10 +15,10 @@ from training.errors import command
 from training.run import Run
 
 TIMES = ("seconds", "tokens_per_second", "memory_gib")
-RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "nadamw": 1e-3, "soap": 1e-3}
+RATES = {"sgd": 0.3, "lion": 3e-4, "muon": 1e-3, "whitened_muon": 1e-3, "nadamw": 1e-3, "soap": 1e-3}
 
 
-def words(tiny, name):
+def argv(tiny, name):
     return [*tiny, f"--optimizer_name={name}", f"--learning_rate={RATES[name]}", "--max_iters=30", "--log_interval=1"]
 
 
@@ -32,7 +32,7 @@ def tensors(state):
 
 @pytest.mark.parametrize("name", RATES)
 def test_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch, name):
-    arguments = [*words(tiny, name), "--dropout=0.1", "--grad_clip=0.5"]
+    arguments = [*argv(tiny, name), "--dropout=0.1", "--grad_clip=0.5"]
     train_adam.main([*arguments, f"--out_dir={tmp_path / 'whole'}"])
     interrupt(monkeypatch, train_adam.main, [*arguments, f"--out_dir={tmp_path / 'broken'}"], steps=17)
     torch.manual_seed(99)
@@ -55,7 +55,7 @@ def test_it_learns(tiny, tmp_path, name):
     corpus = write_corpus(tmp_path / "corpus", vocab_size=8)
     (corpus / "meta.json").write_text('{"vocab_size": 64, "tokenizer": "gpt2"}')
     rate = {"sgd": RATES["sgd"]}.get(name, 1e-2)
-    train_adam.main([*words(tiny, name), f"--dataset={corpus}", f"--learning_rate={rate}"])
+    train_adam.main([*argv(tiny, name), f"--dataset={corpus}", f"--learning_rate={rate}"])
     val = [line["val/loss"] for line in read_lines(tmp_path / "out") if "val/loss" in line]
     assert val[0] > 4 and val[-1] < 2.6
 
@@ -86,8 +86,8 @@ def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(Run, "optimizer_step", watched)
     settings = ["--learning_rate=1e-3", "--max_iters=1", "--decay_lr=False"]
-    train_adam.main([*words(tiny, name), *settings])
-    train_adam.main([*words(tiny, name), *settings, "--embedding_lr=1e-2", "--overwrite=True"])
+    train_adam.main([*argv(tiny, name), *settings])
+    train_adam.main([*argv(tiny, name), *settings, "--embedding_lr=1e-2", "--overwrite=True"])
     for parameter in moved[0]:
         times = 10 if ".wte." in parameter or ".wpe." in parameter else 1
         assert moved[1][parameter] == pytest.approx(times * moved[0][parameter], rel=1e-3), parameter
@@ -100,7 +100,7 @@ def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
 def test_a_package_that_is_missing(tiny, monkeypatch, capsys, name, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit):
-        command(lambda: train_adam.main(words(tiny, name)))
+        command(lambda: train_adam.main(argv(tiny, name)))
     assert f"pip install {package}" in capsys.readouterr().err
 
 

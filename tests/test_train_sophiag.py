@@ -51,13 +51,18 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
             torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"]])
+MUON = ["--optimizer_name=sophia_muon", "--whiten_sides=input", "--whiten_exponent=0.25", "--cautious_decay=True"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"], MUON]
+)
 def test_resumed_exactly(tiny, tmp_path, more):
-    words = [*tiny, *ADAMW_FOR, *more]
-    train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
-    train_sophiag.main([*words, "--max_iters=20", "--eval_interval=7", f"--out_dir={tmp_path / 'parts'}"])
+    argv = [*tiny, *ADAMW_FOR, *more]
+    train_sophiag.main([*argv, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
+    train_sophiag.main([*argv, "--max_iters=20", "--eval_interval=7", f"--out_dir={tmp_path / 'parts'}"])
     (tmp_path / "parts" / "ckpt.pt").unlink()  # that of step 20; step 14's is left
-    train_sophiag.main([*words, "--max_iters=20", f"--out_dir={tmp_path / 'parts'}", "--init_from=resume"])
+    train_sophiag.main([*argv, "--max_iters=20", f"--out_dir={tmp_path / 'parts'}", "--init_from=resume"])
     whole, parts = (load_checkpoint(tmp_path / name)[0]["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -74,15 +79,15 @@ def to_old_form(checkpoint):
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed_exactly(tiny, tmp_path, capsys):
-    words, out_dir = [*tiny, *ADAMW_FOR, "--max_iters=20"], tmp_path / "parts"
-    train_sophiag.main([*words, f"--out_dir={tmp_path / 'whole'}"])
-    train_sophiag.main([*words, f"--out_dir={out_dir}"])
+    argv, out_dir = [*tiny, *ADAMW_FOR, "--max_iters=20"], tmp_path / "parts"
+    train_sophiag.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
+    train_sophiag.main([*argv, f"--out_dir={out_dir}"])
     checkpoint = to_old_form(read_checkpoint(out_dir / "ckpt_prev.pt"))
     assert checkpoint["step"] == 10
     save_checkpoint(out_dir, checkpoint)
     capsys.readouterr()
-    words = [word.replace("scalars", "vectors") for word in words]
-    train_sophiag.main([*words, f"--out_dir={out_dir}", "--init_from=resume"])
+    argv = [word.replace("scalars", "vectors") for word in argv]
+    train_sophiag.main([*argv, f"--out_dir={out_dir}", "--init_from=resume"])
     assert "changed since the checkpoint: nothing" in capsys.readouterr().out
     lines = [[line["train/loss"] for line in read_lines(tmp_path / name)[:-1]] for name in ("whole", "parts")]
     assert lines[0] == lines[1]
@@ -122,10 +127,10 @@ def rates(tmp_path):
     return {group["name"]: group["lr"] for part in parts for group in part["param_groups"]}
 
 
-@pytest.mark.parametrize("words", [[], ["--adamw_for=embeddings"], ["--adamw_for=scalars", "--adamw_lr=2e-3"]])
-def test_embeddings_have_a_rate_of_their_own_whoever_moves_them(tiny, tmp_path, words):
-    train_sophiag.main([*tiny, *words, "--learning_rate=1e-3", "--embedding_lr=8e-3", "--decay_lr=False"])
-    expected = {"matrices": 1e-3, "embeddings": 8e-3, "scalars": 2e-3 if "--adamw_lr=2e-3" in words else 1e-3}
+@pytest.mark.parametrize("argv", [[], ["--adamw_for=embeddings"], ["--adamw_for=scalars", "--adamw_lr=2e-3"]])
+def test_embeddings_have_a_rate_of_their_own_whoever_moves_them(tiny, tmp_path, argv):
+    train_sophiag.main([*tiny, *argv, "--learning_rate=1e-3", "--embedding_lr=8e-3", "--decay_lr=False"])
+    expected = {"matrices": 1e-3, "embeddings": 8e-3, "scalars": 2e-3 if "--adamw_lr=2e-3" in argv else 1e-3}
     assert rates(tmp_path) == pytest.approx(expected)
 
 
@@ -137,8 +142,8 @@ def test_a_late_sophia_keeps_the_embeddings_rate(tiny, tmp_path, monkeypatch):
         return step(optimizer, *arguments, **named)
 
     monkeypatch.setattr(SophiaG, "step", watched)
-    words = ["--sophia_start_iter=3", "--max_iters=6", "--learning_rate=1e-3", "--embedding_lr=8e-3"]
-    train_sophiag.main([*tiny, *words, "--decay_lr=False"])
+    argv = ["--sophia_start_iter=3", "--max_iters=6", "--learning_rate=1e-3", "--embedding_lr=8e-3"]
+    train_sophiag.main([*tiny, *argv, "--decay_lr=False"])
     expected = pytest.approx({"matrices": 1e-3, "embeddings": 8e-3, "scalars": 1e-3})
     assert seen == [expected] * 3
 
@@ -149,8 +154,8 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
     train_sophiag.main([*tiny, *before, "--max_iters=5", "--decay_lr=False"])
     after = ["--weight_decay=0.4", "--beta1=0.7", "--rho=0.6", "--nesterov=True"]
     after += ["--adamw_for=scalars", "--adamw_lr=4e-3"]
-    words = ["--learning_rate=2e-3", "--max_iters=8", "--decay_lr=False", "--init_from=resume"]
-    train_sophiag.main([*tiny, *after, *words])
+    argv = ["--learning_rate=2e-3", "--max_iters=8", "--decay_lr=False", "--init_from=resume"]
+    train_sophiag.main([*tiny, *after, *argv])
     assert rates(tmp_path) == pytest.approx({"matrices": 2e-3, "embeddings": 2e-3, "scalars": 4e-3})
     state = load_checkpoint(tmp_path / "out")[0]["optimizer"]["sophia"]
     assert {s["step"].item() for s in state["state"].values()} == {8}
@@ -160,7 +165,7 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, after, said",
+    "before, after, message",
     [
         ([], ["--adamw_for=scalars"], "adamw_for = none, this is scalars"),
         (["--adamw_for=embeddings"], ["--adamw_for=scalars"], "adamw_for = embeddings, this is scalars"),
@@ -171,9 +176,9 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
         (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this is 3"),
     ],
 )
-def test_a_checkpoint_of_another_optimizer_is_refused(tiny, before, after, said):
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny, before, after, message):
     train_sophiag.main([*tiny, *before, "--max_iters=4"])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         train_sophiag.main([*tiny, *after, "--max_iters=8", "--init_from=resume"])
 
 
@@ -198,9 +203,9 @@ def test_the_eigenbasis_is_of_the_hidden_matrices(tiny, tmp_path):
 
 
 def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path, monkeypatch):
-    words = [*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"]
+    argv = [*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"]
     with pytest.raises(UserError, match="too high for Sophia"):
-        train_sophiag.main([*words, "--adamw_for=embeddings"])
+        train_sophiag.main([*argv, "--adamw_for=embeddings"])
     assert not (tmp_path / "out").exists()
     stepped, spectral = [], sophia_eigenbasis._spectral
 
@@ -209,7 +214,7 @@ def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path, monkeypatch
         return spectral(blocks, *args)
 
     monkeypatch.setattr(sophia_eigenbasis, "_spectral", watched)
-    train_sophiag.main([*words, "--adamw_for=embeddings+scalars"])
+    train_sophiag.main([*argv, "--adamw_for=embeddings+scalars"])
     model = load_checkpoint(tmp_path / "out")[0]["model"]
     assert sum(stepped) == 4 * sum(t.numel() for name, t in model.items() if ".h." in name and t.ndim == 2)
 

@@ -17,7 +17,18 @@ from training.errors import UserError
 from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH")  # weights from elsewhere
+PRETRAINED = (
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "hf:DIR",
+    "import:PATH",
+    "ckpt:PATH",
+)  # weights from elsewhere
+
+
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
 
 
 def setting(default, help, **limits):
@@ -38,7 +49,10 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
-    max_skipped: int = setting(20, "stop the run after this many steps in a row that were not finite", at_least=1)
+    checkpoint: str = setting("newest", CHECKPOINT)
+    max_skipped: int = setting(
+        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
+    )
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(
         1337,
@@ -47,7 +61,10 @@ class TrainConfig:
         below=2**31,
     )
 
-    dataset: str = setting("openwebtext", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting(
+        "openwebtext",
+        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
+    )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
     gradient_accumulation_steps: int | None = setting(
@@ -76,6 +93,18 @@ class TrainConfig:
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
+
+    cautious_decay: bool = setting(False, "muon and its kin: decay only coordinates that the update moves towards 0")
+    whiten_sides: str = setting(
+        "both",
+        "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
+        choices=("input", "output", "both"),
+    )
+    whiten_exponent: float = setting(0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0)
+    whiten_ridge: float = setting(0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0)
+    whiten_decay: float = setting(0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0)
+    whiten_interval: int = setting(10, "whitened_muon: steps between two roots of the factors", at_least=1)
+    whiten_max_width: int | None = setting(None, "the same: wider sides are whitened in diagonal blocks", at_least=1)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
@@ -130,6 +159,7 @@ class TrainConfig:
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
+        check_checkpoint(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -152,6 +182,15 @@ class TrainConfig:
         parse_block_sizes(self)
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+
+def check_checkpoint(config):
+    """UserError if a checkpoint is named that would not be read."""
+    if config.checkpoint != "newest" and config.init_from != "resume":
+        raise UserError(
+            f"checkpoint = {config.checkpoint!r} goes with --init_from=resume, this is {config.init_from!r}; use that, "
+            "or --init_from=ckpt:PATH to start new from its weights."
+        )
 
 
 def load_config(cls, argv=None):

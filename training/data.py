@@ -1,59 +1,89 @@
-"""Token files, and which of their windows belong to which step: pure functions of (seed, step), nothing to restore.
+"""Token files, and which of their windows belong to which sequence: pure functions of the seed, nothing to restore.
 
-    corpus = open_dataset("shakespeare_char")
-    starts = window_starts(len(corpus.train), seed=1337, step=0, total_bs=480, block_size=1024)
+    corpus = open_dataset("shakespeare_char")           # or a mixture: "fineweb:0.7,python:0.3"
+    starts = corpus.train_starts(seed=1337, first=0, count=480, block_size=1024)
     inputs, targets = take_windows(corpus.train, starts, block_size=1024)
 
 The generator is Philox, whose raw numbers NumPy keeps the same for ever; everything is derived from those.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import queue
+import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from model import GPTConfig
 from training.errors import UserError
+from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
+from training.tokenizer import check_spec, describe, read_tokenizer_json
+from training.tokenizer import identity as tokenizer_identity
+from training.tracking import write_atomically
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 GPT2_VOCAB_SIZE = 50257
 PADDED_GPT2_VOCAB_SIZE = GPTConfig.vocab_size  # for faster matrix products; the padding rows are never a target
-_ORDER, _LABELS = 0, 1  # what a stream of random numbers is for
+_ORDER, _LABELS, _CORPUS = 0, 1, 2  # what a stream of random numbers is for
+MIXED = 10_000  # sequences of a mixture in which each corpus has its share exactly
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """train, val: uint16 memory maps; every id is below vocab_size; tokenizer as in meta.json ("gpt2" without one)."""
+    """One corpus.
 
+    train, val: memory maps of uint16 or uint32, or `Shards` of them; every id is below vocab_size. tokenizer: as in
+    meta.json, with the content of its file; "gpt2" without a meta.json, None where nobody knows it. files: the paths of
+    each split. identity: size and modification time of all of them when they were opened.
+    """
+
+    name: str
     folder: Path
     train: np.ndarray
     val: np.ndarray
-    identity: tuple  # size and modification time of both files when they were opened
+    files: dict
+    identity: dict
     vocab_size: int
     tokenizer: object
+    meta: dict
+
+    @property
+    def parts(self):
+        """[(the corpus, its share of the sequences)] of what may be a mixture."""
+        return [(self, 1.0)]
+
+    def train_starts(self, seed, first, count, block_size):
+        """Where sequences `first` to `first + count - 1` of the run start in `train`, (count,) int64."""
+        return window_starts(len(self.train), seed, first, count, block_size)
+
+    def epochs(self, sequences, block_size):
+        """How often so many sequences read the corpus, by the metric's name."""
+        return {"epoch": sequences / (len(self.train) // block_size)}
 
     def check_unchanged(self):
         """UserError if a file is no longer the one that was opened: what was read since may be from another corpus."""
-        if _identity(self.folder) != self.identity:
-            raise UserError(
-                f"train.bin or val.bin in {self.folder} was changed while the run was using it; put the old files back "
-                "and go on with --init_from=resume."
-            )
+        for path, identity in self.identity.items():
+            if _identity(path) != identity:
+                raise UserError(
+                    f"{path} was changed while the run was using it; put the old file back "
+                    "and go on with --init_from=resume."
+                )
 
     def check_whole(self):
-        """UserError if train.bin was cut short: reading its map beyond the end would kill the process."""
-        path = self.folder / "train.bin"
-        if not path.exists() or path.stat().st_size < self.train.nbytes:
-            raise UserError(
-                f"{path} was cut short or removed during the run; put it back and go on with --init_from=resume."
-            )
+        """UserError if a training file was cut short: reading its map beyond the end would kill the process."""
+        for path in self.files["train"]:
+            if (_identity(path) or (0,))[0] < self.identity[path][0]:
+                raise UserError(
+                    f"{path} was cut short or removed during the run; put it back and go on with --init_from=resume."
+                )
 
     @property
     def model_vocab_size(self):
@@ -65,106 +95,324 @@ class TokenDataset:
         gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded or not
         return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
 
+    def check_tokenizer(self, theirs, origin):
+        """UserError where the model of `origin` reads ids of another tokenizer, `theirs` (None: nobody knows it)."""
+        if theirs is not None and tokenizer_identity(theirs) != tokenizer_identity(self.tokenizer):
+            of, ours = describe(theirs), describe(self.tokenizer)
+            add = "" if self.tokenizer else f"name the tokenizer in {self.folder / 'meta.json'}, or "
+            raise UserError(
+                f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}; "
+                f"{add}give data of the tokenizer that {origin} was trained with."
+            )
+
+
+class MixtureDataset:
+    """Several corpora of one tokenizer, each with its share of the sequences. It is used as a TokenDataset is."""
+
+    def __init__(self, corpora, weights):
+        first, total = corpora[0], sum(weights)
+        self.corpora, self._shares = corpora, [weight / total for weight in weights]
+        for other in corpora[1:]:
+            if (
+                tokenizer_identity(other.tokenizer) != tokenizer_identity(first.tokenizer)
+                or other.model_vocab_size != first.model_vocab_size
+            ):
+                raise UserError(
+                    f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}; "
+                    "a mixture needs one tokenizer: prepare one of them again with the other's."
+                )
+        self._counts = _shares_of(MIXED, self._shares)
+        for corpus, count in zip(corpora, self._counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"{corpus.name} has less than one sequence in {MIXED}; raise its share or leave it out."
+                )
+        self.name, self.folder = ", ".join(corpus.name for corpus in corpora), first.folder
+        self.train, self.val = (Rings([getattr(corpus, split) for corpus in corpora]) for split in ("train", "val"))
+        self.tokenizer, self.vocab_size = first.tokenizer, max(corpus.vocab_size for corpus in corpora)
+        self.model_vocab_size = first.model_vocab_size
+
+    fits, check_tokenizer = TokenDataset.fits, TokenDataset.check_tokenizer
+
+    @property
+    def parts(self):
+        return [(corpus, float(share)) for corpus, share in zip(self.corpora, self._shares, strict=True)]
+
+    def train_starts(self, seed, first, count, block_size):
+        """Where the sequences start in the Rings `train`. Each corpus is read in the order that it has by itself."""
+        starts, done = np.empty(count, np.int64), 0
+        while done < count:
+            block, position = divmod(first + done, MIXED)
+            owners, places = _mixed(seed, block, tuple(self._counts))
+            rows = slice(position, position + count - done)
+            for i, corpus in enumerate(self.corpora):
+                own = np.flatnonzero(owners[rows] == i)
+                if len(own):
+                    nth = block * self._counts[i] + int(places[rows][own[0]])
+                    offset = self.train.ends[i] - len(corpus.train)
+                    starts[done + own] = offset + corpus.train_starts(seed, nth, len(own), block_size)
+            done += len(owners[rows])
+        return starts
+
+    def epochs(self, sequences, block_size):
+        return {
+            f"epoch/{corpus.name}": corpus.epochs(sequences * share, block_size)["epoch"]
+            for corpus, share in self.parts
+        }
+
+    def check_unchanged(self):
+        for corpus in self.corpora:
+            corpus.check_unchanged()
+
+    def check_whole(self):
+        for corpus in self.corpora:
+            corpus.check_whole()
+
+
+def _shares_of(total, shares):
+    """`total` as whole numbers in proportion to `shares`: largest remainders."""
+    exact = [share * total for share in shares]
+    counts = [int(number) for number in exact]
+    order = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+@functools.lru_cache(maxsize=4)
+def _mixed(seed, block, counts):
+    """Of each of MIXED sequences in a row, whose it is, and how many in this block that corpus had before it."""
+    owners = np.repeat(np.arange(len(counts)), counts)[np.argsort(_raw(seed, _CORPUS, block, MIXED), kind="stable")]
+    places = np.empty(MIXED, np.int64)
+    for i, count in enumerate(counts):
+        places[owners == i] = np.arange(count)
+    return owners, places
+
+
+class Shards:
+    """Several arrays of tokens as one, one after the other, without a copy."""
+
+    def __init__(self, parts):
+        self.parts, self.dtype = parts, np.result_type(*parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, key):
+        """Tokens by a slice or by an array of places."""
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            cut = [
+                part[max(start - end + len(part), 0) : max(stop - end + len(part), 0)]
+                for part, end in zip(self.parts, self.ends, strict=True)
+            ]
+            return np.concatenate(cut)[::step]
+        which = np.searchsorted(self.ends, key, "right")
+        found = np.empty(np.shape(key), self.dtype)
+        for i in np.unique(which):
+            found[which == i] = self.parts[i][key[which == i] - (self.ends[i] - len(self.parts[i]))]
+        return found
+
+
+class Rings(Shards):
+    """The tokens of several corpora; a window that reaches a corpus's end goes on at its start."""
+
 
 def open_dataset(dataset):
-    """Map data/`dataset`/train.bin and val.bin; UserError where they are missing, or are not what their name says."""
-    folder = DATA / dataset
-    meta = _read_meta(folder / "meta.json")
-    train, val = (_map_tokens(folder / f"{split}.bin", dataset) for split in ("train", "val"))
-    vocab_size, tokenizer = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE), meta.get("tokenizer", "gpt2")
-    return TokenDataset(folder, train, val, _identity(folder), vocab_size, tokenizer)
+    """A corpus by its folder, or a mixture. UserError where files are missing, or are not what their name says."""
+    shares = _parse_mixture(str(dataset))
+    if not shares:
+        return _open_corpus(dataset)
+    corpora = [_open_corpus(name) for name in shares]
+    names = [corpus.name for corpus in corpora]
+    if len({corpus.folder.resolve() for corpus in corpora}) < len(corpora) or len(set(names)) < len(names):
+        raise UserError(f"dataset = '{dataset}' names a corpus twice, or two of the same folder name; leave one out.")
+    return MixtureDataset(corpora, list(shares.values()))
 
 
-def _identity(folder):
+def _parse_mixture(dataset):
+    """{name: weight} of a mixture; {} where `dataset` names one corpus."""
+    if not {":", ","} & set(dataset) or is_folder(dataset):
+        return {}
+    shares = {}
+    for part in dataset.split(","):
+        name, _, weight = part.rpartition(":")
+        try:
+            weight = Fraction(weight)
+        except (ValueError, ZeroDivisionError):
+            weight = 0
+        if not name or weight <= 0 or name in shares:
+            raise UserError(
+                f"dataset = '{dataset}': {part!r} is not NAME:SHARE with a share above 0, each name once; "
+                "write a mixture as in fineweb:0.7,python:0.3."
+            )
+        shares[name] = weight
+    return shares
+
+
+def _open_corpus(dataset):
+    folder = find_folder(dataset)
+    meta = _read_meta(folder)
+    files, tokens = {}, {}
+    for split in ("train", "val"):
+        files[split], arrays = open_split(folder, split, "<u4" if meta.get("dtype") == "uint32" else "<u2")
+        tokens[split] = arrays[0] if len(arrays) == 1 else Shards(arrays)
+        count, said = len(tokens[split]), meta.get(f"{split}_tokens", len(tokens[split]))
+        if count != said:
+            names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
+            raise UserError(
+                f"{folder}: {names} holds {count} tokens, its meta.json says {said}; a file was cut short, is missing, "
+                "or does not belong there: copy the files again or prepare the corpus again."
+            )
+    identity = {path: _identity(path) for path in (*files["train"], *files["val"])}
+    vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
+    tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens
+    return TokenDataset(
+        folder.name,
+        folder,
+        **tokens,
+        files=files,
+        identity=identity,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        meta=meta,
+    )
+
+
+def _identity(path):
     try:
-        stats = [(folder / f"{split}.bin").stat() for split in ("train", "val")]
+        stat = path.stat()
     except OSError:
         return None
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _read_meta(path):
+def _read_meta(folder):
+    """The folder's meta.json, a tokenizer.json that it names included; {} without one."""
+    path, old = folder / "meta.json", folder / "meta.pkl"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}  # nanoGPT's files: GPT-2 tokens
-    except (OSError, ValueError) as error:
+        if os.path.lexists(old):
+            convert = command(DATA / "convert_meta.py", folder)
+            raise UserError(f"{old} says what the ids stand for; make a meta.json of it with: {convert}") from None
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); prepare the corpus again.") from None
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if type(size) is not int or not 1 <= size <= 2**16:
+    if type(size) is not int or not 1 <= size < 2**31:
         raise UserError(
-            f"{path}: vocab_size = {size!r}, wants a whole number from 1 to 65536; prepare the corpus again."
+            f"{path}: vocab_size = {size!r}, wants a whole number from 1 to {2**31 - 1}; prepare the corpus again."
+        )
+    dtype = meta.setdefault("dtype", "uint16" if size <= 2**16 else "uint32")
+    if dtype not in ("uint16", "uint32") or (dtype == "uint16" and size > 2**16):
+        raise UserError(
+            f"{path}: dtype = {dtype!r} with vocab_size = {size}; tokens are uint16, or uint32 where the vocabulary "
+            "has more than 65536: prepare the corpus again."
+        )
+    spec = meta.get("tokenizer")
+    try:
+        check_spec(spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
+    if isinstance(spec, dict) and "file" in spec:
+        meta["tokenizer"] = read_tokenizer_json(folder / spec["file"])
+        if meta["tokenizer"]["sha256"] != spec["sha256"]:
+            raise UserError(f"{folder / spec['file']} is not the tokenizer that {path} names (its SHA-256 differs).")
+    elif isinstance(spec, dict) and len(spec["characters"]) != size:
+        raise UserError(
+            f"{path}: vocab_size = {size}, but it names {len(spec['characters'])} characters; prepare the corpus again."
         )
     return meta
 
 
-def _map_tokens(path, dataset):
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise UserError(f"{path} is missing; make it with: python data/{dataset}/prepare.py") from None
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes, which is no file of two-byte tokens; prepare the corpus again.")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
 def check_dataset(corpus, total_bs, block_size):
-    """Read both files once: {"train_sha256": ..., "val_sha256": ...}. UserError if too short or an id is out of range.
+    """Read all files once: {"train_sha256": ..., "val_sha256": ...}. UserError if too short or not what meta.json says.
 
-    The result is remembered in `.checked.json` beside the files, by size and modification time.
+    Says on stderr where the tokenizer is not known. The SHA-256 of several shards is that of their bytes in a row.
     """
-    need = total_bs * block_size + 1
-    if len(corpus.train) < need:
-        raise UserError(
-            f"{corpus.folder / 'train.bin'} has {len(corpus.train)} tokens, fewer than one step's {need} "
-            f"(total_bs = {total_bs} times block_size = {block_size}, and one); lower either or use more data."
-        )
-    if len(corpus.val) < block_size + 1:
-        raise UserError(
-            f"{corpus.folder / 'val.bin'} has {len(corpus.val)} tokens, fewer than block_size + 1 = {block_size + 1}; "
-            "lower block_size or use more data."
-        )
-    note = corpus.folder / ".checked.json"
+    found = {}
+    for part, share in corpus.parts:
+        sequences = math.ceil(total_bs * share)
+        need = sequences * block_size + 1
+        if len(part.train) < need:
+            raise UserError(
+                f"{_named(part, 'train')} has {len(part.train)} tokens, fewer than one step's {need} "
+                f"(total_bs = {sequences} times block_size = {block_size}, and one); lower either or use more data."
+            )
+        if len(part.val) < block_size + 1:
+            raise UserError(
+                f"{_named(part, 'val')} has {len(part.val)} tokens, fewer than block_size + 1 = {block_size + 1}; "
+                "lower block_size or use more data."
+            )
+        checked = {split: check_split(part, split) for split in ("train", "val")}
+        found[part.name] = {f"{split}_sha256": sha256 for split, (_, sha256) in checked.items()} | {"share": share}
+        note = "" if part.tokenizer else "its meta.json names no tokenizer: sample.py will print ids instead of text"
+        if not part.meta and checked["train"][0] < 256:
+            note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
+        if note and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: {part.folder}: {note}.", file=sys.stderr)
+    if len(found) == 1:
+        (facts,) = found.values()
+        return {key: value for key, value in facts.items() if key != "share"}
+    together = {
+        key: hashlib.sha256(json.dumps([[facts["share"], facts[key]] for facts in found.values()]).encode()).hexdigest()
+        for key in ("train_sha256", "val_sha256")
+    }
+    return together | {"corpora": found}
+
+
+def _named(corpus, split):
+    return corpus.files[split][0] if len(corpus.files[split]) == 1 else f"{corpus.folder}/*{split}*.bin"
+
+
+def check_split(corpus, split):
+    """(largest id, SHA-256) of a split of one corpus. UserError where they are not what meta.json says.
+
+    The result is remembered in `.checked.json` beside the files, by their names, sizes and modification times.
+    """
+    note, files = corpus.folder / ".checked.json", corpus.files[split]
     try:
         known = json.loads(note.read_text())
     except (OSError, ValueError):
         known = {}
-    result, fresh = {}, {}
-    for split in ("train", "val"):
-        path = corpus.folder / f"{split}.bin"
-        stat = path.stat()
-        entry = known.get(split) if isinstance(known, dict) else None
-        if not isinstance(entry, dict) or (entry.get("size"), entry.get("mtime_ns")) != (
-            stat.st_size,
-            stat.st_mtime_ns,
-        ):
-            largest, sha256 = _scan(path)
-            entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "largest": largest, "sha256": sha256}
-        if entry["largest"] >= corpus.vocab_size:
-            raise UserError(
-                f"{path} holds token {entry['largest']}, beyond the vocabulary of {corpus.vocab_size}; "
-                "prepare the corpus again, or mend its meta.json."
-            )
-        fresh[split] = entry
-        result[f"{split}_sha256"] = entry["sha256"]
-    if fresh != known:
-        try:
-            temporary = note.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(fresh))
-            os.replace(temporary, note)
-        except OSError:
-            pass  # a read-only corpus is checked again next time
-    return result
+    known = known if isinstance(known, dict) else {}
+    now = [[path.name, *(_identity(path) or ())] for path in files]
+    entry = known.get(split)
+    if not isinstance(entry, dict) or entry.get("files") != now:
+        digest, tokens = hashlib.sha256(), getattr(corpus, split)
+        parts = tokens.parts if isinstance(tokens, Shards) else [tokens]
+        largest = max(_scan(path, part, digest) for path, part in zip(files, parts, strict=True))
+        entry = {"files": now, "largest": largest, "sha256": digest.hexdigest()}
+        with contextlib.suppress(OSError):  # a read-only corpus is checked again next time
+            write_atomically(note, json.dumps(known | {split: entry}))
+    name, largest, sha256 = _named(corpus, split), entry["largest"], entry["sha256"]
+    if sha256 != corpus.meta.get(f"{split}_sha256", sha256):
+        raise UserError(
+            f"{name} is not the file that meta.json describes, its SHA-256 differs: it was damaged or replaced; "
+            "copy it again or prepare the corpus again."
+        )
+    if largest >= corpus.vocab_size:
+        guess = guess_why_beyond(getattr(corpus, split), corpus.vocab_size)
+        raise UserError(
+            f"{name} holds token {largest}, beyond the vocabulary of {corpus.vocab_size}{guess}; "
+            "prepare the corpus again, or mend its meta.json."
+        )
+    if not largest and corpus.vocab_size > 1:
+        raise UserError(f"{name} holds nothing but zeros, as a failed copy does; copy it again.")
+    return largest, sha256
 
 
-def _scan(path):
-    """(largest id, SHA-256) of a token file."""
-    largest, digest = 0, hashlib.sha256()
+def _scan(path, tokens, digest):
+    """The largest id of a token file, whose bytes go into `digest`."""
+    largest = 0
     with open(path, "rb") as file:
+        digest.update(file.read(path.stat().st_size - tokens.nbytes))  # the header
         while block := file.read(1 << 24):
             digest.update(block)
-            largest = max(largest, int(np.frombuffer(block, "<u2").max()))
-    return largest, digest.hexdigest()
+            largest = max(largest, int(np.frombuffer(block, tokens.dtype).max()))
+    return largest
 
 
 def _raw(seed, stream, index, count, sub_index=0):
@@ -175,26 +423,32 @@ def _raw(seed, stream, index, count, sub_index=0):
     return generator.random_raw(count)
 
 
-@functools.lru_cache(maxsize=2)  # a step can reach into the next epoch
-def _epoch(seed, epoch, n_tokens, block_size):
-    """(offset, order) of an epoch: windows start at offset + i * block_size, and are read in the order of i."""
-    raw = _raw(seed, _ORDER, epoch, 1 + n_tokens // block_size)
-    return int(raw[0] % np.uint64(n_tokens)), np.argsort(raw[1:], kind="stable")
+@functools.lru_cache(maxsize=64)
+def _epochs(seed, n_tokens, block_size):
+    """The function that gives an epoch's (offset, order): windows start at offset + i * block_size, i in this order."""
+
+    @functools.lru_cache(maxsize=2)  # a step can reach into the next epoch
+    def epoch(number):
+        raw = _raw(seed, _ORDER, number, 1 + n_tokens // block_size)
+        return int(raw[0] % np.uint64(n_tokens)), np.argsort(raw[1:], kind="stable")
+
+    return epoch
 
 
-def window_starts(n_tokens, seed, step, total_bs, block_size):
-    """Where the `total_bs` sequences of a step start, (total_bs,) int64.
+def window_starts(n_tokens, seed, first, count, block_size):
+    """Where the sequences `first` to `first + count - 1` of a run start, (count,) int64.
 
+    first: how many sequences of the stream come before them; default step * total_bs.
     An epoch reads floor(n_tokens / block_size) windows that do not overlap, each once, in a random order; the file
     is a ring, cut at a random place in each epoch, so that fewer than block_size tokens are left out of one.
     """
     per_epoch = n_tokens // block_size
-    starts = np.empty(total_bs, np.int64)
+    starts = np.empty(count, np.int64)
     done = 0
-    while done < total_bs:
-        epoch, position = divmod(step * total_bs + done, per_epoch)
-        offset, order = _epoch(seed, epoch, n_tokens, block_size)
-        windows = order[position : position + total_bs - done]
+    while done < count:
+        epoch, position = divmod(first + done, per_epoch)
+        offset, order = _epochs(seed, n_tokens, block_size)(epoch)
+        windows = order[position : position + count - done]
         starts[done : done + len(windows)] = (offset + windows * block_size) % n_tokens
         done += len(windows)
     return starts
@@ -210,10 +464,29 @@ def evaluation_starts(n_tokens, eval_tokens, block_size):
 def take_windows(tokens, starts, block_size):
     """inputs and targets, (len(starts), block_size) int64: the targets are the inputs one token on, in the ring."""
     windows = np.empty((len(starts), block_size + 1), tokens.dtype)
-    inside = starts + block_size < len(tokens)
-    windows[inside] = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[starts[inside]]
-    windows[~inside] = tokens[(starts[~inside, None] + np.arange(block_size + 1)) % len(tokens)]
+    if isinstance(tokens, Rings):
+        which = np.searchsorted(tokens.ends, starts, "right")
+        for i in np.unique(which):
+            ring = tokens.parts[i]
+            windows[which == i] = _ring_windows(ring, starts[which == i] - (tokens.ends[i] - len(ring)), block_size + 1)
+    else:
+        windows = _ring_windows(tokens, starts, block_size + 1)
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+
+
+def _ring_windows(tokens, starts, size):
+    """(len(starts), size): from each start on, over the borders of shards and from the end on to the start."""
+    windows, inside = np.empty((len(starts), size), tokens.dtype), np.zeros(len(starts), bool)
+    parts, ends = (tokens.parts, tokens.ends) if isinstance(tokens, Shards) else ([tokens], np.array([len(tokens)]))
+    which = np.searchsorted(ends, starts, "right")
+    for i in np.unique(which):
+        here = (which == i) & (starts + size <= ends[i])
+        if here.any():
+            view = np.lib.stride_tricks.sliding_window_view(parts[i], size)
+            windows[here] = view[starts[here] - (ends[i] - len(parts[i]))]
+        inside |= here
+    windows[~inside] = tokens[(starts[~inside, None] + np.arange(size)) % len(tokens)]
+    return windows
 
 
 def label_uniforms(seed, step, sequences, block_size):

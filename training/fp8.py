@@ -21,7 +21,7 @@ def to_fp8(model, device, emulate=False):
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
     for name in ("n_embd", "block_size"):  # the products sum over n_embd forward, over tokens in a weight's gradient
         if (size := getattr(model.config, name)) % 16:
-            raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}.")
+            raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:

@@ -1,6 +1,6 @@
 """Weights from and to elsewhere: OpenAI's GPT-2, Hugging Face, nanoGPT's and the official Sophia repo's ckpt.pt.
 
-model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH"
+model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH", "ckpt:PATH"
 model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint
 checkpoint = start_from(config)                                        # to train on from config.init_from
 to_hf(model).save_pretrained("exported")                               # transformers.GPT2LMHeadModel
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint
+from model import EMBEDDINGS, GPT, GPTConfig
+from training.checkpoint import load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer
 
-EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "dropout")]
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps these transposed, (in, out)
@@ -28,19 +27,19 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps
 # ----- models
 
 
-def load_model(init_from, out_dir):
+def load_model(init_from, out_dir, which="newest"):
     """(model on the CPU, its tokenizer, the settings it was trained with or {}).
 
     Raises UserError if there is nothing to load, or if model and tokenizer do not fit.
     """
     if init_from == "resume":
-        checkpoint, origin = load_checkpoint(out_dir)
+        checkpoint, origin = load_checkpoint(out_dir, which=which)
     else:
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
-    if checkpoint["tokenizer"] is None:
-        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are too few for GPT-2's.")
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if checkpoint["tokenizer"] is None and init_from != "resume":
+        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's.")
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], vocab_size=rows)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}; "
@@ -184,6 +183,9 @@ def load_pretrained(init_from):
     checkpoint = {"step": 0, "optimizer": None, "config": {}}
     if kind == "import":
         checkpoint |= _read_import(path)
+    elif kind == "ckpt":
+        own = load_checkpoint(path)[0] if Path(path).is_dir() else read_checkpoint(path)
+        checkpoint |= {key: own[key] for key in ("model", "model_args", "tokenizer", "config")}
     else:
         try:
             model = _read_folder(path) if kind == "hf" else from_pretrained(kind)
@@ -191,7 +193,7 @@ def load_pretrained(init_from):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint["tokenizer"] = "gpt2" if rows >= GPT2_VOCAB_SIZE else None
+    checkpoint.setdefault("tokenizer", "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None)  # padded or not
     return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
 
 
@@ -219,10 +221,14 @@ def _read_import(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a ckpt.pt with import:PATH.") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values, and is not read.") from None
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors and plain values; name another ckpt.pt."
+        ) from None
     if not isinstance(foreign, dict) or not {"model", "model_args", "iter_num"} <= foreign.keys():
-        ours = "; it is this project's, resume it or export it and use hf:DIR" if "step" in foreign else ""
-        raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has{ours}.")
+        remedy = "name a ckpt.pt of nanoGPT's form"
+        if "step" in foreign:
+            remedy = "it is this project's, resume it or start new from it with ckpt:PATH"
+        raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has; {remedy}.")
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in foreign["model"].items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a causal mask
     args = {key: value for key, value in foreign["model_args"].items() if key in (*MODEL_SETTINGS, "vocab_size")}
@@ -232,11 +238,12 @@ def _read_import(path):
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in GPT(GPTConfig(**args)).state_dict().items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its model_args are no GPT's ({error}).") from None
+        raise UserError(f"{path}: its model_args are no GPT's ({error}); name another checkpoint.") from None
     for name in expected.keys() | weights.keys():
         if name not in weights or weights[name].shape != expected.get(name):
             found = tuple(weights[name].shape) if name in weights else "missing"
-            raise UserError(f"{path}: {name} is {found}, a GPT with its model_args has {expected.get(name, 'none')}.")
+            wanted = f"a GPT with its model_args has {expected.get(name, 'none')}"
+            raise UserError(f"{path}: {name} is {found}, {wanted}; name another checkpoint.")
     return {
         "model": weights,
         "model_args": dataclasses.asdict(GPTConfig(**args)),
@@ -264,5 +271,6 @@ def _named_states(optimizer, weights, path):
     for name in order:
         state = states.get(name, {})
         if {value.shape for key, value in state.items() if key != "step"} != {weights[name].shape}:
-            raise UserError(f"{path}: its optimizer's state is in an order not known here, it does not fit {name}.")
+            problem = f"its optimizer's state is in an order not known here, it does not fit {name}"
+            raise UserError(f'{path}: {problem}; remove its "optimizer" to start from the weights alone.')
     return optimizer_of_state(state) or "optimizer", states

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from muon import Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 from training.errors import UserError
@@ -19,7 +20,7 @@ from training.errors import UserError
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
 
-# ----- how each is built: (config, parameter groups, device) -> optimizer. The run sets the learning rates.
+# ----- building: (config, parameter groups, device) -> optimizer. The run sets the learning rates.
 
 
 def adamw(config, groups, device):
@@ -56,12 +57,41 @@ def lion(config, groups, device):
 
 
 def muon(config, groups, device):
-    """Its update has the root mean square of AdamW's (arXiv:2502.16982, section 2.2).
+    """Muon for the group "matrices", AdamW for the others."""
+    return _beside_adamw(Muon, config, groups, device, (config.beta1, config.beta2), momentum=config.momentum)
 
-    So a learning rate and a weight decay mean the same for the matrices and for the groups of AdamW.
-    """
-    make = partial(torch.optim.Muon, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    return WithAuxAdam(groups, (config.beta1, config.beta2), device, muon=make)
+
+def whitened_muon(config, groups, device):
+    """The same with Muon's step in coordinates that the training gradient whitens."""
+    whitening = {"momentum": config.momentum, "interval": config.whiten_interval, **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, (config.beta1, config.beta2), **whitening)
+
+
+def sophia_muon(config, groups, device):
+    """The same with factors from the gradients of Sophia's sampled labels."""
+    whitening = {"momentum": config.beta1, "source": "update_factors", **_whitening(config)}
+    return _beside_adamw(WhitenedMuon, config, groups, device, AUX_BETAS, **whitening)
+
+
+def _whitening(config):
+    names = "sides", "exponent", "ridge", "decay", "max_width"
+    return {name: getattr(config, f"whiten_{name}") for name in names}
+
+
+def _beside_adamw(cls, config, groups, device, betas, **settings):
+    """An optimizer of matrices for the group "matrices", and AdamW for the others."""
+    matrices = [group for group in groups if group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] != "matrices"]
+    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
+
+
+def _aux_adamw(config, groups, betas, device):
+    """AdamW beside another optimizer, at a learning rate of its own where `adamw_lr` gives one."""
+    if rate := getattr(config, "adamw_lr", None):
+        for group in groups:
+            group["lr_scale"] = rate / config.learning_rate
+    return _adamw(groups, betas, device)
 
 
 def soap(config, groups, device):
@@ -89,9 +119,7 @@ def sophia(config, groups, device):
     )
     if not auxiliary:
         return optimizer
-    for group in auxiliary if config.adamw_lr else ():
-        group["lr_scale"] = config.adamw_lr / config.learning_rate
-    return OptimizerContainer(sophia=optimizer, adamw=_adamw(auxiliary, AUX_BETAS, device))
+    return OptimizerContainer(sophia=optimizer, adamw=_aux_adamw(config, auxiliary, AUX_BETAS, device))
 
 
 def _sophia_class(config, groups):
@@ -117,8 +145,8 @@ class OptimizerSpec:
 
     build: (config, parameter groups, device) -> the optimizer.
     estimate: its curvature pass: None, "labels" (gradient of sampled labels) or "hutchinson" (Hessian-vector product).
-    shards: whether it works on parameters that fsdp has split over the ranks, one by one and element by element.
-    state_key: the key of its states by which an imported checkpoint is known to be its own.
+    shards: whether it works with parameters that fsdp has split over the ranks.
+    state_key: the key by which the states of an imported checkpoint are known as its own.
     """
 
     build: Callable
@@ -133,9 +161,11 @@ OPTIMIZERS = {
     "sgd": OptimizerSpec(sgd),
     "lion": OptimizerSpec(lion, shards=True),
     "muon": OptimizerSpec(muon),
+    "whitened_muon": OptimizerSpec(whitened_muon),
     "soap": OptimizerSpec(soap),
     "sophiag": OptimizerSpec(sophia, estimate="labels", shards=True, state_key="hessian"),
     "sophiah": OptimizerSpec(sophia, estimate="hutchinson"),
+    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels"),
 }
 FIRST_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate is None)
 SECOND_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate)
@@ -155,12 +185,12 @@ def optimizer_of_state(state):
 
 
 class OptimizerContainer(torch.optim.Optimizer):
-    """Several optimizers, each of its own parameters, as one.
+    """Several optimizers as one, each for its own parameters.
 
         optimizer = OptimizerContainer(sophia=SophiaG(matrices), adamw=torch.optim.AdamW(others))
 
-    The arguments of `step` are for the first. A state_dict holds one state_dict for each, under its name.
-    torch.amp.GradScaler may drive it if it may drive all of them.
+    The first takes the arguments of `step`. The state_dict is {name: state_dict of that optimizer}.
+    It knows torch.amp.GradScaler's protocol if all of them do.
     """
 
     def __init__(self, **optimizers):
@@ -177,7 +207,7 @@ class OptimizerContainer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, empty):
-        """torch.optim.Optimizer's constructor sets one; the states are those of the optimizers."""
+        """torch.optim.Optimizer's constructor sets it; the states are the optimizers' own."""
 
     def step(self, closure=None, **arguments):
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -204,10 +234,10 @@ class OptimizerContainer(torch.optim.Optimizer):
 
 
 class WithAuxAdam(OptimizerContainer):
-    """An optimizer that is made for matrices, for the group "matrices", and AdamW for the other groups.
+    """An optimizer for the group "matrices" and AdamW for the other groups.
 
-    The blocks that the group's `split` names are matrices of their own to it: query, key and value are three, as
-    Muon's author advises. The blocks and their gradients are views; nothing is copied.
+    The optimizer sees the blocks of the group's `split` as separate matrices: query, key and value, as Muon's author
+    advises. The blocks and their gradients are views; nothing is copied.
     """
 
     def __init__(self, groups, betas, device, **make):
@@ -243,7 +273,7 @@ def split_qkv(matrix, split):
     return matrix.chunk(split)
 
 
-# ----- what a run asks of any of them
+# ----- for all optimizers
 
 
 def supports_amp_scaling(optimizer):
@@ -253,8 +283,8 @@ def supports_amp_scaling(optimizer):
 
 @contextlib.contextmanager
 def amp_scaling(optimizer, grad_scale, found_inf):
-    """torch.amp.GradScaler's protocol for the calls within: the optimizer divides gradients by `grad_scale`, and
-    changes nothing if `found_inf` is 1. Both are scalars on the device, or None, and the host never reads them."""
+    """torch.amp.GradScaler's protocol: within, the optimizer divides gradients by `grad_scale` and changes nothing if
+    `found_inf` is 1. Both are scalars on the device, which the host never reads, or None."""
     optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
     try:
         yield
@@ -267,8 +297,12 @@ def _parts(optimizer):
 
 
 def second_order(optimizer):
-    """The optimizer that takes the curvature estimates: itself, or the one in a container that has update_hessian."""
-    return next(part for part in _parts(optimizer) if hasattr(part, "update_hessian"))
+    """The optimizer, or the part of a container, that takes curvature estimates; and its method for them."""
+    for part in _parts(optimizer):
+        for name in ("update_hessian", "update_factors"):
+            if hasattr(part, name):
+                return part, getattr(part, name)
+    raise ValueError(f"{type(optimizer).__name__} takes no curvature estimates")
 
 
 def step_arguments(config, optimizer):
@@ -277,7 +311,7 @@ def step_arguments(config, optimizer):
 
 
 def statistics(config, optimizer):
-    """{metric name: number} of an optimizer that reports on itself, {} of another."""
+    """{metric name: number} that an optimizer reports on itself; {} for most."""
     numbers = {}
     for part in _parts(optimizer):
         if hasattr(part, "statistics"):
@@ -299,31 +333,61 @@ def take_momentum(optimizer, before):
 
 def load_state(optimizer, state):
     """Load a checkpoint's state. The settings (betas, weight decay, ...) stay those of `optimizer`."""
+    made = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict(_with_settings_of(optimizer, state))
+    for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
+        for key in tensors.keys() - optimizer.state[p].keys():
+            optimizer.state[p][key] = tensors[key]
+
+
+def rescale_curvature(optimizer, ratio):
+    """Keep the curvature of a SophiaG whose step has 1 / ratio times as many labels as the one that made its state.
+
+    Its state holds the curvature over the labels of a step.
+    """
+    for state in (s for part in _parts(optimizer) if isinstance(part, SophiaG) for s in part.state.values()):
+        if "hessian" in state:
+            state["hessian"].mul_(ratio)
 
 
 def _with_settings_of(optimizer, state):
-    """`state` with the optimizer's own groups. Of a saved group "params" is state, and "step" where it counts there."""
+    """`state` with the optimizer's own groups, except for the state in them: "params", and some optimizers' "step"."""
     if isinstance(optimizer, OptimizerContainer):
         return {name: _with_settings_of(part, state[name]) for name, part in optimizer.optimizers.items()}
+    if isinstance(optimizer, Muon):
+        state = _joined_blocks(optimizer, state)
     groups = []
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}})
     return {**state, "param_groups": groups}
 
 
-def check_state_fits(config, checkpoint):
-    """UserError if the optimizer's state in the checkpoint is not that of this run's optimizer."""
+def _joined_blocks(optimizer, state):
+    """A state in which every block of a split matrix has a number of its own, as older checkpoints have it, joined."""
+    (saved,), (group,) = state["param_groups"], optimizer.param_groups
+    splits = group["split"]
+    if len(saved["params"]) == len(splits):
+        return state
+    numbers, joined = iter(saved["params"]), {}
+    for i, split in enumerate(splits):
+        blocks = [state["state"][next(numbers)]["momentum_buffer"] for _ in range(split)]
+        joined[i] = {"momentum_buffer": torch.cat(blocks)}
+    return {"state": joined, "param_groups": [{**saved, "params": list(range(len(splits)))}]}
+
+
+def state_differences(config, checkpoint):
+    """[(setting, its value in the checkpoint, its value now)] where they give the optimizer another state."""
     before, step = checkpoint["config"], checkpoint["step"]
 
     def is_adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
         return 0 < start >= step
 
     defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
-    for name, default in defaults.items():
-        saved, wanted = before.get(name, default), getattr(config, name, default)
-        if saved != wanted and (name != "sophia_start_iter" or is_adamws(saved) != is_adamws(wanted)):
-            raise UserError(
-                f"the checkpoint in {config.out_dir} is of {name} = {saved}, this is {wanted}, whose optimizer wants "
-                f"another state at step {step}; resume with the former, or name another --out_dir."
-            )
+    if config.optimizer_name in ("whitened_muon", "sophia_muon"):
+        defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
+    pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]
+    return [
+        (name, saved, wanted)
+        for name, saved, wanted in pairs
+        if saved != wanted and (name != "sophia_start_iter" or is_adamws(saved) != is_adamws(wanted))
+    ]

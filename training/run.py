@@ -12,8 +12,10 @@ import dataclasses
 import gc
 import math
 import os
+import shutil
 import statistics
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -21,13 +23,13 @@ import torch
 from model import GPT, GPTConfig
 from training import data, optimizers
 from training.checkpoint import (
-    NEWEST,
     PREVIOUS,
     CheckpointWriter,
+    all_checkpoints,
     checkpoint_sha256,
     copy_to_host,
-    kept_checkpoints,
     load_checkpoint,
+    make_newest,
     read_checkpoint,
     set_aside_unreadable,
 )
@@ -43,6 +45,7 @@ from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.step import DTYPES, Batches, TrainStep
+from training.tokenizer import identity as tokenizer_identity
 from training.tracking import SHARED, Clock, Tracker, console_line, git_state, source_hash
 
 
@@ -83,23 +86,48 @@ class Run:
             )
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
-        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": torch.__version__})
+        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         world.on_rank0(self._claim_out_dir)
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
-        self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
+        checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
+        elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
+        if config.init_from != "scratch":
+            checkpoint, origin = (
+                self._load_checkpoint() if resume else (world.local_rank0_first(lambda: start_from(config)), None)
+            )
+        if resume:
+            if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
+                world.on_rank0(lambda: _check_empty(config))
+                checkpoint["wandb_id"] = None
+            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
+            differing = optimizers.state_differences(config, checkpoint)
+        self.corpus = None
+        try:
+            self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
+        except UserError:
+            if not resume or checkpoint["config"]["dataset"] == config.dataset:
+                raise
+            differing.append(("dataset", checkpoint["config"]["dataset"], config.dataset))
+        model_config = self._model_config(checkpoint, differing)
+        self.step = checkpoint["step"] if checkpoint else 0
+        if resume and self.step > config.max_iters and not config.eval_only:
+            raise UserError(
+                f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}; "
+                f"use at least --max_iters={self.step}."
+            )
         hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
         world.assert_same_on_all_ranks(hashes)
+        self._hashes = hashes
+        self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
+        self._facts |= {"device_name": world.device_name, "world_size": world.size}
+        self._changed = self._changes(checkpoint) if resume else {}
+        self._history = list(checkpoint.get("history", [])) if resume else []
+        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
 
-        checkpoint, resume = None, config.init_from == "resume"
-        if config.init_from != "scratch":
-            checkpoint = self._load_checkpoint() if resume else world.local_rank0_first(lambda: start_from(config))
-        if resume:
-            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
-            optimizers.check_state_fits(config, checkpoint)
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        self.model = GPT(self._model_config(checkpoint))
+        self.model = GPT(model_config)
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
@@ -110,27 +138,35 @@ class Run:
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
-        self._batches = Batches(config, self.corpus, world)
+        self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
         self._train_step = TrainStep(config, self.model, world, self._clock)
         if resume:
-            self._train_step.set_counts(checkpoint["counts"])
+            self._train_step.load_state_dict(checkpoint)
 
-        self._resumed = checkpoint
+        self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
-        self.step = checkpoint["step"] if checkpoint else 0
-        self._best = checkpoint["best_val_loss"] if checkpoint else float("inf")
+        remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
+        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
+        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
-        before = checkpoint.get("flops") if resume else None  # of settings that may have been others
+        before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
-            if config.init_from != "resume":
+            if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
-                    path.unlink(missing_ok=True)
-            self._tracker = Tracker(
-                config, self._facts(hashes), self.step, checkpoint["wandb_id"] if checkpoint else None
-            )
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:
+                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
+            if resume and origin.name == PREVIOUS and config.checkpoint == "newest":
+                set_aside_unreadable(config.out_dir)
+            if config.checkpoint != "newest":
+                make_newest(origin, config.out_dir)
+            if elsewhere and (origin.parent / METRICS).exists():
+                shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
+            self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
             world.finish = self._writer.wait
         self._say(
@@ -141,11 +177,10 @@ class Run:
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
         if resume:
-            defaults = {field.name: field.default for field in dataclasses.fields(config)}
-            before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
-            now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
-            changed = [key for key in before if before[key] != now.get(key)]
-            self._say(f"resumed at step {self.step}; changed since the checkpoint: {', '.join(changed) or 'nothing'}")
+            changed = ", ".join(self._changed) or "nothing"
+            self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
+            for text in self._effects(checkpoint["config"]):
+                self._say(f"  {text}")
 
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
@@ -159,11 +194,11 @@ class Run:
                 ) from None
 
     def _load_checkpoint(self):
-        """The checkpoint to resume: rank 0 chooses the file, and all ranks make sure that they have the same."""
+        """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
         config, world, chosen = self.config, self.world, []
 
         def choose():
-            checkpoint, path = load_checkpoint(config.out_dir)
+            checkpoint, path = load_checkpoint(config.out_dir, which=config.checkpoint)
             chosen.append(checkpoint)
             return path
 
@@ -174,24 +209,51 @@ class Run:
             f"read different checkpoints from {path}, with another",
             "out_dir must be one folder that all machines see",
         )
-        if path.name == PREVIOUS and not config.eval_only:
-            world.on_rank0(lambda: set_aside_unreadable(config.out_dir))
-        return checkpoint
+        return checkpoint, path
 
-    def _facts(self, hashes):
+    def _changes(self, checkpoint):
+        """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
+        config = self.config
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
+        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
+        changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
+        changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
+        for split in ("train", "val"):
+            if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
+                raise UserError(
+                    f"{split}.bin in {self.corpus.folder} is not the file that the checkpoint in {config.out_dir} was "
+                    "trained with (its SHA-256 differs); put that back, or give the new data a --dataset of their own."
+                )
+        return changed
+
+    def _effects(self, before):
+        """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
+        changed, config, step = self._changed, self.config, self.step
+        seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
+        if "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
+        if {"seed", "train_sha256"} & changed.keys():
+            yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        if {"eval_tokens", "val_sha256"} & changed.keys():
+            yield "val/loss is taken on other tokens than before; the search for the best one begins again"
+        if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
+            yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
+
+    def _record(self):
         """What config.json holds beside the settings."""
         commit, clean = git_state()
+        sizes = {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val)}
         return {
             "git_commit": commit,
             "clean": clean,
-            "source_sha256": source_hash(),
-            "torch": torch.__version__,
-            "device_name": self.world.device_name,
+            **self._facts,
             "shared_device": self._shared_device,
-            "world_size": self.world.size,
+            "history": self._history,
             "command": sys.argv,
-            "data": {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val), **hashes},
-            "tokenizer": self.corpus.tokenizer,
+            "data": sizes | self._hashes,
+            "tokenizer": tokenizer_identity(self.corpus.tokenizer),
             "model": {
                 **dataclasses.asdict(self.model.config),
                 "num_params": self.model.num_params(),
@@ -199,26 +261,35 @@ class Run:
             },
         }
 
-    def _model_config(self, checkpoint):
+    def _model_config(self, checkpoint, differing=()):
+        """The model's GPTConfig. UserError that names all settings with which the checkpoint does not go on.
+
+        differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
+        """
         names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
-        shape = {name: getattr(self.config, name) for name in names}
+        config = self.config
+        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
-        rows = rows if self.corpus.fits(rows) else self.corpus.model_vocab_size
+        rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
         try:
             wanted = GPTConfig(vocab_size=rows, **shape)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for name, value in (checkpoint["model_args"] if checkpoint else {}).items():
-            if name != "dropout" and getattr(wanted, name) != value:
-                remedy = (
-                    f"give --{name}={value}"
-                    if name in names
-                    else f"use the data it was trained on, not {self.corpus.folder}"
-                )
-                raise UserError(
-                    f"the checkpoint in {self.config.out_dir} has {name} = {value}, this run would have "
-                    f"{getattr(wanted, name)}; {remedy}, or name another --out_dir."
-                )
+        if not checkpoint:
+            return wanted
+        args, differing = checkpoint["model_args"], list(differing)
+        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
+        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
+        remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
+        remedy = [f"give {' '.join(remedies)}"] if remedies else []
+        origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
+        if self.corpus and not remedy:
+            self.corpus.check_tokenizer(checkpoint.get("tokenizer"), f"the checkpoint {origin}")
+        if self.corpus and args["vocab_size"] != rows:
+            remedy.append(f"use the data it was trained on, not {self.corpus.folder}")
+        if remedy:
+            raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, or name another --out_dir.")
         return wanted
 
     def __enter__(self):
@@ -260,24 +331,29 @@ class Run:
         return self._train_step.optimizer
 
     def set_optimizer(self, make):
-        """Step with the optimizer `make(config, parameter groups, device)`; on a resume it gets its state. Return it.
+        """Make `make(config, parameter groups, device)` the run's optimizer and return it, on a resume with its state.
 
-        Its learning rates follow the schedule and its state is in checkpoints.
+        Its learning rates follow the schedule, and checkpoints hold its state.
         """
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             optimizers.load_state(optimizer, self._resumed["optimizer"])
-            self._train_step.scaler.load_state_dict(self._resumed["scaler"])
+            if self._resumed["scaler"]:  # empty from a run in another dtype than float16
+                self._train_step.scaler.load_state_dict(self._resumed["scaler"])
             self.world.set_rng_state(self._resumed["rng"])
         elif self._resumed and self._resumed["optimizer"]:
             load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
+        if self._resumed and self._resumed["optimizer"]:
+            labels = [self._resumed["config"].get(key) for key in ("total_bs", "block_size")]
+            if all(isinstance(n, int) for n in labels) and math.prod(labels) != self.tokens_per_step:
+                optimizers.rescale_curvature(optimizer, math.prod(labels) / self.tokens_per_step)
         self._resumed = None
         return optimizer
 
     def parameter_groups(self):
-        """The model's parameter groups. One with an `lr_scale` has so many times the schedule's learning rate."""
+        """The model's parameter groups. `lr_scale` of a group multiplies the schedule's learning rate."""
         config, groups = self.config, self.model.parameter_groups(self.config.weight_decay)
         for group in groups if config.embedding_lr else ():
             if group["name"] == "embeddings":
@@ -323,13 +399,17 @@ class Run:
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
-            if step % config.eval_interval == 0 or step == config.max_iters or config.eval_only:
+            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics["val/loss"] = self.evaluate()
-                    improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
+                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
+                    trained = step > self.step or self._origin  # else there is nothing to keep
+                    if improved := trained and metrics["val/loss"] < self._best:
+                        self._best = metrics["val/loss"]
                     if step > self.step and (improved or config.always_save_checkpoint):
-                        self._save(step)
-            if step == config.max_iters or config.eval_only:
+                        self._save(step, improved)
+                    elif improved and self._writer:
+                        self._writer.mark_best(self._origin)
+            if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
                 return
@@ -344,7 +424,7 @@ class Run:
             step += 1
 
     def _finish_writing(self):
-        """Return when the last checkpoint is on disk; RunError on all ranks when it could not be written."""
+        """Wait until the last checkpoint is on disk; RunError on all ranks if it could not be written."""
 
         def finish():
             if self._writer:
@@ -360,23 +440,29 @@ class Run:
     # ----- evaluation, metrics, checkpoints
 
     def _flops(self, step):
-        """FLOPs of the steps before `step` under the settings of now, all ranks together."""
+        """FLOPs of the steps before `step` with this run's settings, all ranks together."""
         estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
-    @torch.no_grad()
     def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin in nats a token. The ranks share the windows."""
+        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        self.world.local_rank0_first(self.corpus.check_unchanged)
+        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
+        return sum(share * loss for _, share, loss in losses)
+
+    @torch.no_grad()
+    def _evaluate(self, tokens):
+        """The loss on one corpus. The ranks share its windows."""
         config, world = self.config, self.world
-        world.local_rank0_first(self.corpus.check_unchanged)
-        windows = data.evaluation_starts(len(self.corpus.val), config.eval_tokens, config.block_size)
+        windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
         exact = torch.float32 if world.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=exact, device=world.device)
         self.model.eval()
         for first in range(0, most, config.batch_size):  # as often on every rank: with fsdp each pass needs all
             places = starts[first : first + config.batch_size]
-            inputs, targets = data.take_windows(self.corpus.val, places, config.block_size)
+            inputs, targets = data.take_windows(tokens, places, config.block_size)
             missing = config.batch_size - len(places)  # filled up: another shape would be compiled anew
             inputs, targets = (
                 torch.nn.functional.pad(torch.from_numpy(array), (0, 0, 0, missing), value=fill)
@@ -389,8 +475,8 @@ class Run:
             if len(places):
                 total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
         self.model.train()
-        loss, tokens = world.sum(total).tolist()
-        return loss / tokens
+        loss, count = world.sum(total).tolist()
+        return loss / count
 
     def _training_metrics(self, step):
         """The metrics of the step just done. All ranks call it and wait once for their device."""
@@ -401,6 +487,9 @@ class Run:
             "train/clip_rate": done.counts["clipped"] / (step + 1),
             "train/skipped": done.counts["skipped"],
             "skipped_in_a_row": done.counts["skipped_in_a_row"],
+            **{f"curvature/{name}": number for name, number in done.curvature.items()},
+            "curvature/skipped": done.counts["curvature_skipped"],
+            "curvature_skipped_in_a_row": done.counts["curvature_skipped_in_a_row"],
             "param_norm": total_norm(done.parameters, world),
         }
         states = self.optimizer.state.values()
@@ -411,15 +500,21 @@ class Run:
             values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | optimizers.statistics(config, self.optimizer)
-        if (in_a_row := metrics.pop("skipped_in_a_row")) >= config.max_skipped:
+        in_a_row = {"updates": metrics.pop("skipped_in_a_row")}
+        in_a_row["curvature estimates"] = metrics.pop("curvature_skipped_in_a_row")
+        if not optimizers.OPTIMIZERS[config.optimizer_name].estimate:
+            del metrics["curvature/skipped"]
+        for what, count in in_a_row.items():
+            if count < config.max_skipped:
+                continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
             raise RunError(
-                f"the last {in_a_row:.0f} updates up to step {step} were not finite and were skipped; {remedy} "
+                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
                 f"in {config.out_dir}, with a lower --learning_rate."
             )
-        if self._recent_losses:
-            metrics["train/spike"] = metrics["train/loss"] / statistics.median(self._recent_losses)
+        if self._recent_losses and (median := statistics.median(self._recent_losses)):
+            metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):
             self._recent_losses.append(metrics["train/loss"])
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds}
@@ -443,12 +538,20 @@ class Run:
     def _log(self, step, metrics):
         if self.world.is_rank0:
             flops = float(self._flops_before + self._flops(step))
-            metrics = {"step": step, "tokens": step * self.tokens_per_step, "flops": flops} | metrics
+            sequences = self._batches.sequences_before(step)
+            metrics = {
+                "step": step,
+                "tokens": sequences * self.config.block_size,
+                "sequences": sequences,
+                **self.corpus.epochs(sequences, self.config.block_size),
+                "flops": flops,
+                **metrics,
+            }
             if self._tracker:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
-    def _save(self, step):
+    def _save(self, step, is_best=False):
         """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(self.world.rng_state())
         if not self.world.is_rank0 and not self.config.fsdp:
@@ -458,11 +561,15 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._train_step.scaler.state_dict(),
             "step": step,
+            "sequences_seen": self._batches.sequences_before(step),
+            "history": self._history,
+            "facts": self._facts | self._hashes,
             "model_args": dataclasses.asdict(self.model.config),
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
-            "counts": {name: count.item() for name, count in self._train_step.counts.items()},
+            "is_best": is_best,
+            **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
             "flops": self._flops_before + self._flops(step),
@@ -500,6 +607,14 @@ def _resolve_dtype(dtype, device):
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+def _sequences_seen(config, checkpoint):
+    """Sequences of the stream that a run with this checkpoint has read. Older ones do not say it."""
+    if not checkpoint:
+        return 0
+    before = checkpoint["config"].get("total_bs", config.total_bs) if config.init_from == "resume" else config.total_bs
+    return checkpoint.get("sequences_seen", checkpoint["step"] * before)
+
+
 def _accumulation(config, ranks):
     """gradient_accumulation_steps: derived from total_bs or, if it was given, checked against it."""
     once = config.batch_size * ranks
@@ -527,8 +642,16 @@ def _accumulation(config, ranks):
 
 def _run_files(out_dir):
     """The files of an earlier run in `out_dir`."""
-    named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, METRICS, CONFIG)]
-    return [path for path in named if path.exists()] + kept_checkpoints(out_dir)
+    return [path for name in (METRICS, CONFIG) if (path := Path(out_dir) / name).exists()] + all_checkpoints(out_dir)
+
+
+def _check_empty(config):
+    """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
+    if _run_files(config.out_dir) and not config.overwrite:
+        raise UserError(
+            f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong; name another "
+            "--out_dir, or replace it with --overwrite=True."
+        )
 
 
 def _check_out_dir(config):
@@ -536,7 +659,7 @@ def _check_out_dir(config):
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
-        init_from = "resume" if (folder / NEWEST).exists() or (folder / PREVIOUS).exists() else "scratch"
+        init_from = "resume" if all_checkpoints(folder) else "scratch"
     elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
         raise UserError(
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "

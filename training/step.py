@@ -21,6 +21,7 @@ from training.schedule import sequence_length
 from training.sharding import total_norm
 
 PLAIN_ATTENTION = 8  # a Hessian-vector product takes so many times fewer sequences at once than a training pass
+COUNTS = ("clipped", "skipped", "skipped_in_a_row", "curvature_skipped", "curvature_skipped_in_a_row")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,10 +29,11 @@ class Batches:
     """This rank's share of each step's batch: micro-batches (inputs, targets, weight), (B, T) each and a number.
 
     With the weights, the mean over the ranks of the sums over their micro-batches is the mean over the batch.
+    start: (step, sequences of the stream that come before it), as a checkpoint has them.
     """
 
-    def __init__(self, config, corpus, world):
-        self.config, self.corpus, self.world = config, corpus, world
+    def __init__(self, config, corpus, world, start=(0, 0)):
+        self.config, self.corpus, self.world, self._start = config, corpus, world, start
         self._prefetcher = data.Prefetcher()
 
     def train(self, step, sequences=None):
@@ -45,6 +47,11 @@ class Batches:
         """
         return self._get(step, sequences, True)
 
+    def sequences_before(self, step):
+        """Sequences of the stream that come before `step`, whatever total_bs was in earlier parts of the run."""
+        start, seen = self._start
+        return max(0, seen + (step - start) * self.config.total_bs)
+
     def close(self):
         self._prefetcher.close()
 
@@ -56,7 +63,7 @@ class Batches:
         """The batch in host memory. The prefetcher's thread calls it; it changes nothing."""
         config = self.config
         self.corpus.check_whole()
-        starts = data.window_starts(len(self.corpus.train), config.seed, step, config.total_bs, config.block_size)
+        starts = self.corpus.train_starts(config.seed, self.sequences_before(step), config.total_bs, config.block_size)
         micro_batches, weight = self._micro_batches(sequences)
         batch = []
         for places in micro_batches:
@@ -88,11 +95,12 @@ class Batches:
 
 
 class TrainStep:
-    """The steps of a model by an optimizer, for all ranks together.
+    """The training steps of a model on this rank, in step with the other ranks.
 
-    optimizer: to be set before the first step. scaler: fp16's, of torch.amp.
-    counts: {"clipped", "skipped", "skipped_in_a_row": number}, on the device.
+    optimizer: to be set before the first step. scaler: torch.amp's, for fp16.
+    counts: {name of COUNTS: number}, on the device.
     loss, grad_norm: of the last step's batch: this rank's part of the loss, the global norm before clipping.
+    curvature: {"loss", "grad_norm"} of the last estimate; Hutchinson's has no loss. {} before the first.
     """
 
     def __init__(self, config, model, world, clock):
@@ -116,11 +124,17 @@ class TrainStep:
             world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-        self.counts = {}
-        self.set_counts({"clipped": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0})
+        self.load_state_dict({})
 
-    def set_counts(self, counts):
-        self.counts = {name: torch.tensor(count, device=self.world.device) for name, count in counts.items()}
+    def state_dict(self):
+        """The counts and the last estimate's numbers, as a checkpoint holds them."""
+        return {key: {k: v.item() for k, v in getattr(self, key).items()} for key in ("counts", "curvature")}
+
+    def load_state_dict(self, checkpoint):
+        """Take them from a checkpoint. Older ones have neither the estimates' counts nor their numbers."""
+        numbers = dict.fromkeys(COUNTS, 0.0) | checkpoint.get("counts", {})
+        for key, values in (("counts", numbers), ("curvature", checkpoint.get("curvature", {}))):
+            setattr(self, key, {name: torch.tensor(value, device=self.world.device) for name, value in values.items()})
 
     def close(self):
         """Leave the process group."""
@@ -138,17 +152,19 @@ class TrainStep:
 
     def curvature_step(self, batches, step):
         """Renew the curvature by an estimate on the first hess_bs sequences of the step's batch."""
-        config, optimizer = self.config, second_order(self.optimizer)
+        config, (optimizer, update) = self.config, second_order(self.optimizer)
         if OPTIMIZERS[config.optimizer_name].estimate == "labels":
-            self._accumulate(batches.curvature(step, config.hess_bs), label_loss)
+            loss = self._accumulate(batches.curvature(step, config.hess_bs), label_loss)
             norm, arguments = self._gradient_norm(), {"scale": config.hess_bs / config.total_bs}
+            self.curvature = {"loss": self.world.sum(loss) / self.world.size, "grad_norm": norm}
         else:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             vectors = self._random_vectors(parameters, step)
             products = self._hessian_vector_products(batches.train(step, config.hess_bs), parameters, vectors)
             norm = torch.nn.utils.get_total_norm(products, foreach=True)
             arguments = {"estimates": torch._foreach_mul(vectors, products)}
-        self._update(optimizer, functools.partial(optimizer.update_hessian, **arguments), norm)
+            self.curvature = {"grad_norm": norm}
+        self._update(optimizer, functools.partial(update, **arguments), norm, counts="curvature_skipped")
 
     def optimizer_step(self):
         """Clip the gradients to a global norm of grad_clip, step and free them.
@@ -166,15 +182,15 @@ class TrainStep:
         step = functools.partial(self.optimizer.step, **step_arguments(self.config, self.optimizer))
         self._update(self.optimizer, step, norm, grad_scale)
 
-    def _update(self, optimizer, update, norm, grad_scale=None):
+    def _update(self, optimizer, update, norm, grad_scale=None, counts="skipped"):
         """Call `update`, a method of the optimizer, and free the gradients. It has no effect if `norm` is not finite.
 
         An optimizer that knows torch's protocol learns of that on the device; for others the host has to look.
         """
         found_inf = (~torch.isfinite(norm)).float()
-        self.counts["skipped"] += found_inf
-        self.counts["skipped_in_a_row"] += 1
-        self.counts["skipped_in_a_row"] *= found_inf
+        self.counts[counts] += found_inf
+        self.counts[f"{counts}_in_a_row"] += 1
+        self.counts[f"{counts}_in_a_row"] *= found_inf
         if supports_amp_scaling(optimizer):
             with amp_scaling(optimizer, grad_scale, found_inf):
                 update()

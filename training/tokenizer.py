@@ -30,8 +30,8 @@ def get_tokenizer(spec, vocab_size=None):
 
     It has `encode(str) -> list[int]`, `encode_array(str) -> array of dtype`, `decode(list[int]) -> str`, `vocab_size`,
     `dtype` (uint16, or uint32 for vocabularies above 65,536), `eot` (the id that ends a document, or None),
-    `token_bytes()`, how many bytes of text each id stands for, and `pieces(text)`, which cuts a long text (a str, or an
-    iterable of its parts) into pieces whose encodings, joined, are the encoding of the complete text.
+    `token_bytes()`, how many bytes of text each id stands for, `spec`, and `pieces(text)`, which cuts a long text (a
+    str, or an iterable of its parts) into pieces whose encodings, joined, are the encoding of the complete text.
 
     `spec` None is a tokenizer that nobody knows: ids are shown as numbers, and `vocab_size` says how many there are.
     Raises UserError for an unknown `spec` and for a vocabulary that cannot be fetched.
@@ -40,10 +40,13 @@ def get_tokenizer(spec, vocab_size=None):
     if spec is None and vocab_size is None:
         raise UserError("the meta.json names no tokenizer; add it there, or use the ids themselves")
     if spec is None:
-        return IdTokenizer(vocab_size)
-    if isinstance(spec, str):
-        return TiktokenTokenizer(spec)
-    return CharacterTokenizer(spec["characters"]) if "characters" in spec else JsonTokenizer(spec)
+        tokenizer = IdTokenizer(vocab_size)
+    elif isinstance(spec, str):
+        tokenizer = TiktokenTokenizer(spec)
+    else:
+        tokenizer = CharacterTokenizer(spec["characters"]) if "characters" in spec else JsonTokenizer(spec)
+    tokenizer.spec = spec
+    return tokenizer
 
 
 def check_spec(spec):

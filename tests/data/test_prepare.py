@@ -15,11 +15,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_corpus import documents, prepare, prepare_in_new_process, read_corpus, write_jsonl
 
 from data.python import prepare as python
 from data.shakespeare import prepare as shakespeare
 from data.wikitext103 import prepare as wikitext103
+from tests.data.test_corpus import documents, prepare, prepare_in_new_process, read_corpus, write_jsonl
 
 # Shakespeare
 
@@ -174,7 +174,7 @@ def test_wikitext_files_are_split_by_their_names(tmp_path):
     assert read_corpus(tmp_path / "out")[1] == {"train": ARTICLES, "val": ARTICLES[1:]}
 
 
-@pytest.mark.parametrize("name", ["wikitext103", "openwebtext"])
+@pytest.mark.parametrize("name", ["wikitext103", "openwebtext", "fineweb", "tinystories"])
 def test_files_of_other_names_are_read_as_text_reads_them(tmp_path, name):
     texts = documents(300)
     source = write_jsonl(tmp_path / "mirror.jsonl", texts, field="content")
@@ -183,6 +183,38 @@ def test_files_of_other_names_are_read_as_text_reads_them(tmp_path, name):
     assert prepare("text", *options, "--out_dir", tmp_path / "b").returncode == 0
     assert (tmp_path / "a/train.bin").read_bytes() == (tmp_path / "b/train.bin").read_bytes()
     assert (tmp_path / "a/val.bin").read_bytes() == (tmp_path / "b/val.bin").read_bytes()
+
+
+def test_tinystories_files_hold_many_stories_each(tmp_path):
+    for name, texts in (
+        ("TinyStoriesV2-GPT4-train.txt", ["One.\nDay", "Two."]),
+        ("TinyStoriesV2-GPT4-valid.txt", ["Three."]),
+    ):
+        (tmp_path / name).write_text("".join(f"{text}\n<|endoftext|>\n" for text in texts))
+    assert prepare("tinystories", "--source", tmp_path, "--out_dir", tmp_path / "out").returncode == 0
+    assert read_corpus(tmp_path / "out")[1] == {"train": ["One.\nDay", "Two."], "val": ["Three."]}
+
+
+def test_tinystories_from_the_hub_has_its_split(tmp_path):
+    with from_hub(("roneneldan/TinyStories", None), train=["a", "b"], validation=["c"]):
+        assert prepare("tinystories", "--out_dir", tmp_path).returncode == 0
+    assert read_corpus(tmp_path)[1] == {"train": ["a", "b"], "val": ["c"]}
+
+
+def test_fineweb_from_the_hub_is_split_by_hash_and_may_end_early(tmp_path):
+    texts = documents(300)
+    with from_hub(("HuggingFaceFW/fineweb-edu", "sample-10BT"), train=texts):
+        for options in ([], ["--max_tokens", 4_000], ["--tokenizer", "char"]):
+            folder = tmp_path / str(len(options) and options[0])
+            assert prepare("fineweb", "--out_dir", folder, "--val_fraction", 0.1, *options).returncode == 0
+        again = prepare("fineweb", "--out_dir", tmp_path / "--max_tokens", "--val_fraction", 0.1)
+    assert again.returncode == 2 and "holds another corpus" in again.stderr
+    whole, part = read_corpus(tmp_path / "0")[1], read_corpus(tmp_path / "--max_tokens")[1]
+    assert sorted(whole["train"] + whole["val"]) == sorted(texts) and 10 < len(whole["val"]) < 60
+    for split in ("train", "val"):
+        assert part[split] == whole[split][: len(part[split])] and part[split]
+    found = read_corpus(tmp_path / "--tokenizer")[1]
+    assert found["train"] == "".join(whole["train"])
 
 
 @contextlib.contextmanager
@@ -211,7 +243,7 @@ def test_openwebtext_from_the_hub_has_nanogpts_order_and_split(tmp_path):
     assert len(found["val"]) == 3  # 4,003 * 0.0005, rounded up
 
 
-@pytest.mark.parametrize("name", ["wikitext103", "openwebtext"])
+@pytest.mark.parametrize("name", ["wikitext103", "openwebtext", "fineweb", "tinystories"])
 def test_without_the_hub_one_sentence_soon_names_source(tmp_path, name):
     blocked = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "http_proxy": "", "no_proxy": "*"}
     started = time.monotonic()

@@ -106,8 +106,8 @@ def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, ca
     for step in (2, 3, 4):
         writer.save(checkpoint(step))
     assert written == [], "save() did not wait for the disk"
-    said = capsys.readouterr().err
-    assert "step 2 is skipped" in said and "step 3 is skipped" in said and "step 4" not in said
+    message = capsys.readouterr().err
+    assert "step 2 is skipped" in message and "step 3 is skipped" in message and "step 4" not in message
     gate.set()
     writer.wait()
     assert written == [(1, 1.0), (4, 4.0)] and writer.step == 4
@@ -135,7 +135,10 @@ def test_a_write_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
         patch.setattr(os, "fsync", full_disk)
         writer.save(checkpoint(2))
         writer.wait()
-    assert "step 2 could not be written" in (said := capsys.readouterr().err) and "newest good one is of step 1" in said
+    assert (
+        "step 2 could not be written" in (message := capsys.readouterr().err)
+        and "newest good one is of step 1" in message
+    )
     assert writer.error and load_checkpoint(tmp_path)[0]["step"] == 1
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
     writer.save(checkpoint(3))

@@ -25,7 +25,7 @@ def test_every_config_file_loads_under_its_script(path):
 
 
 @pytest.mark.parametrize(
-    "ranks, words",
+    "ranks, argv",
     [  # the commands of the official README, with the file names they use
         (10, ["config/train_gpt2_small_sophiag.py", "--batch_size=8", "--gradient_accumulation_steps=6"]),
         (8, ["config/train_gpt2_small_sophiag.py", "--batch_size=12", "--gradient_accumulation_steps=5"]),
@@ -34,9 +34,9 @@ def test_every_config_file_loads_under_its_script(path):
         (8, ["config/train_gpt2_medium_adam.py", "--batch_size=6", "--gradient_accumulation_steps=10"]),
     ],
 )
-def test_official_commands_resolve_to_480_sequences(ranks, words, monkeypatch):
+def test_official_commands_resolve_to_480_sequences(ranks, argv, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config(config_class(words[0]), words)
+    config = load_config(config_class(argv[0]), argv)
     assert config.batch_size * _accumulation(config, ranks) * ranks == 480
     assert config.total_bs * config.block_size == 491_520
 
@@ -80,7 +80,7 @@ def test_eval_iters_keeps_nanogpts_meaning():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--learnig_rate=1"], "learning_rate"),
         (["--batch_size=many"], "whole number"),
@@ -100,14 +100,14 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["no_such_file.py"], "no_such_file.py"),
     ],
 )
-def test_bad_settings_are_one_sentence(words, said):
+def test_bad_settings_are_one_sentence(argv, message):
     with pytest.raises(UserError) as error:
-        load_config(SophiaConfig, words)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        load_config(SophiaConfig, argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("batch_sise = 4", "batch_size"),
         ("batch_size = 4.0", "wants int, got float"),
@@ -117,10 +117,10 @@ def test_bad_settings_are_one_sentence(words, said):
         ("batch_size = 1 // 0", "ZeroDivisionError"),
     ],
 )
-def test_bad_config_files_are_one_sentence(tmp_path, text, said):
+def test_bad_config_files_are_one_sentence(tmp_path, text, message):
     file = tmp_path / "c.py"
     file.write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_config(SophiaConfig, [str(file)])
 
 

@@ -23,7 +23,8 @@ from training.errors import UserError
 def test_an_epoch_reads_every_window_once(n_tokens, block_size, total_bs, seed):
     per_epoch = n_tokens // block_size
     steps = -(-2 * per_epoch // total_bs)  # two epochs
-    starts = np.concatenate([data.window_starts(n_tokens, seed, s, total_bs, block_size) for s in range(steps)])
+    firsts = range(0, steps * total_bs, total_bs)
+    starts = np.concatenate([data.window_starts(n_tokens, seed, first, total_bs, block_size) for first in firsts])
     for epoch in range(2):
         own = starts[epoch * per_epoch : (epoch + 1) * per_epoch]
         seen = np.bincount(((own[:, None] + np.arange(block_size)) % n_tokens).ravel(), minlength=n_tokens)
@@ -35,13 +36,13 @@ def test_epochs_differ_and_seeds_differ():
     def first_epoch(seed):
         return data.window_starts(1000, seed, 0, 100, 10)
 
-    assert not np.array_equal(np.sort(first_epoch(1)), np.sort(data.window_starts(1000, 1, 1, 100, 10))), "new offset"
+    assert not np.array_equal(np.sort(first_epoch(1)), np.sort(data.window_starts(1000, 1, 100, 100, 10))), "new offset"
     assert not np.array_equal(first_epoch(1), first_epoch(2))
 
 
 def test_the_stream_never_changes():
     """Pinned: a later NumPy, or a change here, would silently give runs other data than those they are compared to."""
-    assert data.window_starts(1000, seed=1337, step=3, total_bs=4, block_size=10).tolist() == PINNED_STARTS
+    assert data.window_starts(1000, seed=1337, first=12, count=4, block_size=10).tolist() == PINNED_STARTS
     uniforms = data.label_uniforms(seed=1337, step=3, sequences=[2], block_size=3)
     assert uniforms.dtype == np.float32
     assert uniforms[0].tolist() == pytest.approx(PINNED_UNIFORMS, abs=1e-7)
@@ -49,6 +50,176 @@ def test_the_stream_never_changes():
 
 PINNED_STARTS = [825, 505, 295, 675]
 PINNED_UNIFORMS = [0.91595954, 0.88600588, 0.96954602]
+
+
+def former_starts(n_tokens, seed, step, total_bs, block_size):
+    """The stream as every run before mixtures and shards had it, written down once more."""
+    per_epoch, starts = n_tokens // block_size, []
+    for sequence in range(step * total_bs, (step + 1) * total_bs):
+        epoch, position = divmod(sequence, per_epoch)
+        philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, 0, 0, epoch], np.uint64))
+        raw = philox.random_raw(1 + per_epoch)
+        window = np.argsort(raw[1:], kind="stable")[position]
+        starts.append((int(raw[0] % np.uint64(n_tokens)) + int(window) * block_size) % n_tokens)
+    return starts
+
+
+@pytest.mark.parametrize("n_tokens, total_bs, block_size", [(6000, 24, 16), (100_003, 480, 1024), (1000, 7, 10)])
+def test_a_step_reads_the_sequences_that_it_always_read(tmp_path, n_tokens, total_bs, block_size):
+    corpus = data.open_dataset(write_corpus(tmp_path / "c", n_train=n_tokens))
+    for step in (0, 1, 3):
+        starts = corpus.train_starts(1337, step * total_bs, total_bs, block_size)
+        assert starts.tolist() == former_starts(n_tokens, 1337, step, total_bs, block_size)
+        windows = np.stack([np.take(corpus.train, range(s, s + block_size + 1), mode="wrap") for s in starts])
+        assert np.array_equal(data.take_windows(corpus.train, starts, block_size), [windows[:, :-1], windows[:, 1:]])
+
+
+def test_the_stream_of_32_bit_tokens_is_the_same(tmp_path):
+    folder = write_corpus(tmp_path / "c")
+    starts, corpus = data.window_starts(6000, 5, 0, 100, 16), data.open_dataset(folder)
+    expected = data.take_windows(corpus.train, starts, 16)
+    for split in ("train", "val"):
+        (getattr(corpus, split)[:].astype("<u4") + 70_000).tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 70_064, "dtype": "uint32", "tokenizer": None}))
+    corpus = data.open_dataset(folder)
+    assert corpus.train.dtype == np.uint32 and corpus.model_vocab_size == 70_064
+    assert np.array_equal(np.array(data.take_windows(corpus.train, starts, 16)) - 70_000, expected)
+    assert set(data.check_dataset(corpus, 24, 16)) == {"train_sha256", "val_sha256"}
+
+
+# Mixtures
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    """a, b and c, whose tokens say whose they are: 0 to 9, 10 to 19, 20 to 29."""
+    monkeypatch.chdir(tmp_path)
+    for i, (name, n_train) in enumerate((("a", 5000), ("b", 900), ("c", 7000))):
+        for split, n in (("train", n_train), ("val", 300)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (10 * i + np.arange(n) * 7 % 10).astype("<u2").tofile(tmp_path / name / f"{split}.bin")
+        (tmp_path / name / "meta.json").write_text(json.dumps({"vocab_size": 50257, "tokenizer": "gpt2"}))
+    return tmp_path
+
+
+def test_a_mixture_has_its_shares_and_reads_each_corpus_as_it_would_alone(corpora):
+    mixture, size = data.open_dataset("a:0.7,b:0.2,c:0.1"), 16
+    assert len(mixture.train) == 12_900 and mixture.model_vocab_size == 50304 and mixture.tokenizer == "gpt2"
+    starts = mixture.train_starts(1337, 0, 30_000, size)
+    inputs, targets = data.take_windows(mixture.train, starts, size)
+    owners = inputs[:, 0] // 10
+    assert np.bincount(owners).tolist() == [21_000, 6_000, 3_000]
+    assert (inputs // 10 == owners[:, None]).all() and (targets // 10 == owners[:, None]).all(), (
+        "none is of two corpora"
+    )
+    for i, (corpus, _) in enumerate(mixture.parts):
+        alone = data.window_starts(len(corpus.train), 1337, 0, int((owners == i).sum()), size)
+        assert np.array_equal(inputs[owners == i], data.take_windows(corpus.train, alone, size)[0])
+    for n in (100, 1000, 5000):
+        assert np.bincount(owners[:n]) / n == pytest.approx([0.7, 0.2, 0.1], abs=4 / n**0.5)
+    assert mixture.epochs(30_000, size) == pytest.approx(
+        {"epoch/a": 21e3 / 312, "epoch/b": 6e3 / 56, "epoch/c": 3e3 / 437}
+    )
+
+
+def test_a_mixtures_stream_depends_on_the_sequence_alone(corpora):
+    mixture = data.open_dataset("a:7,b:3")
+    stream = mixture.train_starts(3, 0, 25_000, 8)
+    for first, count in ((0, 1), (9_990, 20), (9_999, 10_002), (20_000, 3), (123, 4000)):
+        assert np.array_equal(mixture.train_starts(3, first, count, 8), stream[first : first + count])
+    assert not np.array_equal(mixture.train_starts(4, 0, 25_000, 8), stream)
+    assert data.open_dataset("a:0.7,b:0.3").train_starts(3, 40, 5, 8).tolist() == stream[40:45].tolist()
+    assert stream[9_998:10_003].tolist() == PINNED_MIXTURE
+
+
+PINNED_MIXTURE = [5013, 1316, 844, 3028, 1948]
+
+
+def test_a_mixture_of_one_is_that_corpus(corpora):
+    alone, mixture = data.open_dataset("a"), data.open_dataset("a:1")
+    assert np.array_equal(mixture.train_starts(1, 500, 900, 16), alone.train_starts(1, 500, 900, 16))
+
+
+def test_what_a_mixture_is_checked_for(corpora):
+    facts = data.check_dataset(data.open_dataset("a:0.7,b:0.3"), 24, 16)
+    again = data.check_dataset(data.open_dataset("a:7/10,b:0.3"), 24, 16)
+    other = data.check_dataset(data.open_dataset("a:0.6,b:0.4"), 24, 16)
+    assert facts == again and facts["train_sha256"] != other["train_sha256"] and set(facts["corpora"]) == {"a", "b"}
+    assert facts["corpora"]["a"]["val_sha256"] == hashlib.sha256((corpora / "a/val.bin").read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=r"b/train\.bin has 900 tokens, fewer than one step's 961"):
+        data.check_dataset(data.open_dataset("a:0.7,b:0.3"), 200, 16)
+    (corpora / "b/meta.json").write_text(
+        json.dumps({"vocab_size": 20, "tokenizer": {"characters": "abcdefghijklmnopqrst"}})
+    )
+    with pytest.raises(UserError, match="a holds GPT-2 tokens and b 20 characters; a mixture needs one tokenizer"):
+        data.open_dataset("a:0.5,b:0.5")
+
+
+@pytest.mark.parametrize(
+    "dataset, said",
+    [
+        ("a:0.7,b", "'b' is not NAME:SHARE"),
+        ("a:0.7,b:", "'b:' is not"),
+        ("a:0.7,b:-0.3", "'b:-0.3' is not"),
+        ("a:0.7,b:0", "'b:0' is not"),
+        ("a:0.7,b:nan", "'b:nan' is not"),
+        ("a:0.7,b:1/0", "'b:1/0' is not"),
+        ("a:0.7,", "'' is not"),
+        (":1,b:1", "':1' is not"),
+        ("a:0.7,a:0.3", "'a:0.3' is not"),
+        ("a:0.7,./a:0.3", "names a corpus twice"),
+        ("a:0.7,none:0.3", "there is no such folder"),
+        ("a:1,b:0.00001", "b has less than one sequence in 10000"),
+        ("a," * 200, "'a' is not NAME:SHARE"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_one_sentence(corpora, dataset, said):
+    with pytest.raises(UserError, match=said):
+        data.open_dataset(dataset)
+
+
+def test_a_folder_may_have_a_colon_in_its_name(corpora):
+    (corpora / "a").rename(corpora / "a:1,b")
+    assert len(data.open_dataset("a:1,b").train) == 5000
+
+
+# Which tokenizer
+
+
+def test_going_on_with_another_tokenizer_is_refused(tmp_path):
+    folder = write_corpus(tmp_path / "c", vocab_size=3)
+
+    def corpus_of(tokenizer):
+        (folder / "meta.json").write_text(json.dumps({"vocab_size": 3, "tokenizer": tokenizer}))
+        return data.open_dataset(folder)
+
+    abc, cba = {"characters": "abc"}, {"characters": "cba"}
+    corpus_of(abc).check_tokenizer(abc, "out")
+    corpus_of(abc).check_tokenizer(None, "out of a run that did not know it")
+    for theirs, ours, said in (
+        (abc, cba, "the model reads 3 characters and .* holds other 3 characters"),
+        ("gpt2", cba, "the model reads GPT-2 tokens and .* holds 3 characters"),
+        (abc, None, "holds ids of an unknown tokenizer; name the tokenizer in .*meta.json, or give data"),
+        ("gpt2", "r50k_base", "holds r50k_base tokens"),
+    ):
+        with pytest.raises(UserError, match=said):
+            corpus_of(ours).check_tokenizer(theirs, "out")
+
+
+def test_data_whose_tokens_nobody_knows_is_announced(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "c")
+    data.check_dataset(data.open_dataset(folder), 24, 16)
+    assert capsys.readouterr().err == ""
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 64}))
+    corpus = data.open_dataset(folder)
+    data.check_dataset(corpus, 24, 16)
+    assert corpus.tokenizer is None and "sample.py will print ids" in capsys.readouterr().err
+    (folder / "meta.json").unlink()
+    data.check_dataset(data.open_dataset(folder), 24, 16)
+    assert "no token is above 63" in capsys.readouterr().err, "nanoGPT's characters without their meta.pkl"
+    (folder / "meta.pkl").touch()
+    with pytest.raises(UserError, match=r"meta\.pkl says .*python .*data/convert_meta\.py .*/c$"):
+        data.open_dataset(folder)
 
 
 def test_targets_are_the_next_tokens_also_across_the_end():
@@ -196,7 +367,7 @@ def test_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     folder = write_corpus(tmp_path / "c")
     scanned = []
     scan = data._scan
-    monkeypatch.setattr(data, "_scan", lambda path: scanned.append(path.name) or scan(path))
+    monkeypatch.setattr(data, "_scan", lambda path, *others: scanned.append(path.name) or scan(path, *others))
     first = data.check_dataset(data.open_dataset(folder), 24, 16)
     assert first["train_sha256"] == hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()
     assert data.check_dataset(data.open_dataset(folder), 24, 16) == first

@@ -7,18 +7,18 @@ from training.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "device, ranks, gpus, said",
+    "device, ranks, gpus, message",
     [
         ("cuda", 4, 2, r"too few GPUs \(2, ranks: 4\); start --nproc_per_node=2, or"),
         ("cuda", 1, 0, r"too few GPUs \(0, ranks: 1\); use --device=cpu"),
         ("cuda:3", 1, 2, r"too few GPUs \(2, the first is number 0\); name another, or use"),
     ],
 )
-def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, ranks, gpus, said):
+def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, ranks, gpus, message):
     """On local rank 0, which is the one that speaks; or it would wait for the others, who have left without a word."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Distributed(device)
 
 

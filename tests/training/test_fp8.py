@@ -49,13 +49,13 @@ def test_a_run(tiny, tmp_path, monkeypatch):
 
 
 def test_refusals(corpus, tmp_path):
-    words = tiny_words(corpus, tmp_path / "out")
+    argv = tiny_words(corpus, tmp_path / "out")
     with pytest.raises(UserError, match=r"fp8 needs an NVIDIA GPU with FP8 products .* this is cpu"):
-        main([*words, "--dtype=bfloat16", "--fp8=True"])
-    with pytest.raises(UserError, match="fp8 goes with dtype = 'bfloat16'"):
-        main([*words, "--dtype=float32", "--fp8=True"])
-    with pytest.raises(UserError, match="cannot be differentiated twice"):
-        main([*words, "--optimizer_name=sophiah", "--fp8=True"])
+        main([*argv, "--dtype=bfloat16", "--fp8=True"])
+    with pytest.raises(UserError, match="fp8 needs dtype = 'bfloat16'"):
+        main([*argv, "--dtype=float32", "--fp8=True"])
+    with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
+        main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
     for name, size in (("n_embd", 40), ("block_size", 100)):
         shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}

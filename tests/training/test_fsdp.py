@@ -23,8 +23,8 @@ RUN = ["--batch_size=4", "--grad_clip=0.2", "--lr_decay_iters=16", "--eval_inter
 SOPHIA = [*RUN, "--hess_interval=5", "--rho=1.0"]
 
 
-def train(ranks, script, corpus, out_dir, *words):
-    done = torchrun(ranks, script, [*tiny_words(corpus, out_dir), *words], timeout=300)
+def train(ranks, script, corpus, out_dir, *argv):
+    done = torchrun(ranks, script, [*tiny_words(corpus, out_dir), *argv], timeout=300)
     assert done.returncode == 0, done.stderr
     return out_dir
 
@@ -64,8 +64,8 @@ def runs(corpus, tmp_path_factory):
     """Folders of 2-rank runs of Sophia-G over 16 steps, sharded ("True") and copied ("False")."""
     folder = tmp_path_factory.mktemp("runs")
     for fsdp in (True, False):
-        words = [*SOPHIA, "--max_iters=16", "--keep_checkpoints=4", f"--fsdp={fsdp}"]
-        train(2, "train_sophiag.py", corpus, folder / str(fsdp), *words)
+        argv = [*SOPHIA, "--max_iters=16", "--keep_checkpoints=4", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, folder / str(fsdp), *argv)
     return folder
 
 
@@ -75,21 +75,25 @@ def test_sophia_takes_the_same_steps(runs):
     assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lion", "nadamw"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "nadamw"])
 def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer):
     for fsdp in (True, False):
         biases = optimizer != "lion"  # the keys' biases have no gradient, but for rounding, and Lion takes its sign
-        words = [*RUN, "--max_iters=8", f"--bias={biases}", f"--optimizer_name={optimizer}", f"--fsdp={fsdp}"]
-        train(2, "train_adam.py", corpus, tmp_path / str(fsdp), *words)
+        argv = [*RUN, "--max_iters=8", f"--bias={biases}", f"--optimizer_name={optimizer}", f"--fsdp={fsdp}"]
+        train(2, "train_adam.py", corpus, tmp_path / str(fsdp), *argv)
     same_run(tmp_path / "True", tmp_path / "False", weights=1e-3)  # the bias of the keys has no gradient but rounding
 
 
-@pytest.mark.parametrize("before, ranks, fsdp", [(True, 3, True), (True, 1, False), (False, 2, True), (True, 1, True)])
+@pytest.mark.parametrize(
+    "before, ranks, fsdp",
+    [(True, 3, True), (True, 1, False), (False, 2, True), pytest.param(True, 1, True, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before, ranks, fsdp):
     out_dir = shutil.copytree(runs / str(before), tmp_path / "run")
     os.replace(out_dir / "ckpt_8.pt", out_dir / "ckpt.pt")
-    words = [*SOPHIA, "--max_iters=16", "--init_from=resume", f"--fsdp={fsdp}"]
-    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, out_dir), *words])
+    argv = [*SOPHIA, "--max_iters=16", "--init_from=resume", f"--fsdp={fsdp}"]
+    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, out_dir), *argv])
     assert done.returncode == 0, done.stderr
     assert "resumed at step 8" in done.stdout
     changed = done.stdout.partition("changed since the checkpoint: ")[2].splitlines()[0].split(", ")
@@ -97,27 +101,29 @@ def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before
     assert losses(out_dir) == pytest.approx(losses(runs / "False"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adamw_becomes_sophia(corpus, tmp_path):
     for fsdp in (True, False):
-        words = [*SOPHIA, "--max_iters=8", "--sophia_start_iter=4", "--hess_warmup=2", f"--fsdp={fsdp}"]
-        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+        argv = [*SOPHIA, "--max_iters=8", "--sophia_start_iter=4", "--hess_warmup=2", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *argv)
     same_run(tmp_path / "True", tmp_path / "False")
 
 
 def test_bfloat16_with_activation_checkpointing_and_dropout(corpus, tmp_path):
     """Copies that keep their activations against shards that compute them again."""
     for fsdp in (True, False):
-        words = [*SOPHIA, "--max_iters=8", "--dtype=bfloat16", "--dropout=0.1"]
-        words += [f"--fsdp={fsdp}", f"--activation_checkpointing={fsdp}"]
-        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+        argv = [*SOPHIA, "--max_iters=8", "--dtype=bfloat16", "--dropout=0.1"]
+        argv += [f"--fsdp={fsdp}", f"--activation_checkpointing={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *argv)
     same_run(tmp_path / "True", tmp_path / "False", loss=1e-3, weights=1e-2)
     assert losses(tmp_path / "True")[0] == losses(tmp_path / "False")[0]
 
 
+@pytest.mark.slow  # the compiler takes a minute; on GPUs test_two_gpus_train_like_copies shows it
 def test_compiled_blocks(corpus, tmp_path):
     for fsdp in (True, False):
-        words = [*SOPHIA, "--max_iters=4", f"--fsdp={fsdp}", f"--compile={fsdp}"]
-        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+        argv = [*SOPHIA, "--max_iters=4", f"--fsdp={fsdp}", f"--compile={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *argv)
     same_run(tmp_path / "True", tmp_path / "False")
 
 
@@ -160,8 +166,8 @@ train_sophiag.main(sys.argv[2:])
 def probe(corpus, tmp_path, name, fsdp, poison=None):
     """A 2-rank run of 6 steps; what each rank held at its end. poison: the pass in which rank 1's loss is infinite."""
     (tmp_path / "probe.py").write_text(PROBE.format(poison))
-    words = [*tiny_words(corpus, tmp_path / name), *SOPHIA, "--max_iters=6", f"--fsdp={fsdp}"]
-    done = torchrun(2, tmp_path / "probe.py", [str(tmp_path / f"{name}."), *words])
+    argv = [*tiny_words(corpus, tmp_path / name), *SOPHIA, "--max_iters=6", f"--fsdp={fsdp}"]
+    done = torchrun(2, tmp_path / "probe.py", [str(tmp_path / f"{name}."), *argv])
     assert done.returncode == 0, done.stderr
     return [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
 
@@ -188,10 +194,10 @@ def test_its_checkpoint_is_read_by_the_other_scripts(tmp_path, capsys):
     meta = {"vocab_size": 12, "tokenizer": {"characters": "\n abcdefghij"}}
     (folder / "meta.json").write_text(json.dumps(meta))
     out_dir = train(2, "train_adam.py", folder, tmp_path / "run", *RUN, "--max_iters=8", "--fsdp=True")
-    words = [f"--out_dir={out_dir}", "--device=cpu"]
-    found = evaluate.main([*words, f"--dataset={folder}"])
+    argv = [f"--out_dir={out_dir}", "--device=cpu"]
+    found = evaluate.main([*argv, f"--dataset={folder}"])
     assert found["loss"] == pytest.approx(read_lines(out_dir)[-1]["val/loss"], abs=0.05)
-    sample.main([*words, "--start=abba", "--max_new_tokens=5"])
+    sample.main([*argv, "--start=abba", "--max_new_tokens=5"])
     assert "abba" in capsys.readouterr().out
 
 
@@ -204,7 +210,7 @@ def test_one_process_is_told_of_torchrun(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "script, words, said",
+    "script, argv, message",
     [
         (
             train_sophiag,
@@ -217,10 +223,10 @@ def test_one_process_is_told_of_torchrun(tiny, tmp_path, capsys):
         (train_sophiag, ["--hess_bs=3"], "use --hess_bs=4"),
     ],
 )
-def test_what_does_not_work_is_refused(tiny, script, words, said):
+def test_what_does_not_work_is_refused(tiny, script, argv, message):
     cls = train_adam.AdamConfig if script is train_adam else train_sophiag.SophiaConfig
-    config = script.load_config(cls, [*tiny, *words, "--fsdp=True"])
-    with pytest.raises(UserError, match=said):
+    config = script.load_config(cls, [*tiny, *argv, "--fsdp=True"])
+    with pytest.raises(UserError, match=message):
         check_sharding(config, SimpleNamespace(distributed=True, size=4))
 
 
@@ -238,13 +244,13 @@ def test_two_ranks_refuse_once(tiny, tmp_path):
 def test_two_gpus_train_like_copies(corpus, tmp_path):
     """NCCL, bfloat16, compiled; then the sharded checkpoint goes on in one process."""
     for fsdp in (True, False):
-        words = [*SOPHIA, "--device=cuda", "--dtype=bfloat16", "--n_embd=256", "--n_layer=4", "--n_head=4"]
-        words += ["--max_iters=16", "--compile=True", f"--fsdp={fsdp}"]
-        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *words)
+        argv = [*SOPHIA, "--device=cuda", "--dtype=bfloat16", "--n_embd=256", "--n_layer=4", "--n_head=4"]
+        argv += ["--max_iters=16", "--compile=True", f"--fsdp={fsdp}"]
+        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *argv)
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=0.03)
-    words = [*words, "--init_from=resume", "--max_iters=20", "--fsdp=False"]
+    argv = [*argv, "--init_from=resume", "--max_iters=20", "--fsdp=False"]
     shutil.copytree(tmp_path / "True", tmp_path / "alone")
     shutil.copytree(tmp_path / "True", tmp_path / "together")
-    train(1, "train_sophiag.py", corpus, tmp_path / "alone", *words)
-    train(2, "train_sophiag.py", corpus, tmp_path / "together", *words, "--fsdp=True")
+    train(1, "train_sophiag.py", corpus, tmp_path / "alone", *argv)
+    train(2, "train_sophiag.py", corpus, tmp_path / "together", *argv, "--fsdp=True")
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), abs=0.03)

@@ -55,7 +55,7 @@ def foreign(path, corpus, make_optimizer, groups, official, bias=True, **extra):
                 "model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": STEPS,
                 "best_val_loss": torch.tensor(4.0), "config": {"learning_rate": 0.5, "compile": True}, **extra,
             }, path)  # fmt: skip
-        starts = data.window_starts(6000, 1337, step, 24, 16)
+        starts = data.window_starts(6000, 1337, 24 * step, 24, 16)
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus_tokens(corpus), starts, 16))
         loss = model(inputs, targets)[1]
         optimizer.zero_grad()
@@ -122,9 +122,9 @@ def test_another_optimizer_takes_the_weights_alone(corpus, tmp_path, capsys):
 
 
 def test_a_smaller_block_size_forgets_positions_and_their_state(corpus, tmp_path):
-    path, words = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
+    path, argv = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
-    train_adam.main([*words, *SAME, f"--init_from=import:{path}", "--block_size=8"])
+    train_adam.main([*argv, *SAME, f"--init_from=import:{path}", "--block_size=8"])
     checkpoint = read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert checkpoint["model"]["transformer.wpe.weight"].shape == (8, 24)
     assert checkpoint["model_args"]["block_size"] == 8
@@ -295,8 +295,8 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
         init_from = f"hf:{tmp_path}/hf"
     else:
         monkeypatch.setattr("training.hf.from_pretrained", lambda name: from_hf(hf_model))
-    words = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
-    script.main([*words, f"--init_from={init_from}"])
+    argv = [*tiny_words(gpt2_corpus, tmp_path / "out"), "--max_iters=4", "--eval_interval=2", "--eval_tokens=128"]
+    script.main([*argv, f"--init_from={init_from}"])
     assert "weights, for step 0; " in capsys.readouterr().out
     corpus = data.open_dataset(gpt2_corpus)
     windows = data.take_windows(corpus.val, data.evaluation_starts(700, 128, 16), 16)
@@ -305,7 +305,7 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
     assert read_lines(tmp_path / "out")[0]["val/loss"] == pytest.approx(expected.item(), abs=1e-4)
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["model_args"]["vocab_size"] == 50257, "no row is made up"
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--bias=True"]
-    script.main([*words, *shape, "--init_from=resume", "--max_iters=6"])
+    script.main([*argv, *shape, "--init_from=resume", "--max_iters=6"])
     assert read_lines(tmp_path / "out")[-1]["step"] == 6
 
 
@@ -323,33 +323,33 @@ def test_the_fine_tuning_configs(name):
 # ----- bad input
 
 
-def refused(capsys, words, said):
+def refused(capsys, argv, message):
     with pytest.raises(SystemExit) as ended:
-        command(lambda: train_adam.main(words))
+        command(lambda: train_adam.main(argv))
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
 def test_files_that_cannot_be_imported(corpus, tmp_path, capsys):
     tiny, path = tiny_words(corpus, tmp_path / "out"), tmp_path / "ckpt.pt"
-    words = [*tiny, f"--init_from=import:{path}"]
-    refused(capsys, words, "ckpt.pt cannot be read (No such file or directory)")
+    argv = [*tiny, f"--init_from=import:{path}"]
+    refused(capsys, argv, "ckpt.pt cannot be read (No such file or directory)")
     path.write_bytes(b"no checkpoint")
-    refused(capsys, words, "is damaged, or holds more than tensors")
+    refused(capsys, argv, "is damaged, or holds more than tensors")
     torch.save({"model": {}, "config": ROOT}, path)  # an object: reading it would run code
-    refused(capsys, words, "is damaged, or holds more than tensors")
+    refused(capsys, argv, "is damaged, or holds more than tensors")
     torch.save({"step": 3, "model": {}, "model_args": {}}, path)
-    refused(capsys, words, "it is this project's, resume it")
+    refused(capsys, argv, "it is this project's, resume it")
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
-    refused(capsys, [*words, "--max_iters=5"], "max_iters = 5 is not beyond the 5 steps")
-    refused(capsys, [*words, "--block_size=32"], "block_size = 32 is beyond the 16 positions")
+    refused(capsys, [*argv, "--max_iters=5"], "max_iters = 5 is not beyond the 5 steps")
+    refused(capsys, [*argv, "--block_size=32"], "block_size = 32 is beyond the 16 positions")
     other = write_corpus(tmp_path / "other", vocab_size=50)
-    refused(capsys, [*words, f"--dataset={other}"], "vocab_size = 64")
+    refused(capsys, [*argv, f"--dataset={other}"], "vocab_size = 64")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda c: c["model"].pop("_orig_mod.transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
         (lambda c: c["model"].update(odd=torch.zeros(2)), "odd is (2,), a GPT with its model_args has none"),
@@ -358,24 +358,24 @@ def test_files_that_cannot_be_imported(corpus, tmp_path, capsys):
         (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "order not known here"),
     ],
 )
-def test_checkpoints_that_do_not_hold_together(corpus, tmp_path, capsys, change, said):
+def test_checkpoints_that_do_not_hold_together(corpus, tmp_path, capsys, change, message):
     path = tmp_path / "ckpt.pt"
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
     checkpoint = torch.load(path)
     change(checkpoint)
     torch.save(checkpoint, path)
-    refused(capsys, [*tiny_words(corpus, tmp_path / "out"), f"--init_from=import:{path}"], said)
+    refused(capsys, [*tiny_words(corpus, tmp_path / "out"), f"--init_from=import:{path}"], message)
 
 
 def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     folder = tmp_path / "hf"
-    words = [*tiny, f"--init_from=hf:{folder}"]
-    refused(capsys, words, "hf is no folder with a Hugging Face model")
+    argv = [*tiny, f"--init_from=hf:{folder}"]
+    refused(capsys, argv, "hf is no folder with a Hugging Face model")
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    refused(capsys, words, "holds a model of type 'llama', only 'gpt2' can be read")
+    refused(capsys, argv, "holds a model of type 'llama', only 'gpt2' can be read")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(capsys, words, "cannot be read")
+    refused(capsys, argv, "cannot be read")
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"
     refused(capsys, [*tiny, "--init_from=hf:"], allowed)
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")

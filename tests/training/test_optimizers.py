@@ -9,7 +9,7 @@ import torch
 from sophia import SophiaG
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.optimizers import OptimizerContainer, make_optimizer, second_order, split_qkv, statistics
+from training.optimizers import OptimizerContainer, load_state, make_optimizer, second_order, split_qkv, statistics
 
 CPU = torch.device("cpu")
 
@@ -98,20 +98,49 @@ def test_muon_has_the_matrices_and_frees_all_gradients():
         group["lr"] = 0.1
     optimizer.step()
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "scalars"]
-    assert [list(p.shape) for p in optimizer.optimizers["muon"].state] == [[8, 8]] * 3 + [[32, 8], [8, 8]]
-    assert [sorted(optimizer.state[p]) for p in optimizer.optimizers["muon"].state] == [["momentum_buffer"]] * 5
+    assert [sorted(optimizer.state[p]) for p in made[0]["params"]] == [["momentum_buffer"]] * 3
     others = [sorted(optimizer.state[p]) for group in made[1:] for p in group["params"]]
     assert others == [["exp_avg", "exp_avg_sq", "step"]] * 2
     optimizer.zero_grad()
     assert all(p.grad is None for group in made for p in group["params"])
 
 
+@pytest.mark.parametrize("name", ["whitened_muon", "sophia_muon"])
+def test_the_whitening_settings_reach_the_optimizer(name):
+    whitening = {"sides": "input", "exponent": 0.25, "ridge": 0.02, "decay": 0.9, "max_width": 4}
+    settings = {f"whiten_{key}": value for key, value in whitening.items()} | {"whiten_interval": 7}
+    config_class = SophiaConfig if name == "sophia_muon" else AdamConfig
+    optimizer = make_optimizer(config_class(optimizer_name=name, cautious_decay=True, **settings), groups(), CPU)
+    group = optimizer.optimizers["muon"].param_groups[0]
+    expected = whitening | {"cautious": True, "split": [3, 1, 1]}
+    expected |= {"source": "update_factors"} if name == "sophia_muon" else {"source": "gradient", "interval": 7}
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_muons_state_of_blocks_from_older_checkpoints_is_joined():
+    """They kept query, key and value as three parameters, the momentum in torch.optim.Muon's state."""
+    made = groups()
+    blocks = [
+        torch.nn.Parameter(b) for p, n in zip(made[0]["params"], [3, 1, 1], strict=True) for b in p.detach().chunk(n)
+    ]
+    former = torch.optim.Muon(blocks)
+    for b in blocks:
+        b.grad = torch.randn(b.shape)
+    former.step()
+    optimizer = make_optimizer(AdamConfig(optimizer_name="muon"), made, CPU)
+    load_state(optimizer, {"muon": former.state_dict(), "adamw": optimizer.optimizers["adamw"].state_dict()})
+    buffers = [former.state[b]["momentum_buffer"] for b in blocks]
+    for p, expected in zip(made[0]["params"], (torch.cat(buffers[:3]), *buffers[3:]), strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], expected)
+    assert optimizer.param_groups[0]["momentum"] == 0.95 and optimizer.param_groups[0]["split"] == [3, 1, 1]
+
+
 def test_a_matrix_is_split_by_the_setting_and_not_by_its_shape():
     made = groups()
     del made[0]["split"]
-    optimizer = make_optimizer(AdamConfig(optimizer_name="muon"), made, CPU)
+    optimizer = make_optimizer(AdamConfig(optimizer_name="soap"), made, CPU)
     optimizer.step()
-    assert [list(p.shape) for p in optimizer.optimizers["muon"].state] == [[24, 8], [32, 8], [8, 8]]
+    assert [list(p.shape) for p in optimizer.optimizers["soap"].state] == [[24, 8], [32, 8], [8, 8]]
     assert [tuple(block.shape) for block in split_qkv(torch.zeros(24, 8), 3)] == [(8, 8)] * 3
 
 
@@ -126,7 +155,7 @@ def container():
 
 def test_a_container_goes_on_from_its_state_dict_with_the_rates_of_its_groups():
     made, optimizer = container()
-    second_order(optimizer).update_hessian()
+    second_order(optimizer)[0].update_hessian()
     optimizer.step(bs=10)
     again, restored = container()
     for group, group_again in zip(made, again, strict=True):
@@ -163,7 +192,7 @@ def test_gradscaler_steps_a_container_and_skips_all_of_it_on_infinity():
             scaler.update()
             moved = [not torch.equal(p, q) for p, q in zip(parameters, before, strict=True)]
             assert all(moved) if not poison else not any(moved)
-        assert not hasattr(optimizer, "found_inf") and not hasattr(second_order(optimizer), "found_inf")
+        assert not hasattr(optimizer, "found_inf") and not hasattr(second_order(optimizer)[0], "found_inf")
         results.append([p.detach().clone() for p in parameters])
     for plain, scaled in zip(*results, strict=True):
         torch.testing.assert_close(plain, scaled, rtol=1e-5, atol=1e-7)
@@ -180,7 +209,7 @@ def test_a_container_takes_a_closure_and_a_scheduler():
 def test_statistics_have_their_metric_names():
     config = SophiaConfig(total_bs=5, block_size=2)
     _, optimizer = container()
-    second_order(optimizer).update_hessian()
+    second_order(optimizer)[0].update_hessian()
     optimizer.step(bs=10)
     assert {"train/win_rate", "train/win_rate/matrices", "hessian_norm"} <= statistics(config, optimizer).keys()
     assert statistics(AdamConfig(), torch.optim.AdamW(groups())) == {}

@@ -1,4 +1,4 @@
-"""The training loop as a person runs it: the same losses however it is split, exact resume, one-sentence errors."""
+"""The training loop from the command line: the same losses however a step is split, exact resume, errors."""
 
 import contextlib
 import functools
@@ -35,55 +35,54 @@ def one_process(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 12])
-def test_the_micro_batch_does_not_matter(corpus, one_process, tmp_path, batch_size):
+def test_the_micro_batch_does_not_change_the_losses(corpus, one_process, tmp_path, batch_size):
     train_sophiag.main([*tiny_words(corpus, tmp_path), f"--batch_size={batch_size}", *SPLIT])
     assert len(losses(tmp_path)) == 30
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
 
 
-def test_hutchinson_does_not_depend_on_the_split(corpus, tmp_path):
-    words = ["--optimizer_name=sophiah", "--hess_interval=3", "--hess_bs=8", "--max_iters=12"]
-    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *words])
-    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *words])
+def test_hutchinsons_estimate_does_not_depend_on_the_number_of_ranks(corpus, tmp_path):
+    argv = ["--optimizer_name=sophiah", "--hess_interval=3", "--hess_bs=8", "--max_iters=12"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *argv])
+    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *argv])
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     norms = [[line["hessian_norm"] for line in read_lines(tmp_path / name)[:-1]] for name in ("split", "whole")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
 
 
-def test_the_eigenbasis_does_not_depend_on_the_split(corpus, tmp_path):
-    """Every rank turns the bases for itself, from the same gradients."""
-    words = ["--eigenbasis=True", "--hess_interval=3", "--hess_bs=8", "--rho=2.0", "--max_iters=12"]
-    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *words])
-    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *words])
+def test_the_eigenbasis_does_not_depend_on_the_number_of_ranks(corpus, tmp_path):
+    """Every rank updates the bases by itself, from the same gradients."""
+    argv = ["--eigenbasis=True", "--hess_interval=3", "--hess_bs=8", "--rho=2.0", "--max_iters=12"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *argv])
+    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *argv])
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
     lines = [read_lines(tmp_path / name)[:-1] for name in ("split", "whole")]
-    rates = [[line["train/win_rate/matrices"] for line in own] for own in lines]
+    rates = [[line["train/win_rate/matrices"] for line in run] for run in lines]
     assert rates[0] == pytest.approx(rates[1], abs=0.02) and 0.05 < rates[0][-1] < 0.95
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
-def test_compiling_anew_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
-    """What a graph is warmed up with leaves dropout's generator as it was. The compiler itself is left out here."""
+def test_compiling_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
+    """The pass that compiles a graph restores dropout's generator. The compiler itself is replaced here."""
     monkeypatch.setattr("training.step.compiler", lambda compiled: lambda function: function)
-    words = [f"--optimizer_name={optimizer}", "--compile=True", "--dropout=0.2", "--hess_interval=2", "--hess_bs=8"]
+    argv = [f"--optimizer_name={optimizer}", "--compile=True", "--dropout=0.2", "--hess_interval=2", "--hess_bs=8"]
     schedule = ["--lr_decay_iters=8", "--eval_interval=4"]
-    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), *words, *schedule, "--max_iters=8"])
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), *argv, *schedule, "--max_iters=8"])
     for more in (["--max_iters=4"], ["--max_iters=8", "--init_from=resume"]):
-        train_sophiag.main([*tiny_words(corpus, tmp_path / "resumed"), *words, *schedule, *more])
+        train_sophiag.main([*tiny_words(corpus, tmp_path / "resumed"), *argv, *schedule, *more])
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_number_of_ranks_does_not_matter(corpus, one_process, tmp_path, ranks):
-    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, tmp_path), "--batch_size=4", *SPLIT])
+def test_the_number_of_ranks_does_not_change_the_run(corpus, one_process, tmp_path):
+    done = torchrun(3, "train_sophiag.py", [*tiny_words(corpus, tmp_path), "--batch_size=4", *SPLIT])
     assert done.returncode == 0, done.stderr
     alone, together = read_lines(one_process), read_lines(tmp_path)
     assert [line["step"] for line in together] == list(range(31))
     for key, tolerance in (("train/loss", 1e-4), ("val/loss", 1e-4), ("grad_norm", 1e-3), ("hessian_norm", 1e-2)):
-        ours, theirs = ([line[key] for line in lines if key in line] for lines in (together, alone))
-        assert ours == pytest.approx(theirs, rel=tolerance), key
+        found, expected = ([line[key] for line in lines if key in line] for lines in (together, alone))
+        assert found == pytest.approx(expected, rel=tolerance), key
     assert 0.05 < alone[-2]["train/win_rate"] < 0.95, "the curvature has to matter for this to test it"
     first, last = (read_checkpoint(folder / "ckpt.pt")["model"] for folder in (one_process, tmp_path))
     assert max((first[name] - last[name]).abs().max().item() for name in first) < 1e-4
@@ -93,16 +92,16 @@ def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
     """Three steps of AdamW by hand on the step's global batch, with torch alone."""
     from model import GPT
 
-    words = [*tiny_words(corpus, tmp_path), "--max_iters=3", "--batch_size=6"]
-    train_adam.main(words)
-    config = train_adam.load_config(train_adam.AdamConfig, words)
+    argv = [*tiny_words(corpus, tmp_path), "--max_iters=3", "--batch_size=6"]
+    train_adam.main(argv)
+    config = train_adam.load_config(train_adam.AdamConfig, argv)
     corpus = data.open_dataset(config.dataset)
     torch.manual_seed(config.seed)
     model = GPT(train_adam.Run._model_config(type("run", (), {"config": config, "corpus": corpus}), None))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95))
     expected = []
     for step in range(3):
-        starts = data.window_starts(len(corpus.train), config.seed, step, 24, 16)
+        starts = data.window_starts(len(corpus.train), config.seed, 24 * step, 24, 16)
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(corpus.train, starts, 16))
         loss = model(inputs, targets)[1]
         expected.append(loss.item())
@@ -117,13 +116,13 @@ def test_the_loss_is_the_one_of_the_written_out_algorithm(corpus, tmp_path):
 
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
 def test_resume_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, script):
-    words = ["--max_iters=40", "--dropout=0.1", "--grad_clip=0.5"]
+    argv = ["--max_iters=40", "--dropout=0.1", "--grad_clip=0.5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    script.main([*tiny_words(corpus, whole), *words])
-    interrupt(monkeypatch, script.main, [*tiny_words(corpus, broken), *words], steps=17)
+    script.main([*tiny_words(corpus, whole), *argv])
+    interrupt(monkeypatch, script.main, [*tiny_words(corpus, broken), *argv], steps=17)
     assert [line["step"] for line in read_lines(broken)] == list(range(17)), "past the checkpoint at step 10"
     torch.manual_seed(99)  # another process would have another random state
-    script.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
+    script.main([*tiny_words(corpus, broken), *argv, "--init_from=resume"])
 
     def stream(out_dir):
         return [{key: value for key, value in line.items() if key not in TIMES} for line in read_lines(out_dir)]
@@ -136,7 +135,7 @@ def test_resume_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, scri
         assert all(torch.equal(state[key], second["optimizer"]["state"][index][key]) for key in state)
 
 
-def test_what_a_run_writes(tiny, tmp_path):
+def test_a_run_writes_its_metrics_facts_and_checkpoints(tiny, tmp_path):
     train_sophiag.main([*tiny, "--log_interval=5", "--keep_checkpoints=2"])
     out_dir = tmp_path / "out"
     lines = read_lines(out_dir)
@@ -154,11 +153,11 @@ def test_what_a_run_writes(tiny, tmp_path):
     assert len(facts["source_sha256"]) == 64 and facts["clean"] in (True, False, None)
     assert facts["torch"] == torch.__version__ and len(facts["data"]["train_sha256"]) == 64
     assert sorted(path.name for path in out_dir.iterdir()) == [
-        "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
+        "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_best.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
     ]  # fmt: skip
 
 
-def test_only_better_checkpoints_on_request(tiny, tmp_path, monkeypatch):
+def test_always_save_checkpoint_off_keeps_only_better_ones(tiny, tmp_path, monkeypatch):
     values = iter([4.0, 3.0, 5.0, 2.5])
     monkeypatch.setattr(Run, "evaluate", lambda run: next(values))
     train_adam.main([*tiny, "--always_save_checkpoint=False"])
@@ -247,9 +246,9 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp
 
 
 @pytest.mark.parametrize(
-    "disk_is_full, said", [(False, "resume from the newest checkpoint, of step 4 in"), (True, "start again in")]
+    "disk_is_full, message", [(False, "resume from the newest checkpoint, of step 4 in"), (True, "start again in")]
 )
-def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_full, said):
+def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_full, message):
     """The checkpoint that the error names is there."""
     if disk_is_full:
         monkeypatch.setattr("training.checkpoint.save_checkpoint", lambda *_: 1 / 0)
@@ -261,10 +260,10 @@ def test_too_many_skipped_steps_end_the_run(tiny, monkeypatch, capsys, disk_is_f
         command(lambda: train_adam.main([*tiny, "--max_skipped=4", "--eval_interval=2"]))
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "the last 4 updates up to step 4 were not finite" in error and said in error
+    assert "the last 4 updates up to step 4 were not finite" in error and message in error
 
 
-def test_a_spike_stands_out(tiny, tmp_path, monkeypatch):
+def test_a_spike_shows_in_train_spike(tiny, tmp_path, monkeypatch):
     loss = TrainStep._loss
 
     def spike(step, *arguments):
@@ -295,8 +294,8 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
 
     change.calls = 0
     monkeypatch.setattr(Run, "optimizer_step", change)
-    words = tiny_words(folder, tmp_path / "out")
-    error = refused(capsys, train_adam.main, words)
+    argv = tiny_words(folder, tmp_path / "out")
+    error = refused(capsys, train_adam.main, argv)
     assert ("was changed while" if how == "replaced" else "was cut short") in error
     # At the evaluation, and at the first step that was not read already when the file was cut.
     assert change.calls == 10 if how == "replaced" else change.calls in (5, 6)
@@ -305,8 +304,8 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
 def test_activation_checkpointing_computes_the_same(corpus, tmp_path, script):
     for name, setting in (("kept", False), ("again", True)):
-        words = ["--dropout=0.1", "--max_iters=10", f"--activation_checkpointing={setting}"]
-        script.main([*tiny_words(corpus, tmp_path / name), *words])
+        argv = ["--dropout=0.1", "--max_iters=10", f"--activation_checkpointing={setting}"]
+        script.main([*tiny_words(corpus, tmp_path / name), *argv])
     assert losses(tmp_path / "again") == losses(tmp_path / "kept"), "bit for bit, dropout included"
 
 
@@ -315,7 +314,7 @@ def test_bfloat16_trains_alike(corpus, one_process, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(one_process), abs=0.03)
 
 
-def test_step_0_has_a_rate(tiny, tmp_path):
+def test_step_0_has_a_learning_rate(tiny, tmp_path):
     train_adam.main([*tiny, "--max_iters=3"])
     assert read_lines(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3 / 4)
 
@@ -324,8 +323,8 @@ def test_step_0_has_a_rate(tiny, tmp_path):
 
 
 def test_shorter_sequences_read_the_same_tokens(tiny):
-    words = ["--block_size_schedule=0:4,10:8,20:16", "--batch_size=6"]
-    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, *words])) as run:
+    argv = ["--block_size_schedule=0:4,10:8,20:16", "--batch_size=6"]
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, *argv])) as run:
         batches = {step: run.train_batch(step) for step in (0, 9, 10, 25)}
     with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--batch_size=6", "--overwrite=True"])) as run:
         whole = {step: run.train_batch(step) for step in batches}
@@ -341,11 +340,11 @@ def test_shorter_sequences_read_the_same_tokens(tiny):
 @pytest.mark.parametrize("start", [0, 13])
 def test_batches_prepared_ahead_are_those_prepared_in_place(tiny, monkeypatch, start):
     """Every kind of request in the order of a run, over two epochs and two phases, from step 0 or as after a resume."""
-    words = ["--block_size_schedule=0:4,20:16", "--batch_size=6", "--seed=5"]  # an epoch is 15 steps and 5/8
+    argv = ["--block_size_schedule=0:4,20:16", "--batch_size=6", "--seed=5"]  # an epoch is 15 steps and 5/8
     ahead, prepare = [], Batches._prepare
 
     def batches():
-        config = train_adam.load_config(train_adam.AdamConfig, [*tiny, *words, "--overwrite=True"])
+        config = train_adam.load_config(train_adam.AdamConfig, [*tiny, *argv, "--overwrite=True"])
         with Run(config) as run:
             for step in range(start, 32):
                 if step % 3 == 0:
@@ -364,10 +363,10 @@ def test_batches_prepared_ahead_are_those_prepared_in_place(tiny, monkeypatch, s
     monkeypatch.setattr(data.Prefetcher, "get", lambda prefetcher, prepare, *request: prepare(*request))
     expected = list(batches())
     assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        for (inputs, labels, weight), (their_inputs, their_labels, their_weight) in zip(ours, theirs, strict=True):
-            assert weight == their_weight and inputs.is_contiguous() and labels.is_contiguous()
-            assert torch.equal(inputs, their_inputs) and torch.equal(labels, their_labels)
+    for batch, expected_batch in zip(found, expected, strict=True):
+        for (inputs, targets, weight), (a, b, expected_weight) in zip(batch, expected_batch, strict=True):
+            assert weight == expected_weight and inputs.is_contiguous() and targets.is_contiguous()
+            assert torch.equal(inputs, a) and torch.equal(targets, b)
 
 
 @pytest.mark.parametrize("how", ["finished", "failed"])
@@ -387,15 +386,16 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("interrupted_at", [11, 20, 25])
-@pytest.mark.parametrize("phases", PHASES)
+@pytest.mark.parametrize(  # before, at and after the step at which Sophia starts
+    "phases, interrupted_at", [("curriculum", 25), ("hybrid", 11), ("both", 20), ("hybrid", 25)]
+)
 def test_phases_resume_exactly(corpus, tmp_path, monkeypatch, phases, interrupted_at):
-    words = [*PHASES[phases], "--dropout=0.1", "--max_iters=32", "--eval_interval=10"]
+    argv = [*PHASES[phases], "--dropout=0.1", "--max_iters=32", "--eval_interval=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_sophiag.main([*tiny_words(corpus, whole), *words])
-    interrupt(monkeypatch, train_sophiag.main, [*tiny_words(corpus, broken), *words], interrupted_at)
+    train_sophiag.main([*tiny_words(corpus, whole), *argv])
+    interrupt(monkeypatch, train_sophiag.main, [*tiny_words(corpus, broken), *argv], interrupted_at)
     torch.manual_seed(99)
-    train_sophiag.main([*tiny_words(corpus, broken), *words, "--init_from=resume"])
+    train_sophiag.main([*tiny_words(corpus, broken), *argv, "--init_from=resume"])
     assert losses(broken) == losses(whole)
     first, second = (read_checkpoint(folder / "ckpt.pt")["model"] for folder in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -403,8 +403,8 @@ def test_phases_resume_exactly(corpus, tmp_path, monkeypatch, phases, interrupte
 
 def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
     train_adam.main([*tiny_words(corpus, tmp_path / "adam"), "--weight_decay=0.2"])
-    words = ["--sophia_start_iter=14", "--hess_warmup=3", "--rho=1.0"]
-    train_sophiag.main([*tiny_words(corpus, tmp_path / "hybrid"), *words])
+    argv = ["--sophia_start_iter=14", "--hess_warmup=3", "--rho=1.0"]
+    train_sophiag.main([*tiny_words(corpus, tmp_path / "hybrid"), *argv])
     adam, hybrid = losses(tmp_path / "adam"), losses(tmp_path / "hybrid")
     assert hybrid[:15] == adam[:15], "the loss of step 14 is before its update"
     assert hybrid[15] != adam[15] and hybrid[-1] < hybrid[0]
@@ -414,7 +414,7 @@ def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "schedule, said",
+    "schedule, message",
     [
         ("128", "not written as"),
         ("5:4", "begin at 0"),
@@ -422,24 +422,24 @@ def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
         ("0:5", "5 does not divide block_size = 16"),
     ],
 )
-def test_bad_block_size_schedules(tiny, capsys, schedule, said):
-    assert said in refused(capsys, train_adam.main, [*tiny, f"--block_size_schedule={schedule}"])
+def test_bad_block_size_schedules_are_refused(tiny, capsys, schedule, message):
+    assert message in refused(capsys, train_adam.main, [*tiny, f"--block_size_schedule={schedule}"])
 
 
 # ----- bad input
 
 
-def refused(capsys, main, words):
-    """The sentence with which `main(words)` ends, exit code 2."""
+def refused(capsys, main, argv):
+    """The sentence with which `main(argv)` ends, exit code 2."""
     with pytest.raises(SystemExit) as ended:
-        command(lambda: main(words))
+        command(lambda: main(argv))
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-def test_out_dir_with_another_run(tiny, tmp_path, capsys):
+def test_an_out_dir_with_a_run_is_refused_or_overwritten(tiny, tmp_path, capsys):
     train_adam.main(tiny)
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     assert "--init_from=resume" in refused(capsys, train_adam.main, tiny)
@@ -448,11 +448,11 @@ def test_out_dir_with_another_run(tiny, tmp_path, capsys):
     assert [line["step"] for line in read_lines(tmp_path / "out")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_resume_without_a_checkpoint(tiny, capsys):
+def test_resume_without_a_checkpoint_is_refused(tiny, capsys):
     assert "holds no checkpoint" in refused(capsys, train_adam.main, [*tiny, "--init_from=resume"])
 
 
-def test_resume_with_another_shape(tiny, tmp_path, capsys):
+def test_resume_with_another_model_is_refused(tiny, tmp_path, capsys):
     train_adam.main(tiny)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     error = refused(capsys, train_adam.main, [*tiny, "--init_from=resume", "--n_embd=48"])
@@ -463,7 +463,7 @@ def test_resume_with_another_shape(tiny, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_resume_with_the_other_optimizer(tiny, tmp_path, capsys):
+def test_resume_with_another_optimizer_is_refused(tiny, tmp_path, capsys):
     train_adam.main(tiny)
     error = refused(capsys, train_sophiag.main, [*tiny, "--init_from=resume"])
     assert "adamw" in error and "sophiag" in error
@@ -474,30 +474,30 @@ def test_missing_data_names_the_command(tiny, capsys):
     assert "python data/wikitext103/prepare.py" in error
 
 
-def test_a_split_that_does_not_work_out(tiny, tmp_path, capsys):
+def test_a_batch_that_cannot_be_split_names_sizes_that_can(tiny, tmp_path, capsys):
     error = refused(capsys, train_adam.main, [*tiny, "--batch_size=7"])
     assert "batch_size can be 1, 2, 3, 4, 6, 8, 12, 24" in error
     assert not (tmp_path / "out").exists(), "nothing half-written"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder where not even root may write")
-def test_unwritable_out_dir(tiny, capsys):
+def test_an_out_dir_that_cannot_be_written_is_refused(tiny, capsys):
     assert "cannot be written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
 
 
-def test_out_dir_that_is_a_file(tiny, tmp_path, capsys):
+def test_an_out_dir_that_is_a_file_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert "cannot be written" in refused(capsys, train_adam.main, tiny)
 
 
-def test_no_such_device(tiny, capsys):
+def test_a_device_or_dtype_that_is_not_there_is_refused(tiny, capsys):
     assert "allowed: auto, cuda" in refused(capsys, train_adam.main, [*tiny, "--device=abacus"])
     assert "float16" in refused(capsys, train_adam.main, [*tiny, "--dtype=float16"])
     if not torch.cuda.is_available():
         assert "this machine has too few GPUs (0" in refused(capsys, train_adam.main, [*tiny, "--device=cuda"])
 
 
-def test_two_ranks_say_it_once(tiny):
+def test_two_ranks_print_an_error_once(tiny):
     done = torchrun(2, "train_adam.py", [*tiny, "--batch_size=7"])
     assert done.returncode != 0
     assert done.stderr.count("error: total_bs") == 1
@@ -519,10 +519,10 @@ def test_fewer_curvature_sequences_than_ranks_are_refused_before_anything_is_ove
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
 def test_gpu_trains_like_the_cpu(corpus, tmp_path, script, dtype, compiled):
-    words = ["--hess_interval=5"] if script is train_sophiag else []
-    script.main([*tiny_words(corpus, tmp_path / "cpu"), *words])
+    argv = ["--hess_interval=5"] if script is train_sophiag else []
+    script.main([*tiny_words(corpus, tmp_path / "cpu"), *argv])
     on_gpu = ["--device=cuda", f"--dtype={dtype}", f"--compile={compiled}"]
-    script.main([*tiny_words(corpus, tmp_path / "gpu"), *words, *on_gpu])
+    script.main([*tiny_words(corpus, tmp_path / "gpu"), *argv, *on_gpu])
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=0.03)
 
 
@@ -534,8 +534,8 @@ def test_graphs_are_cut_at_the_buckets_between_machines_only(corpus, tmp_path, m
     alone = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in (alone | {"LOCAL_WORLD_SIZE": machines}).items():  # one rank, that thinks so of others
         monkeypatch.setenv(name, str(value))
-    words = tiny_words(corpus, tmp_path)
-    config = train_adam.load_config(train_adam.AdamConfig, [*words, "--n_layer=2", "--n_embd=128", "--compile=True"])
+    argv = tiny_words(corpus, tmp_path)
+    config = train_adam.load_config(train_adam.AdamConfig, [*argv, "--n_layer=2", "--n_embd=128", "--compile=True"])
     with Run(config) as run:
         run.set_optimizer(make_optimizer)
         torch._dynamo.reset()

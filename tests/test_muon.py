@@ -1,0 +1,353 @@
+"""muon.py against float64 references, torch.optim.Muon, and itself after a round trip."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from muon import _ROOT_STEPS, Muon, WhitenedMuon, inverse_root, orthogonalize
+
+SHAPES = [(6, 6), (6, 24), (24, 6), (6, 6), (18, 6)]
+SPLITS = [1, 1, 1, 1, 3]
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def newton_schulz(x):
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def root_of(factor, exponent, ridge):
+    values, vectors = torch.linalg.eigh(factor / factor.diagonal().mean())
+    return (vectors * (values + ridge) ** -exponent) @ vectors.T
+
+
+class Reference:
+    """The update of one matrix in plain float64."""
+
+    def __init__(self, p, lr, momentum=0.95, weight_decay=0.1, nesterov=True, cautious=False, whitening=None):
+        self.p, self.m, self.left, self.right = p.detach().clone(), torch.zeros_like(p), 0.0, 0.0
+        self.lr, self.momentum, self.decay = lr, momentum, weight_decay
+        self.nesterov, self.cautious, self.whitening, self.steps = nesterov, cautious, whitening, 0
+
+    def step(self, g):
+        self.m = self.momentum * self.m + (1 - self.momentum) * g
+        x = self.momentum * self.m + (1 - self.momentum) * g if self.nesterov else self.m
+        if self.whitening:
+            x = self.whitened(x, g, **self.whitening)
+        else:
+            x = newton_schulz(x)
+        update = 0.2 * math.sqrt(max(g.shape)) * x
+        decayed = (update * self.p > 0).to(g.dtype) if self.cautious else 1
+        self.p = self.p - self.lr * self.decay * decayed * self.p - self.lr * update
+
+    def whitened(self, x, g, sides, exponent, ridge, decay, interval):
+        self.left, self.right = decay * self.left + (1 - decay) * g @ g.T, decay * self.right + (1 - decay) * g.T @ g
+        if self.steps % interval == 0:
+            self.roots = [
+                root_of(f, exponent if side in (sides, "both") or sides == "both" else 0.0, ridge)
+                for f, side in ((self.left, "output"), (self.right, "input"))
+            ]
+        self.steps += 1
+        left, right = self.roots
+        orthogonal = newton_schulz(left @ x @ right)
+        update = left @ orthogonal @ right
+        return update * orthogonal.norm() / update.norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"cautious": True}, {"weight_decay": 0.0}])
+def test_a_step_is_the_formula(settings):
+    params = parameters()
+    optimizer = Muon(params, lr=0.1, split=SPLITS, **settings)
+    references = [
+        [Reference(part, 0.1, **settings) for part in p.chunk(n)] for p, n in zip(params, SPLITS, strict=True)
+    ]
+    for step in range(6):
+        set_gradients(params, step)
+        for p, parts in zip(params, references, strict=True):
+            for part, g in zip(parts, p.grad.chunk(len(parts)), strict=True):
+                part.step(g)
+        optimizer.step()
+    for p, parts in zip(params, references, strict=True):
+        torch.testing.assert_close(p.detach(), torch.cat([part.p for part in parts]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", ["input", "output", "both"])
+@pytest.mark.parametrize("exponent", [0.125, 0.25, 0.5, 0.3])
+def test_a_whitened_step_is_the_formula(sides, exponent):
+    whitening = {"sides": sides, "exponent": exponent, "ridge": 0.02, "decay": 0.8, "interval": 2}
+    params = parameters()
+    optimizer = WhitenedMuon(params, lr=0.1, split=SPLITS, **whitening)
+    references = [
+        [Reference(part, 0.1, whitening=whitening) for part in p.chunk(n)] for p, n in zip(params, SPLITS, strict=True)
+    ]
+    for step in range(7):
+        set_gradients(params, step)
+        for p, parts in zip(params, references, strict=True):
+            for part, g in zip(parts, p.grad.chunk(len(parts)), strict=True):
+                part.step(g)
+        optimizer.step()
+    for p, parts in zip(params, references, strict=True):
+        torch.testing.assert_close(p.detach(), torch.cat([part.p for part in parts]), rtol=1e-3, atol=1e-3)
+
+
+def test_exponent_0_is_muon():
+    ours, plain = parameters(), parameters()
+    whitened, muon = WhitenedMuon(ours, lr=0.1, split=SPLITS, exponent=0.0), Muon(plain, lr=0.1, split=SPLITS)
+    for step in range(4):
+        for params, optimizer in ((ours, whitened), (plain, muon)):
+            set_gradients(params, step)
+            optimizer.step()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs_to_its_rounding(nesterov):
+    """torch.optim.Muon orthogonalizes in bfloat16, this in the parameters' dtype on a CPU."""
+    ours, torchs = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    start = [p.detach().clone() for p in ours]
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.2, "nesterov": nesterov}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(torchs, adjust_lr_fn="match_rms_adamw", **settings)
+    for step in range(5):
+        for params, optimizer in zip((ours, torchs), optimizers, strict=True):
+            set_gradients(params, step)
+            optimizer.step()
+    for a, b, p in zip(ours, torchs, start, strict=True):
+        assert (a - b).norm() < 0.03 * (a - p).norm()
+    buffers = [
+        optimizer.state[p]["momentum_buffer"] for optimizer, p in zip(optimizers, (ours[0], torchs[0]), strict=True)
+    ]
+    torch.testing.assert_close(*buffers)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("decades", [0, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_root_is_that_of_the_eigenvalues(exponent, decades, dtype):
+    generator = torch.Generator().manual_seed(decades)
+    basis = torch.linalg.qr(torch.randn(2, 64, 64, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(0, -decades, 64, dtype=torch.float64) * 1e-7
+    factors = (basis * values) @ basis.mT
+    roots = inverse_root(factors.to(dtype), exponent, 0.01).double()
+    expected = (basis * (values / values.mean() + 0.01) ** -exponent) @ basis.mT
+    assert (roots - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_inverse_root_of_a_rank_one_factor_is_finite_and_near():
+    g = torch.randn(48, 1, generator=torch.Generator().manual_seed(0))
+    roots = inverse_root((g @ g.T)[None], 0.25, 0.01)[0].double()
+    expected = root_of((g @ g.T).double(), 0.25, 0.01)
+    assert (roots - expected).norm() < 1e-2 * expected.norm()
+    zeros = inverse_root(torch.zeros(1, 5, 5), 0.25, 0.01)[0]
+    torch.testing.assert_close(zeros, 0.01**-0.25 * torch.eye(5), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("p", _ROOT_STEPS)
+def test_the_steps_of_the_root_are_minimax(p):
+    """No other (a, b, c) has a smaller largest error: it is reached four times, with alternating signs."""
+    low, high = 1e-4 ** (1 / p), 1.0
+    for a, b, c in _ROOT_STEPS[p]:
+        t = torch.logspace(math.log10(low), math.log10(high), 100001, dtype=torch.float64)
+        error = 1 - t * (a + b * t**p + c * t ** (2 * p))
+        largest = error.abs().max().item()
+        runs = torch.tensor_split(error, (error.sign().diff() != 0).nonzero()[:, 0] + 1)
+        assert [run.abs().max().item() for run in runs] == pytest.approx([largest] * 4, rel=5e-3, abs=5e-5)
+        low, high = 1 - largest, 1 + largest
+
+
+def test_wide_sides_are_whitened_in_blocks():
+    p = parameters([(4, 12)])[0]
+    g = torch.randn(4, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    p.grad, start = g, p.detach().clone()
+    WhitenedMuon([p], lr=1.0, weight_decay=0.0, nesterov=False, sides="input", exponent=0.3, max_width=5).step()
+    root = torch.block_diag(*(root_of(block.T @ block, 0.3, 0.01) for block in g.chunk(3, dim=1)))  # 3 of 4, not of 5
+    orthogonal = newton_schulz(g @ root)
+    update = orthogonal @ root
+    expected = start - 0.2 * math.sqrt(12) * update * orthogonal.norm() / update.norm()
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-10)
+
+
+def train(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_a_resumed_optimizer_takes_the_same_steps(cls, dtype):
+    whole = parameters(dtype=dtype)
+    optimizer = cls(whole, lr=0.05, split=SPLITS)
+    train(optimizer, whole, 13)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in whole]
+    resumed = [torch.nn.Parameter(w) for w in weights]
+    again = cls(resumed, lr=0.05, split=SPLITS)
+    again.load_state_dict(saved)
+    twin = copy.deepcopy((resumed, again))
+    for params, o in ((whole, optimizer), (resumed, again), twin):
+        train(o, params, 12, first=13)
+    for a, b, c in zip(whole, resumed, twin[0], strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert saved["state"][0]["momentum_buffer"].dtype == dtype
+
+
+def test_factors_keep_their_dtype_after_the_hooks_of_a_load():
+    params = parameters([(4, 4), (4, 4)], torch.bfloat16)
+    optimizer = WhitenedMuon(params, lr=0.05)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    again = WhitenedMuon(parameters([(4, 4), (4, 4)], torch.bfloat16), lr=0.05)
+
+    def swap(_, state_dict):
+        return state_dict | {"state": {0: state_dict["state"][1], 1: state_dict["state"][0]}}
+
+    again.register_load_state_dict_pre_hook(swap)
+    again.load_state_dict(saved)
+    first = again.state[again.param_groups[0]["params"][0]]
+    for key, value in optimizer.state[params[1]].items():
+        assert torch.equal(first[key], value) and first[key].dtype == value.dtype
+    assert first["left_factor"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_a_step_with_found_inf_changes_nothing(cls):
+    params = parameters(dtype=torch.float32)
+    optimizer = cls(params, lr=0.05, split=SPLITS, **({"interval": 1} if cls is WhitenedMuon else {}))
+    train(optimizer, params, 3)
+    before = copy.deepcopy([p.detach() for p in params]), copy.deepcopy(list(optimizer.state.values()))
+    set_gradients(params, 3)
+    params[0].grad[0, 0] = math.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    del optimizer.found_inf
+    for p, old, state, old_state in zip(params, before[0], optimizer.state.values(), before[1], strict=True):
+        assert torch.equal(p, old) and all(torch.equal(state[key], old_state[key]) for key in old_state)
+
+
+def test_a_first_step_that_is_skipped_leaves_no_trace():
+    skipped, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    for params, skips in ((skipped, True), (plain, False)):
+        optimizer = WhitenedMuon(params, lr=0.05, interval=1)
+        if skips:
+            for p in params:
+                p.grad = torch.full_like(p, math.inf)
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            optimizer.found_inf = None
+        train(optimizer, params, 3)
+    assert all(torch.equal(a, b) for a, b in zip(skipped, plain, strict=True))
+
+
+def test_grad_scale_divides_the_gradients():
+    scaled, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    for params, scale in ((scaled, 1024.0), (plain, None)):
+        optimizer = WhitenedMuon(params, lr=0.05)
+        for step in range(3):
+            set_gradients(params, step)
+            if scale:
+                torch._foreach_mul_([p.grad for p in params], scale)
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
+
+
+def test_factors_can_come_from_other_gradients():
+    params = parameters([(5, 7)])
+    optimizer = WhitenedMuon(params, lr=0.1, source="update_factors", sides="both", decay=0.5)
+    set_gradients(params, 0)
+    with pytest.warns(UserWarning, match="update_factors"):
+        optimizer.step()
+    set_gradients(params, 1)
+    optimizer.update_factors()
+    g = params[0].grad.clone()
+    factor = optimizer.state[params[0]]["right_factor"].clone()
+    torch.testing.assert_close(factor[0, 0], 0.5 * g.T @ g)
+    set_gradients(params, 2)
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["right_factor"], factor)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        optimizer.update_factors()
+    with pytest.raises(RuntimeError, match="source = 'gradient'"):
+        WhitenedMuon(params).update_factors()
+
+
+def test_a_convolution_is_stepped_as_a_matrix():
+    conv = parameters([(4, 2, 3, 3)])[0]
+    matrix = torch.nn.Parameter(conv.detach().clone().flatten(1))
+    optimizers = Muon([conv], lr=0.1, flatten=True), Muon([matrix], lr=0.1)
+    for step in range(3):
+        set_gradients([conv], step)
+        matrix.grad = conv.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(conv.flatten(1), matrix)
+
+
+def test_a_matrix_of_zero_gradients_stays():
+    p = parameters([(4, 4)], torch.float32)[0]
+    start = p.detach().clone()
+    for cls in (Muon, WhitenedMuon):
+        p.grad = torch.zeros_like(p)
+        cls([p], lr=0.1, weight_decay=0.0).step()
+        assert torch.equal(p, start)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr = -1.0"), ({"momentum": 1.0}, "momentum = 1.0"), ({"weight_decay": -1}, "weight_decay"),
+        ({"split": 4}, "split = 4 does not divide the rows of a parameter of shape \\(6, 6\\)"),
+        ({"split": [1, 1]}, "split has 2 numbers for the 1 parameters"), ({"exponent": -0.1}, "exponent"),
+        ({"sides": "left"}, "sides = 'left'"), ({"source": "labels"}, "source = 'labels'"), ({"decay": 1.0}, "decay"),
+        ({"interval": 0}, "interval = 0"), ({"max_width": 0}, "max_width = 0"), ({"ridge": -1.0}, "ridge"),
+        ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients"),
+        ({"nestrov": True}, "nestrov"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        WhitenedMuon(parameters([(6, 6)]), **settings)
+    with pytest.raises(ValueError, match=message):  # of a group as well
+        WhitenedMuon([{"params": parameters([(6, 6)]), **settings}])
+
+
+def test_what_is_not_a_matrix_is_refused():
+    for shape in ((4,), (2, 3, 4)):
+        with pytest.raises(ValueError, match="steps matrices"):
+            Muon(parameters([shape]))
+    with pytest.raises(RuntimeError, match="complex"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+    p = parameters([(4, 4)])[0]
+    optimizer = Muon([p])
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(2, 2)
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="does not fit a parameter of shape"):
+        optimizer.step()
+    p.grad = torch.zeros(4, 4, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    x = torch.randn(3, 2, 20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.linalg.svdvals(orthogonalize(x))
+    assert values.shape == (3, 2, 20) and values.min() > 0.65 and values.max() < 1.25
+    torch.testing.assert_close(orthogonalize(x.mT).mT, orthogonalize(x))
