@@ -466,7 +466,7 @@ class _Sophia(Optimizer):
         for bucket in buckets:
             multiplier = None if grad_scale is None else 1.0 / _scalar(grad_scale, bucket.device)
             skip = None if found_inf is None else _scalar(found_inf, bucket.device) != 0
-            settings = {"beta2": bucket.group["betas"][1], "scale": scale, "squared": squared, "skip": skip}
+            settings = {"beta2": bucket.group["betas"][1], "scale": float(scale), "squared": squared, "skip": skip}
             self._implementation(bucket).hessian(bucket, multiplier=multiplier, **settings)
 
     @torch.no_grad()
@@ -642,8 +642,8 @@ class SophiaH(_Sophia):
 # True nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
 
 _AVERAGES = ("exp_avg", "hessian")
-# Labels of groups, for others to read.
-_LABELS = {"params", "param_names", "name", "split", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+_LABELS = {"params", "param_names", "name", "split", "lr_scale"}  # of groups, for others to read
+_LABELS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}  # of schedulers
 
 
 class _Bucket:

@@ -148,8 +148,9 @@ class EigenbasisSophiaG(SophiaG):
         for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
             own = [estimate for estimate in estimates if estimate[0].device == device]
             sides = [side for bucket, *_ in own for side in bucket.sides]
-            updater = self._cache.setdefault(("updater", device), _BasisUpdater(device))
-            self._cache.setdefault("pending", []).append((own, *updater.start(sides)))
+            if ("updater", device) not in self._cache:
+                self._cache["updater", device] = _BasisUpdater(device)
+            self._cache.setdefault("pending", []).append((own, *self._cache["updater", device].start(sides)))
 
     def _update_factors(self, bucket, *, beta2, multiplier, skip, **settings):
         """Average G G^T and G^T G into the factors, and keep what _finish_updates needs to renew h."""

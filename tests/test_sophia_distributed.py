@@ -42,22 +42,22 @@ def make(cls=SophiaG, wrap=lambda model: model, **settings):
     return model, cls(groups, lr=0.05, rho=0.5, max_grad_norm=0.1, **settings)
 
 
-def train(model, optimizer, rank=0, ranks=1, steps=5):
+def train(model, optimizer, rank=0, ranks=1, steps=5, sophia=None):
     """Every rank on its rows of the same batches; labels by uniform numbers that do not depend on the ranks."""
-    norms = []
+    norms, sophia = [], sophia or optimizer
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x = torch.randint(11, (8, 3), generator=generator)[rank::ranks]
         uniform = torch.rand(8, 3, generator=generator)[rank::ranks]
-        if step % 2 == 0 and isinstance(optimizer, SophiaG):
+        if step % 2 == 0 and isinstance(sophia, SophiaG):
             sampled_label_loss(model(x), uniform=uniform).backward()
-            optimizer.update_hessian(scale=24 / 48)
+            sophia.update_hessian(scale=24 / 48)
             optimizer.zero_grad()
         nn.functional.cross_entropy(model(x).flatten(0, 1), ((x + 1) % 11).flatten()).backward()
         optimizer.step(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
         optimizer.zero_grad()
-        norms.append(float(optimizer.grad_norm))
-    statistics = optimizer.statistics(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
+        norms.append(0.0 if sophia.grad_norm is None else float(sophia.grad_norm))
+    statistics = sophia.statistics(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
     return norms, statistics
 
 
@@ -101,9 +101,22 @@ def rank_main(rank, ranks, port, results):
             if rank == 0:
                 tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
                 results[name, implementation] = (tensors, norms, statistics)
+    results["zero", rank] = zero_1(rank, ranks)
     results["hutchinson", rank] = hutchinson_under_ddp(rank)
     results["sharded", rank] = sharded_edges(rank, lambda model: shard(model, flat))
     dist.destroy_process_group()
+
+
+def zero_1(rank, ranks):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Net())
+    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, lr=0.05, rho=0.5, bs=48)
+    train(model, zero, rank, ranks, sophia=zero.optim)
+    zero.consolidate_state_dict()
+    kept = [] if rank else [state["hessian"] for _, state in sorted(zero.state_dict()["state"].items())]
+    return [t.detach().numpy() for t in [*model.parameters(), *kept]]
 
 
 def batch(rank, step):
@@ -186,6 +199,18 @@ def test_two_ranks_equal_one(two_ranks, name, implementation):
     assert their_norms == pytest.approx(norms, rel=1e-5)
     assert their_statistics == pytest.approx(statistics, rel=1e-4)
     assert 0 < statistics["win_rate"] < 1
+
+
+def test_zero_1_equals_one_rank(two_ranks):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48)
+    train(model, optimizer)
+    expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
+    for ours, theirs in zip(expected, two_ranks["zero", 0], strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
+    for a, b in zip(two_ranks["zero", 0], two_ranks["zero", 1], strict=False):
+        assert (a == b).all()
 
 
 def test_hutchinson_keeps_the_ranks_together_and_averages_their_estimates(two_ranks):
