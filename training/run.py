@@ -35,11 +35,12 @@ from training.checkpoint import (
 )
 from training.config import with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError
+from training.errors import RunError, UserError, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.fp8 import to_fp8
 from training.hf import load_optimizer_state, start_from
 from training.lock import RunLock
+from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
@@ -59,7 +60,7 @@ class Run:
     """
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.corpus = config, None
         self._tracker = self._writer = self._batches = self._train_step = self._lock = None
         self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
@@ -97,11 +98,11 @@ class Run:
             )
         if resume:
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
-                world.on_rank0(lambda: _check_empty(config))
+                if not config.eval_only:
+                    world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
             differing = optimizers.state_differences(config, checkpoint)
-        self.corpus = None
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
         except UserError:
@@ -120,9 +121,6 @@ class Run:
         self._hashes = hashes
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
-        self._changed = self._changes(checkpoint) if resume else {}
-        self._history = list(checkpoint.get("history", [])) if resume else []
-        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
 
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
@@ -140,6 +138,11 @@ class Run:
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
         self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
         self._train_step = TrainStep(config, self.model, world, self._clock)
+        if config.batch_size == "auto":
+            self._choose_batch_size(checkpoint["config"].get("batch_size", 0) if resume else None)
+        self._changed = self._changes(checkpoint) if resume else {}
+        self._history = list(checkpoint.get("history", [])) if resume else []
+        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
         if resume:
             self._train_step.load_state_dict(checkpoint)
 
@@ -210,6 +213,32 @@ class Run:
             "out_dir must be one folder that all machines see",
         )
         return checkpoint, path
+
+    def _choose_batch_size(self, before):
+        """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
+        config, world = self.config, self.world
+        sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
+        if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
+            sizes = [size for size in sizes if size <= max(most, 1)]
+        if before in sizes and self._train_step.fits(before):
+            config.batch_size = before
+        elif size := largest(sizes, self._train_step.fits, most):
+            config.batch_size = size
+        else:
+            raise RunError(f"{self._memory_sentence(None)}.")
+        config.gradient_accumulation_steps = _accumulation(config, world.size)
+        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
+
+    @property
+    def _ranks_here(self):
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def _memory_sentence(self, error):
+        world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        return sentence(error, self.config, world.device_name, memory, world.size, rows)
 
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
@@ -297,6 +326,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         explained = self.world.explain(error)
+        too_large = not explained and is_out_of_memory(error)
         if self._batches:
             self._batches.close()
         if kind is None:
@@ -308,6 +338,10 @@ class Run:
             gc.collect()  # DDP's cycles have to go before the process group: gloo sometimes aborts otherwise
         self.world.__exit__(kind, error, traceback)
         self._signals.restore()
+        if too_large:
+            newest = self._writer and self._writer.step
+            go_on = "" if newest is None else f", and go on from step {newest} with --init_from=resume"
+            raise RunError(f"{self._memory_sentence(error)}{go_on}.") from None
         if explained:
             raise explained from error
 
@@ -617,7 +651,9 @@ def _sequences_seen(config, checkpoint):
 
 def _accumulation(config, ranks):
     """gradient_accumulation_steps: derived from total_bs or, if it was given, checked against it."""
-    once = config.batch_size * ranks
+    if config.batch_size == "auto" and config.total_bs % ranks == 0:
+        return None  # until it is chosen
+    once = ranks * (1 if config.batch_size == "auto" else config.batch_size)
     steps, rest = divmod(config.total_bs, once)
     given = config.gradient_accumulation_steps
     if given is not None and given * once != config.total_bs:
@@ -627,7 +663,7 @@ def _accumulation(config, ranks):
             f"x {ranks} ranks = {given * once}; {fit}"
         )
     if rest:
-        sizes = [size for size in range(1, config.total_bs + 1) if config.total_bs % (size * ranks) == 0]
+        sizes = micro_batch_sizes(config.total_bs, ranks)
         fit = (
             f"batch_size can be {', '.join(map(str, sizes))}."
             if sizes

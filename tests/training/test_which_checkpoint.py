@@ -179,6 +179,7 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder(tiny, trained, tmp_path
     assert [line["step"] for line in read_lines(tmp_path / "new")] == list(range(25))
     assert losses(tmp_path / "new") == losses(trained)[:24] and contents(trained) == before
     assert "does not belong" in refused(capsys, train_adam.main, words)
+    train_adam.main([*words, "--eval_only=True"])
 
 
 @pytest.mark.parametrize("which", ["25", "best.pt", "", "/", "9" * 5000, "a\0b"])
