@@ -185,6 +185,32 @@ class Run:
             for text in self._effects(checkpoint["config"]):
                 self._say(f"  {text}")
 
+    def _choose_batch_size(self, before):
+        """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
+        config, world = self.config, self.world
+        sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
+        if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
+            sizes = [size for size in sizes if size <= max(most, 1)]
+        if before in sizes and self._train_step.fits(before):
+            config.batch_size = before
+        elif size := largest(sizes, self._train_step.fits, most):
+            config.batch_size = size
+        else:
+            raise RunError(f"{self._memory_sentence(None)}.")
+        config.gradient_accumulation_steps = _accumulation(config, world.size)
+        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
+
+    @property
+    def _ranks_here(self):
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def _memory_sentence(self, error):
+        world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        return sentence(error, self.config, world.device_name, memory, world.size, rows)
+
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
         if not self.config.eval_only:
@@ -214,32 +240,6 @@ class Run:
         )
         return checkpoint, path
 
-    def _choose_batch_size(self, before):
-        """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
-        config, world = self.config, self.world
-        sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
-        most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
-        if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
-            sizes = [size for size in sizes if size <= max(most, 1)]
-        if before in sizes and self._train_step.fits(before):
-            config.batch_size = before
-        elif size := largest(sizes, self._train_step.fits, most):
-            config.batch_size = size
-        else:
-            raise RunError(f"{self._memory_sentence(None)}.")
-        config.gradient_accumulation_steps = _accumulation(config, world.size)
-        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
-
-    @property
-    def _ranks_here(self):
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-    def _memory_sentence(self, error):
-        world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
-        return sentence(error, self.config, world.device_name, memory, world.size, rows)
-
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
         config = self.config
@@ -261,10 +261,10 @@ class Run:
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
         seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
-        if "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"seed", "train_sha256"} & changed.keys():
             yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        elif "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
             yield "val/loss is taken on other tokens than before; the search for the best one begins again"
         if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):

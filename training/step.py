@@ -108,8 +108,8 @@ class TrainStep:
         self.config, self.model, self.world = config, model, world
         self.optimizer = self.loss = self.grad_norm = None
         self._clock, self._compiled = clock, set()
-        self._settled = config.fsdp or world.size <= 2
         self._estimate = OPTIMIZERS[config.optimizer_name].estimate
+        self._settled = config.fsdp or world.size <= 2
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
         self._forward = ModelLoss(model, config.compile, config.fsdp)
