@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from training.config import PRETRAINED, load_config, setting
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.data import check_split, open_dataset
 from training.distributed import Distributed
 from training.errors import UserError, command
@@ -30,6 +30,7 @@ class EvaluateConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
     dataset: str = setting("", "folder under data/ (or its path), or a mixture; default what the run was trained on")
     split: str = setting("val", "which of its files", choices=("train", "val"))
     stride: int | None = setting(None, "tokens from a window to the next; default half of block_size", at_least=1)
@@ -38,13 +39,14 @@ class EvaluateConfig:
     dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
 
     def check(self):
+        check_checkpoint(self)
         """These settings cannot contradict each other."""
 
 
 def main(argv=None):
     config = load_config(EvaluateConfig, argv)
     device = Distributed(config.device).device
-    model, tokenizer, settings = load_model(config.init_from, config.out_dir)
+    model, tokenizer, settings = load_model(config.init_from, config.out_dir, config.checkpoint)
     dataset = config.dataset or settings.get("dataset")
     origin = config.out_dir if config.init_from == "resume" else config.init_from
     if not dataset:

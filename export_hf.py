@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import PRETRAINED, load_config, setting
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.errors import UserError, command
 from training.hf import load_model, to_hf
 from training.tokenizer import gpt2_files
@@ -29,9 +29,11 @@ class ExportConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
+        check_checkpoint(self)
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
@@ -41,7 +43,7 @@ def main(argv=None):
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
-    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
     try:
         export(model, tokenizer, folder)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.config import PRETRAINED, load_config, setting
+from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.distributed import Distributed
 from training.errors import UserError, command
 from training.hf import load_model
@@ -25,6 +25,7 @@ class SampleConfig:
 
     out_dir: str = setting("out", "folder of the run whose checkpoint is read")
     init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
     start: str = setting("", "prompt, or FILE:PATH; default a newline (characters), the end-of-text token (GPT-2)")
     num_samples: int = setting(1, "texts to print; number i = 0, 1, ... is drawn with seed + i", at_least=1)
     max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
@@ -37,13 +38,14 @@ class SampleConfig:
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 
     def check(self):
+        check_checkpoint(self)
         """These settings cannot contradict each other."""
 
 
 def main(argv=None):
     config = load_config(SampleConfig, argv)
     device = Distributed(config.device).device
-    model, tokenizer, _ = load_model(config.init_from, config.out_dir)
+    model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
     prompt = prompt_ids(config.start, tokenizer)
     if len(prompt) > model.config.block_size:
         seen = f"each new one is drawn from the last block_size = {model.config.block_size}"

@@ -2,21 +2,19 @@
 
     from sophia import SophiaG, sampled_label_loss
 
-Algorithms are numbered as in Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
-Pre-training" (arXiv:2305.14342): Algorithm 1 is Hutchinson's estimator (`hutchinson`), Algorithm 2 is
-Gauss-Newton-Bartlett (`sampled_label_loss`, `sampled_target_loss`), Algorithm 3 is the optimizer (`SophiaG` with
-Algorithm 2, `SophiaH` with Algorithm 1). The parametrization is the official code's: the paper's gamma is `rho` here.
-
-The file reads from the top: the update of one tensor, the curvature estimators, the two optimizers, then the plumbing:
-lists of tensors, shards. Copy it into any project; it imports torch only. `fused=True` also needs sophia_fused.py.
+Algorithms have the numbers of Liu et al. (arXiv:2305.14342): 1 is Hutchinson's estimator (`hutchinson`), 2 is Gauss-
+Newton-Bartlett (`sampled_label_loss`, `sampled_target_loss`), 3 the optimizer (`SophiaG` with 2, `SophiaH` with 1).
+The paper's gamma is `rho`, as in the official code. The file reads from the top: the update, the estimators, the
+optimizers, the plumbing. It needs torch only; `fused=True` also needs sophia_fused.py beside it.
 """
 
 import functools
 import importlib
 import math
-import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +25,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 __all__ = ["SophiaG", "SophiaH", "hutchinson", "sample_labels", "sampled_label_loss", "sampled_target_loss"]
 
+_TOGETHER = 2**16  # elements of tensors that are stepped together without foreach
 _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The update and the estimate, in place, for lists of tensors: parameters p, gradients g, their averages m, curvatures h
-# --------------------------------------------------------------------------------------------------------------------
+# ----- The update and the estimate, in place, for lists of tensors: parameters p, gradients g, averages m, curvatures h
 
 
 def _update(p, g, m, h, *, lr, beta1, rho, eps, weight_decay, nesterov, direction=None):
@@ -73,9 +70,7 @@ def _estimate(h, estimates, *, beta2, scale, squared, skip):
         torch._foreach_lerp_(h, estimates, 1 - beta2)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Estimators of the curvature's diagonal
-# --------------------------------------------------------------------------------------------------------------------
+# ----- Estimators of the curvature's diagonal
 
 _CHUNK_ELEMENTS = 2**26  # logits worked on at a time, in float32: 256 MiB
 _BLOCK = 128  # classes whose probabilities are summed together when a label is drawn
@@ -101,20 +96,16 @@ def _first(cumulative, weight, target):
 def sample_labels(logits: Tensor, generator: Generator | None = None, *, uniform: Tensor | None = None) -> Tensor:
     """Draw a label from softmax(logits) for every position. No host sync, no second copy of the logits.
 
-    The label is the inverse of the cumulative distribution at one uniform number. It depends on that number and the
-    position's own logits only, not on how positions are batched. The search has two levels: blocks of classes, then
-    classes. A class of probability 0 (a logit of -inf) is never drawn.
+    A label is the inverse of the cumulative distribution at one uniform number, found in two levels: blocks of classes,
+    then classes. It depends on that number and the position's own logits only. Probability 0 is never drawn.
 
     Args:
         logits: (..., classes), floating point.
         generator: torch.Generator on the logits' device for the uniform numbers; None is the default generator.
-        uniform: (...), in [0, 1): the uniform numbers, instead of drawing them here.
+        uniform: (...), in [0, 1): the uniform numbers, instead of drawing them here; else ValueError.
 
     Returns:
         int64 tensor (...).
-
-    Raises:
-        ValueError: if uniform does not have the shape logits.shape[:-1].
     """
     if uniform is None:
         uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float32)
@@ -144,8 +135,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy whose only tensor of the logits' size is the gradient that backward returns."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index):
-        kept = labels != ignore_index
+    def forward(ctx, logits, labels):
+        kept = labels >= 0
         safe = torch.where(kept, labels, 0)
         picked = logits.gather(-1, safe[:, None])[:, 0].float()
         normalizer = torch.cat([torch.logsumexp(logits[rows].float(), -1) for rows in _row_chunks(logits)])
@@ -155,6 +146,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError("sampled_label_loss can be differentiated once; give hutchinson the training loss")
         logits, labels, kept, normalizer, count = ctx.saved_tensors
         weight = torch.where(kept, grad_output / count, 0.0)[:, None]
         grad = torch.empty_like(logits)
@@ -162,11 +155,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = (logits[rows] - normalizer[rows, None]).exp_()  # in float32
             chunk.scatter_add_(-1, labels[rows, None], chunk.new_full((chunk.shape[0], 1), -1.0))
             grad[rows] = chunk.mul_(weight[rows])
-        return grad, None, None
+        return grad, None
 
 
 def sampled_label_loss(
-    logits: Tensor, generator: Generator | None = None, ignore_index: int = -1, *,
+    logits: Tensor, generator: Generator | None = None, ignore_index: int = -100, *,
     uniform: Tensor | None = None, targets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean cross-entropy against labels drawn from the model itself: Algorithm 2 (Gauss-Newton-Bartlett).
@@ -175,233 +168,226 @@ def sampled_label_loss(
         logits: (..., classes), floating point.
         generator, uniform: the source of the labels, as in `sample_labels`.
         ignore_index: positions whose entry in `targets` is this are left out of the mean (padding).
-        targets: (...), integer, the batch's real labels; only compared with ignore_index. None keeps all.
+        targets: (...), the batch's real labels; only compared with ignore_index. None keeps all positions.
 
     Returns:
         scalar float32 tensor; its gradient is what SophiaG.update_hessian() squares.
     """
     labels = sample_labels(logits, generator, uniform=uniform)
     if targets is not None:
-        labels = torch.where(targets == ignore_index, ignore_index, labels)
+        if targets.shape != labels.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}, expected {tuple(labels.shape)}")
+        labels = torch.where(targets == ignore_index, -100, labels)  # a drawn label may be ignore_index
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if torch.compiler.is_compiling():  # the compiler fuses and differentiates this by itself
-        return F.cross_entropy(flat.float(), labels, ignore_index=ignore_index)
-    return _ChunkedCrossEntropy.apply(flat, labels, ignore_index)
+        return F.cross_entropy(flat.float(), labels)
+    return _ChunkedCrossEntropy.apply(flat, labels)
 
 
 def sampled_target_loss(outputs: Tensor, generator: Generator | None = None, *, variance: float = 1.0) -> Tensor:
     """Mean over rows of ||outputs - y||^2 / (2 variance) with y ~ N(outputs, variance): Algorithm 2 for regression.
 
-    The Gauss-Newton matrix is J^T J / variance, averaged over rows, with J the Jacobian of the outputs. The mean of
-    B grad^2 over draws is exactly its diagonal, with B the number of rows; `bs` counts rows then. Use variance 1 if
+    The Gauss-Newton matrix is J^T J / variance, averaged over rows, with J the Jacobian of the outputs (..., D). Over
+    draws the mean of B grad^2 is exactly its diagonal, B the number of rows; `bs` counts rows then. Use variance 1 if
     the training loss is the halved sum of squared errors over the D outputs, and D / 2 for torch's mse_loss.
-
-    Args:
-        outputs: (..., D), floating point; a row is one prediction.
-        generator: torch.Generator on the outputs' device; None is the default generator.
-        variance: the variance of the likelihood, above 0.
-
-    Returns:
-        scalar tensor; its gradient is what SophiaG.update_hessian() squares.
     """
+    _check_number("variance", variance, above=0.0)
     noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
     target = outputs.detach() + noise * variance**0.5
     return (outputs - target).square().sum() / (2 * variance * outputs[..., 0].numel())
 
 
+class _Estimates(list):
+    """Estimates that know their parameters, so that no order has to be kept."""
+
+    params: list[Tensor]
+
+
 def hutchinson(
     loss: Tensor | Callable[[], Tensor], params: Iterable[Tensor], generator: Generator | None = None
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Hutchinson's estimate of the Hessian's diagonal, u * (Hessian @ u) with u ~ N(0, I): Algorithm 1.
 
     One Hessian-vector product, which costs about two backward passes. It differentiates twice. Compiled models and
     fused attention cannot do that: pass a function that computes the loss with the uncompiled model, and attention
-    runs in its plain form within. `.grad` is left alone. Sharded parameters are not supported.
+    runs in its plain form within. `.grad` is left alone.
 
     Args:
-        loss: a function without arguments that returns the scalar loss, or the loss itself if its operations can be
-            differentiated twice.
-        params: parameters (any iterable of tensors that require gradients).
+        loss: a function without arguments that returns the scalar loss, or the loss itself.
+        params: any iterable of parameters; sharded ones (DTensor) raise RuntimeError.
         generator: torch.Generator on the parameters' device; None is the default generator.
 
     Returns:
-        list of tensors in the order and shapes of params; 0 where the gradient depends on none of them.
+        list in the order and shapes of params: None for those that require no gradient, 0 where it depends on none.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    params = list(params)
+    result, params = _Estimates(), list(params)
+    result.params, active = params, [p for p in params if p.requires_grad]
+    if any(hasattr(p, "device_mesh") for p in params):
+        raise RuntimeError("hutchinson does not work on sharded parameters (DTensor); use SophiaG there")
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss() if callable(loss) else loss
-        grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
-        noise = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in params]
+        grads = torch.autograd.grad(value, active, create_graph=True, allow_unused=True) if active else ()
+        noise = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in active]
         used = [(g, u) for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
-        if not used:
-            return [torch.zeros_like(p) for p in params]
-        outputs, vectors = zip(*used, strict=True)
-        products = torch.autograd.grad(outputs, params, vectors, allow_unused=True)
-    return [torch.zeros_like(u) if v is None else u * v for u, v in zip(noise, products, strict=True)]
+        outputs, vectors = zip(*used, strict=True) if used else ((), ())
+        products = torch.autograd.grad(outputs, active, vectors, allow_unused=True) if used else [None] * len(active)
+    pairs = zip(active, noise, products, strict=True)
+    estimates = {p: torch.zeros_like(u) if v is None else u.to(_state_dtype(u)) * v for p, u, v in pairs}
+    result += [estimates.get(p) for p in params]
+    return result
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The optimizers
-# --------------------------------------------------------------------------------------------------------------------
+# ----- The optimizers
 
 
 class _Sophia(Optimizer):
-    """What SophiaG and SophiaH share: settings, state, clipping, and the GradScaler protocol.
-
-    The protocol is torch's for fused optimizers. While the attributes `grad_scale` and `found_inf` (float32 scalars on
+    """What SophiaG and SophiaH share. GradScaler: while the attributes `grad_scale` and `found_inf` (float32 scalars on
     the device, or None) are set, gradients are divided by `grad_scale`, and where `found_inf` is not 0 a call changes
-    nothing: neither parameters, nor states, nor step counts. The host never reads either.
-    """
+    nothing, step counts included. The host never reads either."""
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then calls step() itself, with the attributes above
+    grad_norm: Tensor | None = None  # the last step's gradient norm before clipping, on the device
+    skipped_estimates: Tensor | None = None  # how many estimates were not finite, on the device
+    _estimated = False  # update_hessian() was called, or a first step looked for a curvature
 
     def __init__(self, params, defaults, foreach, fused, max_grad_norm):
         if foreach and fused:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}, expected None or a number above 0")
-        # How a step is computed belongs to this process, not to the training state. These are not in state_dict(), so
-        # that a checkpoint of a fused run on a GPU loads into an optimizer on the CPU.
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
-        self.grad_norm = None  # the last step's gradient norm before clipping, on the device
-        self._reset()
+        self._cache = {}  # what is derived from the state
         super().__init__(params, defaults)
-
-    def _reset(self):
-        """Forget everything that was derived from the state."""
-        self._tables = {}  # bucket key -> sophia_fused.PointerTable
-        self._plan = None  # sophia_fused.Plan: the buckets of the last call
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if self.foreach and not group["capturable"]:
-                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-            if lr.numel() != 1:
-                raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        for i, beta in enumerate(group["betas"]):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        for key, name in (("rho", "rho"), ("eps", "epsilon"), ("weight_decay", "weight_decay")):
-            if not group.get(key, 0.0) >= 0.0:
-                raise ValueError(f"Invalid {name} value: {group[key]}")
+        try:
+            self._check_group(self.param_groups[-1])
+        except (RuntimeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group):
+        """Raise ValueError for a setting that is out of its range, or that nobody reads."""
+        for key in sorted(group.keys() - self.defaults.keys() - _LABELS):
+            whose = "the constructor, not of a group" if key in self._process_settings() else "no group"
+            raise ValueError(f"{key!r} is a setting of {whose}; a group may have {', '.join(self.defaults)}")
+        lr, betas = group["lr"], group["betas"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if isinstance(lr, Tensor) and self.foreach and not group["capturable"]:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas!r}, expected two numbers (beta1, beta2)")
+        for i, beta in enumerate(betas):
+            _check_number(f"beta parameter at index {i}", beta, below=1.0)
+        _check_number("learning rate", lr)
+        _check_number("rho value", group["rho"])
+        _check_number("weight_decay value", group["weight_decay"])
+        _check_number("epsilon value", group.get("eps", 1.0), above=0.0)
+        _check_number("bs", group.get("bs", 1.0), above=0.0)
         if self.fused:
-            _check_fused(group["params"])
+            _fused().check(group["params"])
+
+    def _process_settings(self):
+        return {"foreach": self.foreach, "fused": self.fused, "max_grad_norm": self.max_grad_norm}
+
+    def __repr__(self) -> str:
+        return super().__repr__()[:-1] + "".join(f"{k}: {v}\n" for k, v in self._process_settings().items()) + ")"
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"foreach": self.foreach, "fused": self.fused, "max_grad_norm": self.max_grad_norm}
-        return {**super().__getstate__(), **own}
+        own = {"skipped_estimates": self.skipped_estimates, "_estimated": self._estimated}
+        return {**super().__getstate__(), **self._process_settings(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        self._reset()
-        self.__dict__.setdefault("grad_norm", None)
-        for index, group in enumerate(self.param_groups):  # a checkpoint of the official code lacks our settings
+        self._cache = {}
+        for index, group in enumerate(self.param_groups):
+            # foreach and fused belong to the process: the checkpoint of a fused run on a GPU loads on a CPU.
+            _, _, self.max_grad_norm = (group.pop(key, now) for key, now in self._process_settings().items())
             for key, value in {**self.defaults, **(before[index] if before else {})}.items():
-                group.setdefault(key, value)
+                group.setdefault(key, value)  # a checkpoint of the official code lacks most
+        for param, values in self.state.items():
+            for key in [key for key, value in values.items() if callable(value)]:  # see _keep_dtypes
+                values[key] = values[key](param.device, dtype=_state_dtype(param) if key in _AVERAGES else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        groups = [{**group, **self._process_settings()} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts everything but "step" to the parameter's dtype. Counts of estimates keep theirs."""
-        super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if self._keeps_dtype(key):
-                    self.state[param][key] = torch.as_tensor(value).to(param.device, copy=True)
-
-    def _keeps_dtype(self, key):
-        return key == "hessian_step"
+        """As torch's, but only m and h are cast to the parameter's dtype, or to float32 where that is float16."""
+        handle = self.register_load_state_dict_pre_hook(_keep_dtypes)  # it sees what the other hooks hand on
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def _param_state(self, param, group, position):
         """The parameter's state; missing entries are added, as after loading a checkpoint of the official code."""
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if "hessian" not in state:
-            state["hessian"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if group["bias_correction"]:
-                state["hessian_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        if "left_basis" in state and not self._matrix(group, position):
-            raise RuntimeError(
-                "the state was made with eigenbasis=True and its hessian is of no use without; use EigenbasisSophiaG"
-            )
-        if group["bias_correction"] and "hessian_step" not in state:
-            # The age of this curvature is not known (it comes from a run without bias correction). Taking it as old
-            # means that nothing is corrected.
-            state["hessian_step"] = torch.full((), torch.inf, dtype=torch.float32, device=param.device)
-        for key in ("step", "hessian_step") if group["bias_correction"] else ("step",):
-            count = state[key]
-            if not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
+        state, corrects = self.state[param], group["bias_correction"]
+        # The age of a curvature from a run without bias correction is taken as infinite: nothing is corrected.
+        for key, new in (("step", 0.0), ("hessian_step", math.inf if "hessian" in state else 0.0))[: 1 + corrects]:
+            count = state.get(key)
+            if count is None:
+                state[key] = torch.full((), new, dtype=torch.float32, device=param.device)
+            elif not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
                 state[key] = torch.as_tensor(count, dtype=torch.float32, device=param.device)
+        for key in _AVERAGES:
+            if key not in state:
+                state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
+        if "left_basis" in state and not self._matrix(group, position):
+            raise RuntimeError("this state was made with eigenbasis=True, its hessian needs EigenbasisSophiaG")
         return state
 
     def _collect(self, gradients=None):
         """Buckets of all parameters that have a gradient. gradients: by parameter, instead of each `.grad`."""
-        buckets = self._plan.refresh(self) if self._plan is not None and gradients is None else None
-        if buckets is None:
-            buckets, idle = self._group_tensors(gradients)
-            if gradients is None and buckets and all(b.alignment and not b.shards for b in buckets):
-                self._plan = _fused().Plan(self, buckets, idle)
+        buckets = _fused().buckets(self, gradients) if self.fused else self._group_tensors(gradients)
         for bucket in buckets:
-            capturing = bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            if capturing and not bucket.group["capturable"]:
+            if not bucket.group["capturable"] and _is_capturing(bucket.device):
                 raise RuntimeError("Attempting CUDA graph capture of an optimizer with capturable=False.")
-            if bucket.alignment:
-                table = self._tables.get(bucket.key)
-                if table is None:
-                    table = self._tables[bucket.key] = _fused().PointerTable()
-                bucket.table = table.upload(bucket)
+            if bucket.pointers is not None:
+                bucket.table = bucket.pointers.upload(bucket)
         return buckets
 
     def _group_tensors(self, gradients):
-        """The buckets, and the parameters without a gradient."""
-        buckets, idle = {}, []
+        buckets = {}
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 grad = param.grad if gradients is None else gradients.get(param)
                 if grad is None:
-                    idle.append(param)
                     continue
                 if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                if grad.shape != param.shape:
-                    raise ValueError(f"got shape {tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}")
                 state = self._param_state(param, group, position)
-                tensors, shards = (param, grad, state["exp_avg"], state["hessian"]), ()
-                matrix = self._matrix(group, position)
+                tensors, shards = (param, grad, *(state[key] for key in _AVERAGES)), ()
                 if hasattr(param, "device_mesh"):  # a DTensor: every rank steps its own shard
-                    tensors, shards = _local_shards(*tensors)
+                    tensors, shards = _local_shards(tensors)
+                self._check_shapes(index, position, tensors)
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
-                counts = (state["step"], state["hessian_step"] if group["bias_correction"] else state["step"])
-                row, alignment = _fused().pointers(tensors, counts) if self.fused and not matrix else ([], 0)
-                dtypes = tuple(t.dtype for t in tensors)
-                key = (index, param.device, dtypes, shards, alignment, matrix)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = _Bucket(key, index, group, *key[1:])
-                if alignment:
-                    bucket.rows += row
-                    bucket.origins.append((param, state, *tensors[2:], counts[0]))
-                    continue
-                bucket.states.append(state)
-                bucket.params.append(tensors[0])
-                bucket.grads.append(tensors[1])
-                bucket.exp_avgs.append(tensors[2])
-                bucket.hessians.append(tensors[3])
-                bucket.steps.append(counts[0])
-                if group["bias_correction"]:
-                    bucket.hessian_steps.append(counts[1])
-        return list(buckets.values()), idle
+                key = (index, param.device, tuple(t.dtype for t in tensors), shards, self._matrix(group, position))
+                if key not in buckets:
+                    buckets[key] = _Bucket(key, group)
+                buckets[key].append(state, *tensors)
+        return list(buckets.values())
+
+    def _check_shapes(self, index, position, tensors):
+        p, g, m, h = tensors
+        if p.shape == g.shape == m.shape == h.shape and p.device == g.device == m.device == h.device:
+            return
+        names = self.param_groups[index].get("param_names")
+        name = names[position] if names else f"{position} of group {index}"
+        for kind, t in zip(("gradient", *_AVERAGES), (g, m, h), strict=True):
+            if t.shape != p.shape or t.device != p.device:
+                shapes = f"got shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}"
+                raise ValueError(
+                    f"{kind} of parameter {name}: {shapes}, {t.device} for {p.device}; load a fitting state"
+                )
 
     def _matrix(self, group, position):
         """For a subclass that steps matrices in its own way: what matrices of one bucket share, else None."""
@@ -414,70 +400,114 @@ class _Sophia(Optimizer):
         by_default = self.foreach is None and bucket.device.type in ("cuda", "xpu")
         return _FOREACH if self.fused or self.foreach or by_default else _SINGLE_TENSOR
 
-    def _amp(self, device):
-        """(grad_scale, skip) on the device: a float scalar or None, a boolean scalar or None."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(device, non_blocking=True)
-        return grad_scale, None if found_inf is None else found_inf.to(device, non_blocking=True) != 0
+    def _amp(self, device, name):
+        """The attribute `grad_scale` or `found_inf` on the device, or None."""
+        value = getattr(self, name, None)
+        return None if value is None else value.to(device, non_blocking=True)
+
+    def _square(self, buckets):
+        """The sum of squares of all gradients, of all ranks' shards, a scalar tensor."""
+        return _total(buckets, lambda bucket: self._implementation(bucket).square(bucket))
 
     def _clip(self, buckets):
         """Set `grad_norm`; return the multiplier of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
-        grad_scale = self._amp(buckets[0].device)[0] if buckets else None
+        grad_scale = self._amp(buckets[0].device, "grad_scale") if buckets else None
         if buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets):
             self.grad_norm, multiplier = _fused().clip(buckets, self.max_grad_norm, grad_scale)
             return multiplier
-        squares = {}  # shards -> sum of squares over the local parts
-        for bucket in buckets:
-            square = self._implementation(bucket).square(bucket)
-            squares[bucket.shards] = squares.get(bucket.shards, 0.0) + square.to(buckets[0].device, non_blocking=True)
-        reduced = [_reduce(square, shards) for shards, square in squares.items()]
-        total = _sum(reduced or [torch.zeros((), dtype=torch.float32)])
-        self.grad_norm = total.sqrt() if grad_scale is None else total.sqrt() / grad_scale
+        self.grad_norm = self._square(buckets).sqrt() if buckets else torch.zeros(())
+        self.grad_norm = self.grad_norm if grad_scale is None else self.grad_norm / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
-    def _step(self, rho_scale):
+    def _step(self, closure=None, bs=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         buckets = self._collect()
+        if not self._estimated:
+            self._warn_without_curvature()
         clip = None if self.max_grad_norm is None else self._clip(buckets)
         for bucket in buckets:
-            group, device = bucket.group, bucket.device
-            grad_scale, skip = self._amp(device)
+            group, device, (beta1, beta2) = bucket.group, bucket.device, bucket.group["betas"]
+            grad_scale, found_inf = self._amp(device, "grad_scale"), self._amp(device, "found_inf")
             multiplier = None if clip is None else clip.to(device, non_blocking=True)
             if grad_scale is not None:
                 multiplier = (1.0 if multiplier is None else multiplier) / grad_scale
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 lr = lr.item() if lr.device.type == "cpu" else lr.to(device)
-            beta1, beta2 = group["betas"]
             settings = {key: group[key] for key in ("weight_decay", "maximize", "nesterov")} | {"eps": group.get("eps")}
-            settings |= {"lr": lr, "beta1": beta1, "beta2": beta2, "rho": group["rho"] * rho_scale}
+            settings |= {"lr": lr, "beta1": beta1, "beta2": beta2, "rho": self._rho(group, bs)}
+            skip = None if found_inf is None else found_inf != 0
             self._implementation(bucket).step(bucket, multiplier=multiplier, skip=skip, **settings)
+        return loss
 
-    def _update_hessian(self, buckets, scale, squared):
+    def _rho(self, group, bs):
+        return group["rho"]
+
+    def _warn_without_curvature(self):
+        """Look once, at the first step that moves anything, whether there is a curvature (which synchronizes)."""
+        groups = [g for g in self.param_groups if self._rho(g, None) and (isinstance(g["lr"], Tensor) or g["lr"])]
+        hessians = [self.state[p]["hessian"] for g in groups for p in g["params"] if p in self.state]
+        hessians = [h.to_local() if hasattr(h, "to_local") else h for h in hessians]
+        if any(h.numel() for h in hessians) and not _is_capturing(hessians[0].device):
+            self._estimated = True
+            if not any(h.any() for h in hessians):
+                message = "step() before any update_hessian(): without a curvature every coordinate moves by lr; call"
+                warnings.warn(f"{type(self).__name__}.{message} update_hessian() every 10 steps or so", stacklevel=6)
+
+    def _update_hessian(self, gradients, scale, squared, grad_scale):
+        _check_number("scale", scale, above=0.0)
+        buckets = self._collect(gradients)
+        if not buckets:
+            remedy = "call it after the backward pass of the curvature's loss and before zero_grad()"
+            raise RuntimeError(f"{type(self).__name__}.update_hessian() found no gradient; {remedy}")
+        self._estimated = True
+        inverse, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            _check_number("grad_scale", grad_scale, above=0.0)
+            inverse = torch.as_tensor(grad_scale, dtype=torch.float32)
+        inverse = None if inverse is None else 1.0 / inverse.to(buckets[0].device, non_blocking=True)
+        if found_inf is None:
+            found_inf = (~torch.isfinite(self._square(buckets) * scale)).float()
+            if self.skipped_estimates is None:
+                self.skipped_estimates = torch.zeros_like(found_inf)
+            self.skipped_estimates += found_inf
+            if found_inf.device.type == "cpu":  # where the host can look without a sync
+                if found_inf:
+                    return
+                found_inf = None
+        work = []
         for bucket in buckets:
-            grad_scale, skip = self._amp(bucket.device)
+            multiplier = None if inverse is None else inverse.to(bucket.device, non_blocking=True)
+            skip = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True) != 0
             settings = {"beta2": bucket.group["betas"][1], "scale": scale, "squared": squared, "skip": skip}
-            multiplier = None if grad_scale is None else 1.0 / grad_scale
-            self._implementation(bucket).hessian(bucket, multiplier=multiplier, **settings)
+            work.append((bucket, {"multiplier": multiplier, **settings}))
+        self._renew(work)
+
+    def _renew(self, work):
+        """Renew h from the estimates. work: pairs of a bucket and its settings."""
+        for bucket, settings in work:
+            self._implementation(bucket).hessian(bucket, **settings)
 
     @torch.no_grad()
-    def _statistics(self, rho_scale):
-        momenta, counts, totals = {}, [0] * len(self.param_groups), {}
+    def _statistics(self, bs=None):
+        momenta, counts = {}, [0] * len(self.param_groups)
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if "hessian" in self.state.get(param, ()):
                     momenta[param] = self.state[param]["exp_avg"]
                     counts[index] += param.numel() * (2 if param.is_complex() else 1)
-        for bucket in self._collect(momenta):
+
+        def row_of_group(bucket):
             group = bucket.group
-            settings = {"beta2": group["betas"][1], "rho": group["rho"] * rho_scale, "eps": group.get("eps")}
+            settings = {"beta2": group["betas"][1], "rho": self._rho(group, bs), "eps": group.get("eps")}
             sums = self._implementation(bucket).sums(bucket, **settings)
-            if bucket.shards not in totals:
-                totals[bucket.shards] = sums.new_zeros(len(counts), 4)
-            totals[bucket.shards][bucket.index] += sums.to(totals[bucket.shards].device, non_blocking=True)
-        reduced = [_reduce(total, shards) for shards, total in totals.items()]
-        rows = _sum(reduced).tolist() if reduced else [[0.0] * 4] * len(counts)
+            rows = sums.new_zeros(len(counts), 4)
+            rows[bucket.index] += sums
+            return rows
+
+        buckets = self._collect(momenta)
+        rows = _total(buckets, row_of_group).tolist() if buckets else [[0.0] * 4] * len(counts)
         wins, h1, h2, m2 = (sum(column) for column in zip(*rows, strict=True))
         result = {"win_rate": wins / max(1, sum(counts))}
         for index, (count, row) in enumerate(zip(counts, rows, strict=True)):
@@ -497,89 +527,83 @@ class SophiaG(_Sophia):
     A coordinate moves by at most lr, and by less where the curvature bs h is large. Every k-th step (10 in the paper),
     before the step, a backward pass of `sampled_label_loss` renews h:
 
-        optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05)
+        optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05, bs=batch_size * block_size)
         for step, (x, y) in enumerate(batches):
             if step % 10 == 0:
                 sampled_label_loss(model(x)).backward()
                 optimizer.update_hessian()
                 optimizer.zero_grad()
             F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
-            optimizer.step(bs=y.numel())
+            optimizer.step()
             optimizer.zero_grad()
 
-    docs/optimizers.md has recipes for gradient accumulation, DDP, GradScaler and the Hugging Face Trainer.
+    docs/optimizers.md has recipes for accumulation, DDP, GradScaler, Trainer, accelerate and Lightning.
 
     Args:
         params: tensors, or dicts of them with their own settings. A group's "name" names it in statistics().
         lr: float, or a one-element tensor (on the device with capturable=True, to change it between graph replays).
         betas: decay of m at every step, and of h at every estimate.
-        rho: the paper's gamma. A larger rho clips fewer coordinates; keep statistics()["win_rate"] between 0.1 and
-            0.5.
+        rho: the paper's gamma. A larger rho clips fewer coordinates; keep statistics()["win_rate"] in 0.1 to 0.5.
         weight_decay: decoupled, times lr.
-        maximize: ascend instead.
+        bs: labels (for a language model, tokens) of a step: its batch on all ranks, all micro-batches together.
+        maximize, foreach: as in torch.optim.
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, because h starts from 0.
-        nesterov: the step uses beta1 m + (1 - beta1) grad, with m already renewed, in place of m, as in NAdam
-            (Dozat, 2016).
-        foreach, fused: as in torch.optim. None, None: foreach on accelerators, one tensor after the other on the CPU.
-            fused=True is the fastest: one Triton launch for all tensors alike. It needs CUDA, Triton and
-            sophia_fused.py. Tensors it cannot take (float64, strides that differ or overlap) go through foreach.
-        max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ before
-            it would. `.grad` stays as it is, and `grad_norm` holds the norm, a scalar tensor on the device. The
-            sampled-label gradient is never clipped.
+        nesterov: the step uses beta1 m + (1 - beta1) grad, with m already renewed, in place of m (as NAdam).
+        fused: the fastest, one Triton launch for all tensors alike; needs CUDA, Triton and sophia_fused.py. Tensors
+            that it cannot take (float64, odd strides) go through foreach.
+        max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ would
+            before it, and leave the norm in `grad_norm`. Estimates are never clipped.
 
     State of a parameter: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h), both in the parameter's shape and
-    dtype; with bias_correction also "hessian_step" (n). State dicts of the official implementation load.
+    dtype (float32 for float16); with bias_correction "hessian_step" (n). The official code's state dicts load.
     Sharded parameters (DTensor, as fully_shard makes them) take the same step as complete ones.
-    GradScaler: step() and update_hessian() honour the attributes `grad_scale` and `found_inf` without a host sync.
 
-    Raises:
-        ValueError: for a setting out of its range.
-        RuntimeError: for fused and foreach together, for fused on parameters that are not CUDA floats or without
-            sophia_fused.py or Triton, and for sparse gradients.
+    Raises ValueError for a setting that is unknown or out of its range and for a state that does not fit its parameter;
+    RuntimeError for fused where it cannot work, for sparse gradients and for update_hessian() without a gradient.
     """
 
     _more_defaults: dict[str, Any] = {}  # settings that a subclass adds, set before __init__  # noqa: RUF012
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99),
-        rho: float = 0.04, weight_decay: float = 1e-1, *, maximize: bool = False, capturable: bool = False,
-        bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None, fused: bool | None = None,
-        max_grad_norm: float | None = None,
+        rho: float = 0.04, weight_decay: float = 1e-1, *, bs: float = 5120, maximize: bool = False,
+        capturable: bool = False, bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None,
+        fused: bool | None = None, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize,
+        defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "bs": bs, "maximize": maximize,
                     "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov}  # fmt: skip
         super().__init__(params, defaults | self._more_defaults, foreach, fused, max_grad_norm)
 
-    def step(self, closure: Callable[[], Any] | None = None, bs: float = 5120) -> Any:
-        """Update the parameters from their gradients.
+    def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
+        """Update the parameters from their gradients. bs: labels (tokens) of this step, None is the groups' setting.
 
-        Args:
-            closure: evaluates the model again. It is called first, with gradients enabled; its value is returned.
-            bs: labels (for a language model, tokens) that the estimates in h count for: the step's global batch.
+        closure evaluates the model again. It is called first, with gradients enabled; its value is returned.
         """
-        loss = _call(closure)
-        self._step(_checked(bs))
-        return loss
+        return self._step(closure, bs)
 
     @torch.no_grad()
-    def update_hessian(self, scale: float = 1.0) -> None:
+    def update_hessian(self, scale: float = 1.0, *, grad_scale: float | Tensor | None = None) -> None:
         """h <- beta2 h + (1 - beta2) scale grad^2, from the gradients of `sampled_label_loss` (Algorithm 2).
 
-        Args:
-            scale: labels of this estimate / bs of the steps, so that rho means the same at every estimation batch.
+        scale: labels of this estimate / bs of the steps, so that rho means the same at every estimation batch.
+        grad_scale: what the loss was multiplied by, scaler.get_scale() with a GradScaler; gradients are divided by it.
+        An estimate that is not finite changes nothing and is counted in `skipped_estimates`, without a host sync.
         """
-        self._update_hessian(self._collect(), float(scale), squared=True)
+        self._update_hessian(None, float(scale), True, grad_scale)
 
-    def statistics(self, bs: float = 5120) -> dict[str, float]:
-        """How the optimizer is doing, in one pass over the state and with one sync.
+    def statistics(self, bs: float | None = None) -> dict[str, float]:
+        """How the optimizer is doing, with one sync.
 
-        Returns:
-            win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME for each group
-                (with nesterov also of m, not of what the step uses in its place);
-            hessian_norm: 1-norm of h; hessian_norm2 and momentum_norm: 2-norms of h and m.
+        win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME: that of each group.
+        hessian_norm: 1-norm of h; hessian_norm2, momentum_norm: 2-norms of h and m.
         """
-        return self._statistics(_checked(bs))
+        return self._statistics(bs)
+
+    def _rho(self, group, bs):
+        if bs is not None:
+            _check_number("bs", bs, above=0.0)
+        return group["rho"] * float(group["bs"] if bs is None else bs)
 
 
 class SophiaH(_Sophia):
@@ -600,10 +624,10 @@ class SophiaH(_Sophia):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99),
-        rho: float = 0.01, eps: float = 1e-12, weight_decay: float = 1e-1, *, maximize: bool = False,
-        capturable: bool = False, bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None,
-        fused: bool | None = None, max_grad_norm: float | None = None,
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99), rho: float = 0.01,
+        eps: float = 1e-12, weight_decay: float = 1e-1, *, maximize: bool = False, capturable: bool = False,
+        bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None, fused: bool | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay,
                     "maximize": maximize, "capturable": capturable, "bias_correction": bias_correction,
@@ -612,59 +636,80 @@ class SophiaH(_Sophia):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from their gradients. closure: as in SophiaG.step."""
-        loss = _call(closure)
-        self._step(1.0)
-        return loss
+        return self._step(closure)
 
     @torch.no_grad()
-    def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
+    def update_hessian(
+        self, estimates: Iterable[Tensor | None] | Mapping[Tensor, Tensor | None], *,
+        grad_scale: float | Tensor | None = None, average: bool = True,
+    ) -> None:  # fmt: skip
         """h <- beta2 h + (1 - beta2) estimate.
 
-        Args:
-            estimates: a tensor or None for each parameter, in the optimizer's order: what `hutchinson` returns.
-
-        Raises:
-            ValueError: if their number or a shape does not fit the parameters.
+        estimates: `hutchinson`'s list; or a dict, parameter -> tensor or None; or any list in the optimizer's order.
+        grad_scale: what the loss was multiplied by, as in SophiaG.update_hessian.
+        average: take the mean over the ranks of the default process group, if there is one. Each rank has its own u and
+            batch; the mean is unbiased too, and less noisy than one u for all. False: the ranks' estimates are equal.
+        Raises ValueError if their number, a shape or a parameter does not fit.
         """
-        estimates = list(estimates)
         params = [p for group in self.param_groups for p in group["params"]]
-        if len(estimates) != len(params):
-            raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(params)} parameters")
-        self._update_hessian(self._collect(dict(zip(params, estimates, strict=True))), 1.0, squared=False)
+        if not isinstance(estimates, Mapping):
+            owners, estimates = getattr(estimates, "params", params), list(estimates)
+            if len(estimates) != len(owners):
+                raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(owners)} parameters")
+            estimates = dict(zip(owners, estimates, strict=True))
+        given = {param: estimate for param, estimate in estimates.items() if estimate is not None}
+        if unknown := given.keys() - set(params):
+            raise ValueError(f"update_hessian got {len(unknown)} estimates of what is no parameter of this optimizer")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for p in params if average and distributed else ():
+            if p in given and not hasattr(given[p], "device_mesh"):
+                given[p] = given[p] / torch.distributed.get_world_size()
+                torch.distributed.all_reduce(given[p])
+        self._update_hessian(given, 1.0, False, grad_scale)
 
     def statistics(self) -> dict[str, float]:
         """As SophiaG.statistics; a coordinate is not clipped where |m| < max(rho h, eps)."""
-        return self._statistics(1.0)
+        return self._statistics()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Plumbing: buckets of tensors, and each operation for a bucket. Arithmetic is in float32 or better.
+# ----- Plumbing: buckets of tensors, and each operation for a bucket. Arithmetic is in float32 or better.
 # multiplier: scalar tensor that multiplies the gradients, or None. skip: boolean scalar tensor, or None; where it is
 # True nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
-# --------------------------------------------------------------------------------------------------------------------
+
+_AVERAGES = ("exp_avg", "hessian")
+_LABELS = set(
+    ["params", "param_names", "name", "split", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr"]
+)  # of groups, not read here
 
 
 class _Bucket:
     """Tensors of one parameter group that share device, dtypes and shards: one foreach call, or one kernel launch."""
 
-    def __init__(self, key, index, group, device, dtypes, shards, alignment, matrix):
-        self.key, self.index, self.group, self.device, self.shards = key, index, group, device, shards
-        self.matrix = matrix  # see _Sophia._matrix
-        self.dtypes = dtypes  # of params, grads, exp_avgs, hessians
-        self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], []  # local, real tensors
+    pointers = table = None  # of the fused kernels, see sophia_fused
+
+    def __init__(self, key, group):
+        self.key, self.group = key, group
+        self.index, self.device, self.dtypes, self.shards, self.matrix = key  # matrix: see _Sophia._matrix
+        self.states, self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], [], []  # local, real tensors
         self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
-        self.states = []
-        # For the fused kernels, which need addresses only and must not keep the last step's gradients alive:
-        self.alignment = alignment  # bytes that the kernels read at once; 0: the bucket is not theirs
-        self.table = None
-        self.rows = []  # 8 integers a tensor, see sophia_fused.PointerTable
-        self.origins = []  # (parameter, its state, exp_avg, hessian, step), to see if the rows still hold
+
+    def append(self, state, *tensors):
+        self.states.append(state)
+        for place, tensor in zip((self.params, self.grads, self.exp_avgs, self.hessians), tensors, strict=True):
+            place.append(tensor)
+        self.steps.append(state["step"])
+        if self.group["bias_correction"]:
+            self.hessian_steps.append(state["hessian_step"])
 
     def parts(self, together):
-        """The lists that one call takes: everything together, or tensor by tensor, which needs less memory."""
-        size = len(self.params) if together else 1
-        lists = (self.params, self.grads, self.exp_avgs, self.hessians, self.hessian_steps)
-        return [[tensors[i : i + size] for tensors in lists] for i in range(0, len(self.params), size)]
+        """The lists that one call takes: all, or to save memory one large tensor or a run of small ones."""
+        lists, ends, elements = (self.params, self.grads, self.exp_avgs, self.hessians, self.hessian_steps), [0], 0
+        for i, param in enumerate(self.params):
+            elements += param.numel()
+            if i and not together and elements > _TOGETHER:
+                ends.append(i)
+                elements = param.numel()
+        return [[tensors[i:j] for tensors in lists] for i, j in pairwise([*ends, len(self.params)])]
 
 
 @functools.cache
@@ -673,24 +718,8 @@ def _fused() -> Any:
     try:
         return importlib.import_module(f"{__package__}.sophia_fused" if __package__ else "sophia_fused")
     except ModuleNotFoundError as error:
-        if error.name and error.name.endswith("sophia_fused"):
-            remedy = "copy sophia_fused.py beside sophia.py"
-        else:
-            remedy = f"`{error.name}` is missing: pip install triton"
-        raise RuntimeError(f"`fused=True` needs the kernels in sophia_fused.py; {remedy}") from error
-
-
-def _check_fused(params):
-    """RuntimeError if the kernels cannot run here, or not on these parameters."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests
-    devices = ["cuda", "cpu"] if interpreted else ["cuda"]
-    for param in params:
-        if param.device.type not in devices or not param.is_floating_point():
-            raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
-                f"{devices} but {param.dtype} and {param.device.type}"
-            )
-    _fused()
+        remedy = "copy sophia_fused.py beside sophia.py" if "sophia_fused" in str(error.name) else "pip install triton"
+        raise RuntimeError(f"`fused=True` needs {error.name}: {remedy}") from error
 
 
 def _opmath_dtype(tensor):
@@ -701,10 +730,6 @@ def _corrected(rho, beta2, hessian_steps, dtype):
     """rho / (1 - beta2^n), the bias correction of the curvature: a list with n of every tensor, or rho without n."""
     log = math.log(beta2) if beta2 else -math.inf
     return [-rho / torch.expm1(n.to(dtype).clamp(min=1) * log) for n in hessian_steps] or rho
-
-
-def _count(steps, skip):
-    torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).float()] * len(steps))  # a tensor alone would sync
 
 
 def _step(bucket, together, *, lr, beta2, rho, maximize, multiplier, skip, **settings):
@@ -726,7 +751,7 @@ def _step(bucket, together, *, lr, beta2, rho, maximize, multiplier, skip, **set
             torch._foreach_copy_(params, p)
         if m[0] is not exp_avgs[0]:
             torch._foreach_copy_(exp_avgs, m)
-    _count(bucket.steps, skip)
+    torch._foreach_add_(bucket.steps, 1.0 if skip is None else [(~skip).float()] * len(bucket.steps))  # without a sync
 
 
 def _hessian(bucket, together, *, multiplier, skip, **settings):
@@ -738,8 +763,8 @@ def _hessian(bucket, together, *, multiplier, skip, **settings):
         _estimate(h, estimates, skip=skip, **settings)
         if h[0] is not hessians[0]:
             torch._foreach_copy_(hessians, h)
-    if bucket.hessian_steps:
-        _count(bucket.hessian_steps, skip)
+    if counts := bucket.hessian_steps:
+        torch._foreach_add_(counts, 1.0 if skip is None else [(~skip).float()] * len(counts))
 
 
 def _square(bucket):
@@ -748,7 +773,7 @@ def _square(bucket):
 
 
 def _sums(bucket, *, beta2, rho, eps):
-    """(4,): coordinates that are not clipped, sums of |h|, of h^2, of m^2."""
+    """(4,): coordinates that are not clipped, sum of |h|, of h^2, of m^2."""
     dtype = _opmath_dtype(bucket.hessians[0])
     rhos, sums = _corrected(rho, beta2, bucket.hessian_steps, dtype), 0.0
     for i, (m, h) in enumerate(zip(bucket.exp_avgs, bucket.hessians, strict=True)):
@@ -763,34 +788,57 @@ def _sums(bucket, *, beta2, rho, eps):
 _FOREACH, _SINGLE_TENSOR = (
     SimpleNamespace(step=partial(_step, together=t), hessian=partial(_hessian, together=t), square=_square, sums=_sums)
     for t in (True, False)
-)
+)  # fmt: skip
 
 
-def _call(closure):
-    with torch.enable_grad():
-        return None if closure is None else closure()
+def _check_number(name, value, *, above=None, below=math.inf):
+    """Raise ValueError unless value is in [0, below), or in (above, below) if above is given."""
+    try:
+        valid = (value >= 0.0 if above is None else value > above) and value < below
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"Invalid {name}: {value!r}, expected a number from {above or 0} to {below}")
 
 
-def _checked(bs):
-    if not bs > 0:
-        raise ValueError(f"Invalid bs: {bs}, expected the number of labels (tokens) in a step's batch")
-    return float(bs)
+def _keep_dtypes(optimizer, state_dict):
+    """A load_state_dict pre-hook that hides tensors from torch's casting; _Sophia.__setstate__ finds them again."""
+
+    def hide(key, value):
+        return torch.as_tensor(value).to if key.startswith((*_AVERAGES, "left_", "right_")) else value
+
+    states = {n: {key: hide(key, value) for key, value in s.items()} for n, s in state_dict["state"].items()}
+    return {**state_dict, "state": states}
 
 
-def _sum(tensors):
-    return functools.reduce(torch.add, [t.to(tensors[0].device, non_blocking=True) for t in tensors])
+def _state_dtype(param):
+    """Of m and h: squares of float16 gradients are 0 in float16."""
+    return {torch.float16: torch.float32, torch.complex32: torch.complex64}.get(param.dtype, param.dtype)
 
 
-def _local_shards(param, grad, exp_avg, hessian):
-    """This rank's parts of four DTensors, and the process groups over which the parameter is split."""
-    if grad.placements != param.placements:
+def _is_capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _local_shards(tensors):
+    """This rank's parts of DTensors sharded as the first one is, and the process groups over which it is split."""
+    param, grad, *averages = tensors
+    if hasattr(grad, "placements") and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
+    for t in (grad, *averages):
+        if getattr(t, "placements", None) != param.placements:
+            raise ValueError("gradient or state is not sharded as its parameter is; distribute or load it accordingly")
     groups = tuple(param.device_mesh.get_group(i) for i, p in enumerate(param.placements) if not p.is_replicate())
-    return tuple(t.to_local() for t in (param, grad, exp_avg, hessian)), groups
+    return tuple(t.to_local() for t in (param, grad, *averages)), groups
 
 
-def _reduce(value, shards):
-    """value summed over the process groups."""
-    for group in shards:
-        torch.distributed.all_reduce(value, group=group)
-    return value
+def _total(buckets, number):
+    """The tensor number(bucket) summed over the buckets and, where they are shards, over the ranks."""
+    totals = {}  # shards -> sum over the local parts
+    for bucket in buckets:
+        value = number(bucket).to(buckets[0].device, non_blocking=True)
+        totals[bucket.shards] = totals[bucket.shards].add_(value) if bucket.shards in totals else value
+    for shards, total in totals.items():
+        for process_group in shards:
+            torch.distributed.all_reduce(total, group=process_group)
+    return functools.reduce(torch.add, totals.values()) if totals else torch.zeros(())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sophia import _EPS, _FOREACH, SophiaG, _clipped, _opmath_dtype
+from sophia import _EPS, _FOREACH, SophiaG, _check_number, _clipped, _opmath_dtype
 
 __all__ = ["EigenbasisSophiaG", "SpectralSophiaG"]
 
@@ -59,9 +59,8 @@ class EigenbasisSophiaG(SophiaG):
         self._more_defaults = {"eigenbasis": eigenbasis, "split": split, **self._more_defaults}
         super().__init__(params, lr, betas, rho, weight_decay, **settings)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group):
+        super()._check_group(group)
         for position, param in enumerate(group["params"] if group["eigenbasis"] else ()):
             if group["capturable"]:
                 raise ValueError("eigenbasis=True cannot be captured in a CUDA graph, leave capturable=False")
@@ -69,22 +68,17 @@ class EigenbasisSophiaG(SophiaG):
                 raise ValueError("eigenbasis=True is for real matrices, leave complex ones to another group")
             self._matrix(group, position)
 
-    def _reset(self):
-        super()._reset()
-        self._stacks = {}  # (bucket key, name in the state) -> see _stack
-        self._pending = []  # what _start_updates has begun
-        self._updaters = {}  # device -> its _BasisUpdater
-
     def __getstate__(self) -> dict[str, Any]:
         self._finish_updates()
         return super().__getstate__()
 
     def state_dict(self) -> dict[str, Any]:
+        """As SophiaG's. Factors and bases are copies: in the state they are views of a tensor for many matrices."""
         self._finish_updates()
-        return super().state_dict()
-
-    def _keeps_dtype(self, key):
-        return super()._keeps_dtype(key) or key.startswith(("left_", "right_"))
+        state_dict = super().state_dict()
+        names = [name for names in _SIDES for name in names]
+        copies = {n: {k: state[k].clone() for k in names if k in state} for n, state in state_dict["state"].items()}
+        return {**state_dict, "state": {n: {**state, **copies[n]} for n, state in state_dict["state"].items()}}
 
     def _matrix(self, group, position):
         """(shape, number of blocks) of a matrix that is stepped in its eigenbasis, else None."""
@@ -118,18 +112,18 @@ class EigenbasisSophiaG(SophiaG):
         return super()._collect(gradients)
 
     def _group_tensors(self, gradients):
-        buckets, idle = super()._group_tensors(gradients)
+        buckets = super()._group_tensors(gradients)
         for bucket in buckets:
             if bucket.matrix:
                 bucket.sides = [[self._stack(bucket, name) for name in names] for names in _SIDES]
-        return buckets, idle
+        return buckets
 
     def _stack(self, bucket, name):
         """(n, width, width): that tensor of all states of the bucket as one. The states hold views of it."""
-        stack, tensors = self._stacks.get((bucket.key, name)), [state[name] for state in bucket.states]
+        stack, tensors = self._cache.get((bucket.key, name)), [state[name] for state in bucket.states]
         count = len(tensors[0])
         if stack is None or [v.data_ptr() for v in stack.split(count)] != [t.data_ptr() for t in tensors]:
-            stack = self._stacks[bucket.key, name] = torch.cat(tensors)
+            stack = self._cache[bucket.key, name] = torch.cat(tensors)
             for state, view in zip(bucket.states, stack.split(count), strict=True):
                 state[name] = view
         return stack
@@ -144,37 +138,33 @@ class EigenbasisSophiaG(SophiaG):
         """The step of `numerators`: rotated, divided and clipped, rotated back."""
         return _rotate_back(bucket, _clipped(_rotate(bucket, numerators), h, rho, eps))
 
-    def _update_hessian(self, buckets, scale, squared):
-        super()._update_hessian([bucket for bucket in buckets if not bucket.matrix], scale, squared)
-        matrices = [bucket for bucket in buckets if bucket.matrix]
-        estimates = [(bucket, *self._update_factors(bucket, scale)) for bucket in matrices]
-        for device in dict.fromkeys(bucket.device for bucket in matrices):
+    def _renew(self, work):
+        super()._renew([pair for pair in work if not pair[0].matrix])
+        estimates = [(bucket, *self._update_factors(bucket, **settings)) for bucket, settings in work if bucket.matrix]
+        for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
             own = [estimate for estimate in estimates if estimate[0].device == device]
             sides = [side for bucket, *_ in own for side in bucket.sides]
-            if device not in self._updaters:
-                self._updaters[device] = _BasisUpdater(device)
-            self._pending.append((own, *self._updaters[device].start(sides)))
+            updater = self._cache.setdefault(("updater", device), _BasisUpdater(device))
+            self._cache.setdefault("pending", []).append((own, *updater.start(sides)))
 
-    def _update_factors(self, bucket, scale):
+    def _update_factors(self, bucket, beta2, multiplier, skip, **settings):
         """Average G G^T and G^T G into the factors. Returns what _finish_updates needs to renew h."""
-        grad_scale, skip = self._amp(bucket.device)
         blocks = _blocks(bucket, bucket.grads)  # a copy: DistributedDataParallel overwrites its gradients
-        if grad_scale is not None:
-            blocks = blocks.to(bucket.sides[0][1].dtype) * (1.0 / grad_scale)
+        if multiplier is not None:
+            blocks = blocks.to(bucket.sides[0][1].dtype) * multiplier
         bucket.grads = []
-        beta2 = bucket.group["betas"][1]
         exact = torch.float32 if bucket.device.type == "mps" else torch.float64  # mps has no float64
         for side, (factors, _) in enumerate(bucket.sides):
             for mean, g in zip(_chunks(factors), blocks.split(len(_chunks(factors)[0])), strict=True):
                 g = g.to(exact)
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - min(beta2, _FACTOR_DECAY))
-        return blocks, {"beta2": beta2, "scale": scale, "squared": True, "multiplier": None, "skip": skip}
+        return blocks, {"beta2": beta2, "multiplier": None, "skip": skip, **settings}
 
     @torch.no_grad()
     def _finish_updates(self):
         """Wait for pending eigenbasis updates, then update h in the new basis."""
-        for estimates, bases, done in self._pending:
+        for estimates, bases, done in self._cache.pop("pending", ()):
             if done is not None:
                 torch.cuda.current_stream(estimates[0][0].device).wait_event(done)
             new_bases = iter(bases)
@@ -184,7 +174,6 @@ class EigenbasisSophiaG(SophiaG):
                     old.copy_(new if skip is None else torch.where(skip, old, new))
                 bucket.grads = _rotate(bucket, blocks, bucket.hessians)
                 _FOREACH.hessian(bucket, **settings)
-        self._pending = []
 
 
 class SpectralSophiaG(EigenbasisSophiaG):
@@ -212,11 +201,13 @@ class SpectralSophiaG(EigenbasisSophiaG):
         self._more_defaults = {"exponent": exponent}
         super().__init__(params, *args, **settings)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        exponent = self.param_groups[-1]["exponent"]
-        if not exponent >= 0.0:
-            raise ValueError(f"Invalid exponent: {exponent}, expected a number of at least 0")
+    def _check_group(self, group):
+        super()._check_group(group)
+        _check_number("exponent", group["exponent"])
+
+    def _warn_without_curvature(self):
+        if any(group["exponent"] or not group["eigenbasis"] for group in self.param_groups):
+            super()._warn_without_curvature()
 
     def _direction(self, bucket, numerators, h, rho, eps):
         exponent = bucket.group["exponent"]

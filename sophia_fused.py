@@ -3,8 +3,12 @@
 Keep this file beside sophia.py and pass `fused=True`. Needs Triton (`pip install triton`).
 """
 
+import array
 import contextlib
+import functools
 import math
+import operator
+import os
 from typing import Any
 
 import torch
@@ -16,25 +20,72 @@ from torch import Tensor
 LAUNCH = {"step": (1024, 1, 4), "hessian": (2048, 1, 4), "square": (1024, 8, 4), "sums": (4096, 2, 8)}
 _CAPTURES = 16  # CUDA graphs that can be captured after one eager call
 _ROW = 8  # integers a tensor, see PointerTable
+_dtype = operator.attrgetter("dtype")
 _EPS = 1e-15  # sophia.py's
 
 
-def pointers(tensors: tuple[Tensor, ...], counts: tuple[Tensor, Tensor]) -> tuple[list[int], int]:
-    """The row of a tensor in the PointerTable and its alignment: 16 or 1, or 0 if the kernels cannot take it.
+def check(params: list[Tensor]) -> None:
+    """Raise RuntimeError if the kernels cannot run on these parameters. On a CPU they run in Triton's interpreter."""
+    devices = ["cuda", "cpu"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cuda"]
+    for param in params:
+        if param.device.type not in devices or not param.is_floating_point():
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{devices} but {param.dtype} and {param.device.type}"
+            )
 
-    tensors: parameter, gradient, exp_avg, hessian. counts: step and hessian_step.
+
+def buckets(optimizer: Any, gradients: dict[Tensor, Tensor] | None) -> list[Any]:
+    """The optimizer's buckets, each with a PointerTable in `pointers` or for foreach. See _Sophia._collect."""
+    plan = optimizer._cache.get("plan") if gradients is None else None
+    result = plan.refresh(optimizer) if plan else None
+    if result is None:
+        result = [part for bucket in optimizer._group_tensors(gradients) for part in _split(bucket, optimizer._cache)]
+        if gradients is None:
+            planned = bool(result) and all(b.pointers and not b.shards for b in result)
+            optimizer._cache["plan"] = Plan(optimizer, result) if planned else None
+    return result
+
+
+def _split(bucket: Any, cache: dict[Any, Any]) -> list[Any]:
+    """The bucket in parts of one alignment each. The kernels' parts keep addresses and no tensor of this step."""
+    if bucket.matrix:
+        return [bucket]
+    parts: dict[int, Any] = {}
+    entries = zip(bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True)
+    for state, *tensors in entries:
+        count_key = "hessian_step" if bucket.group["bias_correction"] else "step"
+        step, count = state["step"], state[count_key]
+        row, alignment = _row((*tensors, step, count))
+        if alignment not in parts:
+            parts[alignment] = part = type(bucket)(bucket.key, bucket.group)
+            part.alignment, part.rows, part.origins = alignment, [], []
+            if alignment:
+                part.pointers = cache.setdefault((bucket.key, alignment), PointerTable())
+        part = parts[alignment]
+        if alignment:
+            part.rows += row
+            part.origins.append((tensors[0], state, *tensors[2:], step, count, count_key))
+        else:
+            part.append(state, *tensors)
+    return list(parts.values())
+
+
+def _row(tensors: tuple[Tensor, ...]) -> tuple[list[int], int]:
+    """A row of the PointerTable and its alignment: 16 or 1, or 0 if the kernels cannot take the tensors.
+
+    tensors: parameter, gradient, exp_avg, hessian, step, hessian_step.
     """
     param = tensors[0]
     if not all(t.is_contiguous() for t in tensors):
         strides = torch.empty_like(param, device="meta").stride()  # param's own if it is dense
-        if any(t.stride() != strides for t in tensors):
+        if any(t.stride() != strides for t in tensors[:4]):
             return [], 0
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
         return [], 0
-    p, g, m, h = [t.data_ptr() for t in tensors]
+    p, g, m, h, *counts = [t.data_ptr() for t in tensors]
     numel = param.numel()
-    aligned = not (p | g | m | h) % 16 and not numel % 8
-    return [p, g, m, h, counts[0].data_ptr(), counts[1].data_ptr(), numel, 0], 16 if aligned else 1
+    return [p, g, m, h, *counts, numel, 0], 16 if not (p | g | m | h) % 16 and not numel % 8 else 1
 
 
 class PointerTable:
@@ -63,7 +114,10 @@ class PointerTable:
         stream = torch.cuda.current_stream(bucket.device).cuda_stream if cuda else None
         if bucket.rows == self.host_rows and stream == self.stream:
             return self
-        staging = torch.tensor(bucket.rows, dtype=torch.int64, pin_memory=cuda)
+        staging = torch.frombuffer(
+            array.array("q", bucket.rows), dtype=torch.int64
+        )  # torch.tensor takes 5 times longer
+        staging = staging.pin_memory() if cuda else staging
         if self.rows is None or self.rows.numel() != staging.numel() or stream != self.stream:
             self.rows = torch.empty(staging.shape, dtype=torch.int64, device=bucket.device)
         self.rows.copy_(staging, non_blocking=True)
@@ -113,50 +167,59 @@ class PointerTable:
 class Plan:
     """The buckets of one call, to be used again with new gradients: this keeps the host ahead of the GPU.
 
-    It holds while nothing but the gradients' addresses changes.
+    It holds while groups, parameters, states and their addresses are the same objects and numbers as then.
     """
 
-    def __init__(self, optimizer: Any, buckets: list[Any], idle: list[Tensor]) -> None:
-        self.key, self.buckets, self.idle = self._key(optimizer), buckets, idle
+    def __init__(self, optimizer: Any, buckets: list[Any]) -> None:
+        self.buckets = buckets
+        origins = [origin for bucket in buckets for origin in bucket.origins]
+        self.tensors = [t for param, _, exp_avg, hessian, *_ in origins for t in (param, exp_avg, hessian)]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        used = {id(origin[0]) for origin in origins}
+        self.idle = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in used]
+        self.key = self._key(optimizer)
+        self.alive = optimizer.state, dict(optimizer.state)  # as long as they live no other object has their ids
 
     @staticmethod
     def _key(optimizer: Any) -> Any:
-        return id(optimizer.state), [(id(g), len(g["params"]), g["bias_correction"]) for g in optimizer.param_groups]
+        groups = [(id(g), g["bias_correction"], *map(id, g["params"])) for g in optimizer.param_groups]
+        return id(optimizer.state), groups, [*map(id, optimizer.state)], [*map(id, optimizer.state.values())]
 
     def refresh(self, optimizer: Any) -> list[Any] | None:
         """The buckets with the gradients' new addresses, or None if anything else has changed."""
-        if self.key != self._key(optimizer):
+        if self.key != self._key(optimizer) or self.addresses != [*map(Tensor.data_ptr, self.tensors)]:
             return None
-        for param in self.idle:
-            if param.grad is not None:
-                return None
-        for bucket in self.buckets:
-            dtype, mask = bucket.dtypes[1], bucket.alignment - 1
-            rows, at = bucket.rows.copy(), 0
-            for param, state, exp_avg, hessian, step in bucket.origins:
-                grad = param.grad
-                if (
-                    grad is None
-                    or grad.dtype is not dtype
-                    or grad.is_sparse
-                    or not grad.is_contiguous()
-                    or state.get("exp_avg") is not exp_avg
-                    or state.get("hessian") is not hessian
-                    or state.get("step") is not step
-                    or param.data_ptr() != rows[at]
-                ):
-                    return None
-                rows[at + 1] = address = grad.data_ptr()
-                if address & mask:
-                    return None
-                at += _ROW
-            bucket.rows = rows
-        return self.buckets
+        if any(param.grad is not None for param in self.idle):
+            return None
+        return self.buckets if all(map(self._refresh, self.buckets)) else None
+
+    @staticmethod
+    def _refresh(bucket: Any) -> bool:
+        for _, state, exp_avg, hessian, step, count, key in bucket.origins:
+            if (
+                state.get("exp_avg") is not exp_avg
+                or state.get("hessian") is not hessian
+                or state.get("step") is not step
+                or state.get(key) is not count
+            ):
+                return False
+        rows = bucket.rows.copy()
+        try:
+            grads = [origin[0].grad for origin in bucket.origins]
+            rows[1::_ROW] = addresses = [*map(Tensor.data_ptr, grads)]
+            alike = set(map(_dtype, grads)) == {bucket.dtypes[1]} and all(map(Tensor.is_contiguous, grads))
+            fits = alike and [*map(Tensor.numel, grads)] == rows[6::_ROW]
+        except (RuntimeError, TypeError):  # a sparse gradient has no address, None even less
+            return False
+        if not fits or functools.reduce(operator.or_, addresses) & (bucket.alignment - 1):
+            return False
+        bucket.rows = rows
+        return True
 
 
 def step(bucket: Any, *, lr: Any, beta1: float, beta2: float, rho: float, eps: float | None, weight_decay: float,
          maximize: bool, nesterov: bool, multiplier: Tensor | None, skip: Tensor | None) -> None:  # fmt: skip
-    """As sophia._single_tensor_step."""
+    """As sophia._step."""
     bucket.table.launch(
         "step", bucket, multiplier, skip, lr if isinstance(lr, Tensor) else float(lr), float(1 - beta1),
         float(weight_decay), float(rho), float(_EPS if eps is None else eps), _log2(beta2),
@@ -167,7 +230,7 @@ def step(bucket: Any, *, lr: Any, beta1: float, beta2: float, rho: float, eps: f
 
 def hessian(bucket: Any, *, beta2: float, scale: float, multiplier: Tensor | None, squared: bool,
             skip: Tensor | None) -> None:  # fmt: skip
-    """As sophia._single_tensor_hessian."""
+    """As sophia._hessian."""
     args = (multiplier, skip, float(1 - beta2), float(scale))
     bucket.table.launch("hessian", bucket, *args, SQUARED=squared, CORRECT=bool(bucket.group["bias_correction"]))
 
@@ -178,7 +241,7 @@ def square(bucket: Any) -> Tensor:
 
 
 def sums(bucket: Any, *, beta2: float, rho: float, eps: float | None) -> Tensor:
-    """As sophia._single_tensor_sums."""
+    """As sophia._sums."""
     args = (float(rho), float(eps or 0.0), _log2(beta2))
     partials = bucket.table.launch("sums", bucket, *args, outputs=4, CORRECT=bucket.group["bias_correction"])
     return partials.sum(1, dtype=torch.float64)

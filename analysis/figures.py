@@ -155,7 +155,7 @@ def draw_training(styled, prefix):
         if not curves:
             axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center", color="gray")
             axes.set(xticks=[], yticks=[])
-        elif key == "grad_norm":
+        elif key == "grad_norm" and any(curve[1].max() > 0 for curve, _ in curves):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -196,7 +196,7 @@ def draw_finals(styled, prefix, unit):
     for place, (group, style) in zip(places, styled, strict=True):
         if (group, style) not in finished:
             at = {"transform": panels[0].get_yaxis_transform(), "va": "center", "ha": "center", "color": "gray"}
-            panels[0].text(0.5, place, "diverged" if group.finished else "not finished", **at)
+            panels[0].text(0.5, place, "diverged" if group.finished else group.unfinished, **at)
             continue
         losses, colour = group.losses, style["color"]
         panels[0].plot(losses, np.full(len(losses), place), "o", alpha=0.35, markersize=5, color=colour)
@@ -267,13 +267,15 @@ def draw_scaling(groups, prefix, unit):
         best = best_of_each([g for g in finished if g.optimizer == optimizer], lambda group: group.parameters)
         sizes, (losses, error) = list(best), means_and_errors(best.values())
         label, colour = optimizer, COLOURS[i % len(COLOURS)]
-        if len(sizes) > 2:
+        if len(sizes) > 2 and min(losses) > 0:
             fit = stats.linregress(np.log(sizes), np.log(losses))
             half = stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr
             label += f": loss ∝ N^({fit.slope:.4f} ± {half:.4f})"
             axes.plot(sizes, np.exp(fit.intercept) * np.power(sizes, fit.slope), "--", linewidth=1, color=colour)
         axes.errorbar(sizes, losses, error, fmt="o", capsize=4, color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="parameters (N)", ylabel=f"final val/loss ({unit})")
+    positive = all(group.losses.min() > 0 for group in finished)  # 0 has no place on a log scale
+    axes.set(xscale="log", yscale="log" if positive else "linear")
+    axes.set(xlabel="parameters (N)", ylabel=f"final val/loss ({unit})")
     axes.set_xticks(ticks, [size_name(n) for n in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())

@@ -19,6 +19,14 @@ from training.metrics import CONFIG, METRICS, read_metrics
 
 LINES = 1000  # lines of metrics that are enough for any figure
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
+# A run may be resumed with these changed and stays what it was: they do not train, or only change rounding. The
+# path of the data is one of them; other data are seen by their SHA-256.
+HARMLESS = NOT_SETTINGS - {"seed"} | {
+    "checkpoint", "log_interval", "eval_interval", "eval_only", "eval_iters", "always_save_checkpoint",
+    "keep_checkpoints", "max_skipped", "nccl_timeout", "backend", "device", "activation_checkpointing", "world_size",
+    "gradient_accumulation_steps", "device_name", "torch", "source_sha256", "dataset",
+}  # fmt: skip
+SPEED = {"world_size", "device_name", "activation_checkpointing"}  # but its seconds are then of two kinds
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
 FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # a label leaves these out where the other differs
 
@@ -28,7 +36,8 @@ class Run:
     """A run as its folder describes it.
 
     clean: whether it was started from a clean git commit, so that its exact code is known.
-    shared: whether other runs used its GPU at the same time; its times are then NaN.
+    shared: whether other runs used its GPU at the same time, or it moved to other GPUs; its times are then NaN.
+    changed: the settings that were changed at a resume, which makes it a run of no one setting.
     conditions: name -> value of everything that two runs must have in common to be compared.
     lines: some lines of its metrics; evaluations: those with a val/loss, which is infinite if it was not finite.
     """
@@ -43,6 +52,7 @@ class Run:
     conditions: dict
     lines: list
     evaluations: list
+    changed: list
 
     @property
     def final(self):
@@ -50,8 +60,9 @@ class Run:
 
     @property
     def finished(self):
-        """Whether the run completed its learning rate schedule."""
-        return self.final["step"] == self.config["max_iters"] >= (self.config.get("lr_decay_iters") or 0)
+        """Whether the run completed its learning rate schedule, with the same settings throughout."""
+        steps, decay = self.config["max_iters"], self.config.get("lr_decay_iters") or 0
+        return not self.changed and self.final["step"] == steps >= decay
 
     def curve(self, key, against):
         """Two arrays: the values of the metric `against`, and those of the metric `key` on the same lines."""
@@ -86,6 +97,11 @@ class Group:
     @property
     def finished(self):
         return all(run.finished for run in self.runs)
+
+    @property
+    def unfinished(self):
+        """Why it is not finished, in words."""
+        return "settings changed" if any(run.changed for run in self.runs) else "not finished"
 
     @property
     def converged(self):
@@ -174,6 +190,9 @@ def read_run(folder):
                 raise TypeError(f"{key} = {config.get(key)!r}")
         device, commit = f"{facts['world_size']} x {facts['device_name']}", facts.get("git_commit")
         clean = bool(commit) and not commit.endswith("-dirty") and facts.get("clean", True) is True
+        history = [entry for entry in facts.get("history", []) if entry["step"] > 0]  # before step 0 nothing is trained
+        keys = dict.fromkeys(key for entry in history for key in entry["changed"])
+        clean = clean and "source_sha256" not in keys
         if "adamw_for" in config:  # older runs call the group of parameters "vectors"
             config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,10 +204,11 @@ def read_run(folder):
     evaluations = [line for line in lines if "val/loss" in line]
     if not evaluations:
         raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
-    shared = facts.get("shared_device", False)
+    shared = facts.get("shared_device", False) or not SPEED.isdisjoint(keys)
     for line in lines if shared else ():
         line |= {key: math.nan for key in ("seconds", "tokens_per_second", "mfu") if key in line}
-    return Run(str(folder), config, parameters, device, commit, clean, shared, conditions, lines, evaluations)
+    changed = [key for key in keys if key not in HARMLESS]
+    return Run(str(folder), config, parameters, device, commit, clean, shared, conditions, lines, evaluations, changed)
 
 
 def is_valid(line):
@@ -211,12 +231,15 @@ def check_comparable(runs, scaling=False):
 
 
 def group(runs):
-    """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart."""
+    """The runs as groups of seeds, in the order of their first runs, with labels that tell them apart.
+
+    A run whose settings changed at a resume is a group of its own.
+    """
     groups, settings, labels = {}, {}, set()
     for run in runs:
         used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
         own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
-        key = json.dumps([own, run.conditions], sort_keys=True)
+        key = json.dumps([own, run.conditions, run.changed and run.name], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
             if other.config.get("seed") == run.config.get("seed"):
                 raise UserError(f"{run.name} repeats {other.name} (same settings, same seed); leave one of them out.")
@@ -230,6 +253,9 @@ def group(runs):
         folder = re.sub(r"[._-]*s(eed)?[=_-]?\d+$", "", Path(seeds.runs[0].name).name)
         size = [size_name(seeds.parameters)] if len({run.parameters for run in runs}) > 1 else []
         seeds.label = ", ".join([seeds.optimizer, *size, *(parts if len(parts) <= 3 else [folder])])
+        if changed := [name for name in seeds.runs[0].changed if FOLLOW.get(name) not in seeds.runs[0].changed]:
+            names = ", ".join(changed) if len(changed) <= 3 else f"{len(changed)} settings"
+            seeds.label, folder = f"{seeds.label}, changed mid-run: {names}", Path(seeds.runs[0].name).name
         if seeds.label in labels:  # --force allows groups that differ in their conditions only
             seeds.label += f", {folder}"
         labels.add(seeds.label)

@@ -30,7 +30,7 @@ def loss_rows(groups):
         half, baseline, p, difference = group.interval, baseline_of(group, groups), None, ""
         loss = f"{group.losses.mean():.4f}" + (f" ± {half:.4f}" if half is not None else "")
         if not group.finished:
-            words = "not finished"
+            words = group.unfinished
         elif group is groups[0]:
             words = "baseline"
         elif baseline is None:
@@ -117,11 +117,13 @@ def notes(groups):
     if any(len(group.runs) > 1 for group in groups):
         yield "±: half the width of Student's 95% interval of the mean over seeds."
     for run in runs:
-        if not run.finished:
+        if run.changed:
+            yield f"{run.name} changed {', '.join(run.changed)} at a resume: it is no run of one setting, and no seed."
+        elif not run.finished:
             step, last = run.final["step"], max(run.config["max_iters"], run.config.get("lr_decay_iters") or 0)
             yield f"{run.name} is not finished: its numbers are those of step {step} of {last}."
     if any(run.shared for run in runs):
-        yield "Shared: other runs used the same GPU, so these times are not compared."
+        yield "Shared: other runs used the same GPU, or the run moved to other GPUs; these times are not compared."
     timed = [group for group in groups if group.timed]
     for group in timed:
         if len(group.timed) < len(group.runs):

@@ -49,7 +49,7 @@ def main(argv=None, experiments=EXPERIMENTS):
         for run in runs:
             read_run(run)  # refuses what compare.py could not read
             facts, lines = json.loads((run / CONFIG).read_text(encoding="utf-8")), thinned(run)
-            facts |= {key: portable(facts[key]) for key in ("config", "command") if key in facts}
+            facts |= {key: portable(facts[key]) for key in ("config", "command", "history") if key in facts}
             place = target / "runs" / run.resolve().name
             if place.exists() or place / CONFIG in files:
                 raise UserError(f"{place} is there, or would be written twice; remove it, or take another NAME.")

@@ -118,6 +118,7 @@ def test_a_run_killed_six_times_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, kills=6, seed=0)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_killed_twice_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, 2, 2, "--fsdp=True")
 
@@ -220,7 +221,7 @@ def two_ranks(corpus, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_goes_on_with_the_same_tokens(corpus, two_ranks, tmp_path, ranks):
     out_dir = shutil.copytree(two_ranks / "12", tmp_path / "run")
     argv = [*tiny_words(corpus, out_dir), *ELASTIC, "--max_iters=24", "--init_from=resume"]

@@ -92,8 +92,10 @@ def rank_main(rank, ranks, port, results):
             state = [optimizer.state[p]["hessian"] for p in model.parameters()]
             hessians = [h.full_tensor() if isinstance(h, DTensor) else h for h in state]
             if implementation == "fused":
+                import sophia_fused
+
                 momenta = {p: optimizer.state[p]["exp_avg"] for p in model.parameters()}
-                assert all(bucket.alignment for bucket in optimizer._group_tensors(momenta)[0])
+                assert all(bucket.alignment for bucket in sophia_fused.buckets(optimizer, momenta))
             assert name == "ddp" or all(isinstance(h, DTensor) for h in state)
             copy.deepcopy(optimizer.state_dict())
             if rank == 0:

@@ -46,7 +46,9 @@ def loss_fn(logits, y):
 def test_the_plain_loop_trains(code):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 8))
-    exec(code, {**vars(sophia), "model": model, "batches": bigram_batches(60), "loss_fn": loss_fn})
+    names = {**vars(sophia), "F": F, "model": model, "batches": bigram_batches(60), "loss_fn": loss_fn,
+                "batch_size": 16, "block_size": 4}  # fmt: skip
+    exec(code, names)
     x, y = next(bigram_batches(1))
     assert loss_fn(model(x), y).item() < 0.2 < math.log(8)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash and detect damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_STEP.pt (kept).
+"""Checkpoints that survive a crash and detect damage: ckpt.pt (newest), ckpt_prev.pt, ckpt_best.pt, ckpt_STEP.pt.
 
     save_checkpoint(out_dir, {"model": ..., "optimizer": ..., "step": 1000, ...})
     CheckpointWriter(out_dir).save(...)                     # the same, while training goes on
@@ -21,7 +21,7 @@ import torch
 
 from training.errors import UserError
 
-NEWEST, PREVIOUS = "ckpt.pt", "ckpt_prev.pt"
+NEWEST, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt"
 _MARK = b"sha256: "
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
 
@@ -47,6 +47,8 @@ class _HashingFile:
 def save_checkpoint(out_dir, checkpoint, keep=0):
     """Write `checkpoint` as ckpt.pt. The one before becomes ckpt_prev.pt; the last `keep` stay as ckpt_STEP.pt too.
 
+    One whose "is_best" is true becomes ckpt_best.pt too.
+
     At every moment one of the two names has a complete checkpoint: a file gets its name when all of it is on disk.
     """
     out_dir = Path(out_dir)
@@ -66,6 +68,8 @@ def save_checkpoint(out_dir, checkpoint, keep=0):
         _link(newest, out_dir / PREVIOUS)
     if keep:
         _link(temporary, out_dir / f"ckpt_{checkpoint['step']}.pt")
+    if checkpoint.get("is_best"):
+        _link(temporary, out_dir / BEST)
     os.replace(temporary, newest)
     with contextlib.suppress(OSError):  # the checkpoint is complete; not every file system can sync a folder
         for old in kept_checkpoints(out_dir)[:-keep] if keep else ():
@@ -82,7 +86,7 @@ class CheckpointWriter:
     tried again until it succeeds, a newer checkpoint arrives, or the run ends. No error ends the thread.
 
     Training waits for the copy to host memory, never for the disk. While a checkpoint is being written, only the newest
-    of those that arrive is kept for the next write; the others are skipped with a warning.
+    of those that arrive, and the best, are kept for the next writes; the others are skipped with a warning.
 
     step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it succeeded.
     """
@@ -92,6 +96,7 @@ class CheckpointWriter:
     def __init__(self, out_dir, keep=0, step=None):
         self.out_dir, self.keep, self.step, self.error = out_dir, keep, step, None
         self._lock, self._next, self._thread = threading.Condition(), None, None
+        self._best = None  # one that waits for its write although a newer one does too
         self._tries = None  # that are left; None: no limit
         self._warned = None  # the step whose failure was printed
 
@@ -99,6 +104,8 @@ class CheckpointWriter:
         """Copy `checkpoint` to host memory and leave it to the thread."""
         with self._lock:
             skipped, self._next = self._next, None  # freed before its successor takes as much memory
+            if skipped and skipped.get("is_best") and not checkpoint.get("is_best"):
+                skipped, self._best = self._best, skipped
         if skipped and skipped["step"] != self._warned:
             _warn(
                 f"the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
@@ -113,17 +120,28 @@ class CheckpointWriter:
                 self._thread = threading.Thread(target=self._work, name="checkpoint")
                 self._thread.start()
 
+    def mark_best(self, path):
+        """Make the checkpoint at `path`, which the run resumed, the best one."""
+        try:
+            _link(path, Path(self.out_dir) / BEST)
+        except OSError as error:
+            _warn(f"{BEST} cannot be written ({error}).")
+
     def _work(self):
         while True:
             with self._lock:
-                checkpoint, self._next = self._next, None
+                checkpoint, self._best = self._best, None  # the older one
+                if checkpoint is None:
+                    checkpoint, self._next = self._next, None
                 if checkpoint is None:
                     self._thread = None
                     return
             self._write(checkpoint)
             with self._lock:
-                if self.error and self._next is None and self._tries != 0 and threading.main_thread().is_alive():
-                    self._next = checkpoint
+                slot = "_next" if self._next is None else "_best" if checkpoint.get("is_best") else None
+                again = slot and getattr(self, slot) is None
+                if self.error and again and self._tries != 0 and threading.main_thread().is_alive():
+                    setattr(self, slot, checkpoint)
                     del checkpoint  # its successor takes as much memory
                     self._lock.wait(self.LAST_RETRY if self._tries else self.RETRY)
                     if self._tries:
@@ -201,16 +219,26 @@ def _link(source, name):
 
 
 def kept_checkpoints(out_dir):
-    """The ckpt_STEP.pt of a run, oldest first."""
-    found = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.stem[5:]))
+    """The ckpt_STEP.pt of a run, in the order in which they were written."""
+    found = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, int(path.stem[5:])))
 
 
-def load_checkpoint(out_dir, map_location="cpu"):
-    """(checkpoint, its path): ckpt.pt or, if that is missing or damaged, ckpt_prev.pt with a warning on stderr.
+def all_checkpoints(out_dir):
+    """The paths of all checkpoints of a run, the newest first."""
+    named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, BEST)]
+    return [path for path in named if os.path.lexists(path)] + kept_checkpoints(out_dir)[::-1]
 
-    Raises UserError if there is none, or if both are damaged.
+
+def load_checkpoint(out_dir, map_location="cpu", which="newest"):
+    """(checkpoint, its path). The newest is ckpt.pt or, if that is missing or damaged, ckpt_prev.pt with a warning.
+
+    which: "newest", "best", the number of a step, or the path of a file.
+    Raises UserError if there is none, or if it (of the newest: both) is damaged.
     """
+    if which != "newest":
+        path = _find(out_dir, which)
+        return read_checkpoint(path, map_location), path
     problems = []
     for name in (NEWEST, PREVIOUS):
         path = Path(out_dir) / name
@@ -225,7 +253,44 @@ def load_checkpoint(out_dir, map_location="cpu"):
         return checkpoint, path
     if problems:
         raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
+    if found := [path for path in all_checkpoints(out_dir) if path.name not in (NEWEST, PREVIOUS)]:
+        raise UserError(f"{out_dir} holds no {NEWEST}; go on from another of its checkpoints: --checkpoint={found[0]}.")
     raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
+
+
+def _find(out_dir, which):
+    """The path of the checkpoint `which`. UserError where it is missing."""
+    found, path = all_checkpoints(out_dir), Path(which)
+    if which == "best":
+        path = Path(out_dir) / BEST
+    elif which.isdecimal():
+        path = next((path for path in found if str(_step_of(path)) == which), None)
+    if path is None or not os.path.lexists(path):
+        steps = ", ".join(f"{path.name} of step {_step_of(path)}" for path in found) or "none"
+        raise UserError(f"checkpoint = {which!r} is not among those of {out_dir} ({steps}); name one of them.")
+    return path
+
+
+def _step_of(path):
+    """The step of a checkpoint; None if it cannot be read. It is not checked for damage."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:
+        return None
+
+
+def make_newest(path, out_dir):
+    """Make the checkpoint at `path` the newest one of `out_dir`. Those of later steps get the name ckpt_STEP.pt."""
+    step, out_dir = _step_of(path), Path(out_dir)
+    try:
+        temporary = out_dir / f"{NEWEST}.link"
+        _link(path, temporary)
+        for other in (out_dir / name for name in (NEWEST, PREVIOUS, BEST)):
+            if (later := _step_of(other)) is not None and later > step:
+                os.replace(other, out_dir / f"ckpt_{later}.pt")
+        os.replace(temporary, out_dir / NEWEST)
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be written ({error.strerror}); name another --out_dir.") from None
 
 
 def read_checkpoint(path, map_location="cpu"):

@@ -17,13 +17,24 @@ from training.errors import UserError
 from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH")  # weights from elsewhere
+PRETRAINED = (
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "hf:DIR",
+    "import:PATH",
+    "ckpt:PATH",
+)  # weights from elsewhere
+
+
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
 
 
 def setting(default, help, **limits):
     """A dataclass field with its help and limits: choices=(...), at_least=, above=, at_most=, below=.
 
-    former: {value of older versions: value of now}; both are accepted.
+    words: values that are no numbers. former: {value of older versions: value of now}; both are accepted.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -38,6 +49,7 @@ class TrainConfig:
         "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
         choices=("scratch", "resume", "auto", *PRETRAINED),
     )
+    checkpoint: str = setting("newest", CHECKPOINT)
     max_skipped: int = setting(
         20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
     )
@@ -54,7 +66,9 @@ class TrainConfig:
         "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
     )
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
-    batch_size: int = setting(12, "sequences in one forward pass of one rank", at_least=1)
+    batch_size: int = setting(
+        12, "sequences in one forward pass of one rank; auto: the most that fit", at_least=1, words=("auto",)
+    )
     gradient_accumulation_steps: int | None = setting(
         None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
     )
@@ -147,6 +161,7 @@ class TrainConfig:
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
+        check_checkpoint(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -167,8 +182,23 @@ class TrainConfig:
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         parse_block_sizes(self)
+        if self.batch_size == "auto":
+            for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number."
+                    )
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+
+def check_checkpoint(config):
+    """UserError if a checkpoint is named that would not be read."""
+    if config.checkpoint != "newest" and config.init_from != "resume":
+        raise UserError(
+            f"checkpoint = {config.checkpoint!r} goes with --init_from=resume, this is {config.init_from!r}; use that, "
+            "or --init_from=ckpt:PATH to start new from its weights."
+        )
 
 
 def load_config(cls, argv=None):
@@ -263,6 +293,8 @@ def _parse(field, text):
     kind, optional = _kind(field)
     if optional and text == "None":
         return None
+    if text in field.metadata.get("words", ()):
+        return text
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -276,8 +308,8 @@ def _parse(field, text):
 def _convert(field, value):
     """The value that a config file gives; an int is accepted for a float."""
     kind, optional = _kind(field)
-    if value is None and optional:
-        return None
+    if (value is None and optional) or value in field.metadata.get("words", ()):
+        return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -306,11 +338,11 @@ def _allowed(field):
         if key in field.metadata:
             limit = field.metadata[key]
             parts.append(f"{relation} {', '.join(limit) if key == 'choices' else limit}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *field.metadata.get("words", ())])
 
 
 def _check_limits(field, value):
-    if value is None:
+    if value is None or value in field.metadata.get("words", ()):
         return
     finite = not isinstance(value, float) or abs(value) < float("inf")  # false for NaN too
     for key, (holds, _) in _LIMITS.items():

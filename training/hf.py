@@ -1,6 +1,6 @@
 """Weights from and to elsewhere: OpenAI's GPT-2, Hugging Face, nanoGPT's and the official Sophia repo's ckpt.pt.
 
-model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH"
+model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH", "ckpt:PATH"
 model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint
 checkpoint = start_from(config)                                        # to train on from config.init_from
 to_hf(model).save_pretrained("exported")                               # transformers.GPT2LMHeadModel
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import EMBEDDINGS, GPT, GPTConfig
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.optimizers import optimizer_of_state
@@ -27,13 +27,13 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps
 # ----- models
 
 
-def load_model(init_from, out_dir):
+def load_model(init_from, out_dir, which="newest"):
     """(model on the CPU, its tokenizer, the settings it was trained with or {}).
 
     Raises UserError if there is nothing to load, or if model and tokenizer do not fit.
     """
     if init_from == "resume":
-        checkpoint, origin = load_checkpoint(out_dir)
+        checkpoint, origin = load_checkpoint(out_dir, which=which)
     else:
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
@@ -183,6 +183,9 @@ def load_pretrained(init_from):
     checkpoint = {"step": 0, "optimizer": None, "config": {}}
     if kind == "import":
         checkpoint |= _read_import(path)
+    elif kind == "ckpt":
+        own = load_checkpoint(path)[0] if Path(path).is_dir() else read_checkpoint(path)
+        checkpoint |= {key: own[key] for key in ("model", "model_args", "tokenizer", "config")}
     else:
         try:
             model = _read_folder(path) if kind == "hf" else from_pretrained(kind)
@@ -190,7 +193,7 @@ def load_pretrained(init_from):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint["tokenizer"] = "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None  # padded or not
+    checkpoint.setdefault("tokenizer", "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None)  # padded or not
     return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
 
 
@@ -224,7 +227,7 @@ def _read_import(path):
     if not isinstance(foreign, dict) or not {"model", "model_args", "iter_num"} <= foreign.keys():
         remedy = "name a ckpt.pt of nanoGPT's form"
         if "step" in foreign:
-            remedy = "it is this project's, resume it or export it and use hf:DIR"
+            remedy = "it is this project's, resume it or start new from it with ckpt:PATH"
         raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has; {remedy}.")
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in foreign["model"].items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a causal mask

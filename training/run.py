@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import math
 import os
+import shutil
 import statistics
 import sys
 import types
@@ -21,13 +22,14 @@ import torch
 
 from model import GPT, GPTConfig
 from training import data, optimizers
-from training.checkpoint import NEWEST, PREVIOUS, CheckpointWriter, copy_to_host, kept_checkpoints, load_checkpoint
+from training.checkpoint import CheckpointWriter, all_checkpoints, copy_to_host, load_checkpoint, make_newest
 from training.config import with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError
+from training.errors import RunError, UserError, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.fp8 import to_fp8
 from training.hf import load_optimizer_state, start_from
+from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
@@ -47,7 +49,7 @@ class Run:
     """
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.corpus = config, None
         self._tracker = self._writer = self._batches = self._train_step = None
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
@@ -72,15 +74,21 @@ class Run:
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
-        checkpoint, resume, differing = None, config.init_from == "resume", []
+        checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
+        elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
         if config.init_from != "scratch":
-            checkpoint = world.local_rank0_first(
-                lambda: load_checkpoint(config.out_dir)[0] if resume else start_from(config)
+            checkpoint, origin = world.local_rank0_first(
+                lambda: (
+                    load_checkpoint(config.out_dir, which=config.checkpoint) if resume else (start_from(config), None)
+                )
             )
         if resume:
+            if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
+                if not config.eval_only:
+                    world.on_rank0(lambda: _check_empty(config))
+                checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
             differing = optimizers.state_differences(config, checkpoint)
-        self.corpus = None
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
         except UserError:
@@ -99,9 +107,6 @@ class Run:
         self._hashes = hashes
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
-        self._changed = self._changes(checkpoint) if resume else {}
-        self._history = list(checkpoint.get("history", [])) if resume else []
-        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
 
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
@@ -119,10 +124,15 @@ class Run:
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
         self._batches = Batches(config, self.corpus, world, (self.step, _sequences_seen(config, checkpoint)))
         self._train_step = TrainStep(config, self.model, world, self._clock)
+        if config.batch_size == "auto":
+            self._choose_batch_size(checkpoint["config"].get("batch_size", 0) if resume else None)
+        self._changed = self._changes(checkpoint) if resume else {}
+        self._history = list(checkpoint.get("history", [])) if resume else []
+        self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
         if resume:
             self._train_step.load_state_dict(checkpoint)
 
-        self._resumed = checkpoint
+        self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
@@ -133,9 +143,13 @@ class Run:
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
         if world.is_rank0 and not config.eval_only:
-            if config.init_from != "resume":
+            if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
                     path.unlink(missing_ok=True)
+            if config.checkpoint != "newest":
+                make_newest(origin, config.out_dir)
+            if elsewhere and (origin.parent / METRICS).exists():
+                shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
         self._say(
@@ -151,12 +165,38 @@ class Run:
             for text in self._effects(checkpoint["config"]):
                 self._say(f"  {text}")
 
+    def _choose_batch_size(self, before):
+        """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
+        config, world = self.config, self.world
+        sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
+        if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
+            sizes = [size for size in sizes if size <= max(most, 1)]
+        if before in sizes and self._train_step.fits(before):
+            config.batch_size = before
+        elif size := largest(sizes, self._train_step.fits, most):
+            config.batch_size = size
+        else:
+            raise RunError(f"{self._memory_sentence(None)}.")
+        config.gradient_accumulation_steps = _accumulation(config, world.size)
+        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
+
+    @property
+    def _ranks_here(self):
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def _memory_sentence(self, error):
+        world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
+        memory = memory_of(world.device, self._ranks_here)
+        return sentence(error, self.config, world.device_name, memory, world.size, rows)
+
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
         config = self.config
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
-        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite")}
+        now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
         changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
         facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
@@ -172,10 +212,10 @@ class Run:
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
         seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
-        if "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"seed", "train_sha256"} & changed.keys():
             yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        elif "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
             yield "val/loss is taken on other tokens than before; the search for the best one begins again"
         if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
@@ -237,6 +277,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         explained = self.world.explain(error)
+        too_large = not explained and is_out_of_memory(error)
         if self._batches:
             self._batches.close()
         if self._writer:
@@ -248,6 +289,10 @@ class Run:
             gc.collect()  # DDP's cycles have to go before the process group: gloo sometimes aborts otherwise
         self.world.__exit__(kind, error, traceback)
         self._signals.restore()
+        if too_large:
+            newest = self._writer and self._writer.step
+            go_on = "" if newest is None else f", and go on from step {newest} with --init_from=resume"
+            raise RunError(f"{self._memory_sentence(error)}{go_on}.") from None
         if explained:
             raise explained from error
 
@@ -327,9 +372,13 @@ class Run:
             if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
                     metrics |= {"val/loss": self.evaluate()} | self._val_losses
-                    improved, self._best = metrics["val/loss"] < self._best, min(self._best, metrics["val/loss"])
+                    trained = step > self.step or self._origin  # else there is nothing to keep
+                    if improved := trained and metrics["val/loss"] < self._best:
+                        self._best = metrics["val/loss"]
                     if step > self.step and (improved or config.always_save_checkpoint):
-                        self._save(step)
+                        self._save(step, improved)
+                    elif improved and self._writer:
+                        self._writer.mark_best(self._origin)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
@@ -463,7 +512,7 @@ class Run:
                 self._tracker.log(metrics)
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
-    def _save(self, step):
+    def _save(self, step, is_best=False):
         """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(self.world.rng_state())
         if not self.world.is_rank0 and not self.config.fsdp:
@@ -480,6 +529,7 @@ class Run:
             "config": vars(self.config),
             "tokenizer": self.corpus.tokenizer,
             "best_val_loss": self._best,
+            "is_best": is_best,
             **self._train_step.state_dict(),
             "recent_losses": list(self._recent_losses),
             "seconds": self._clock.seconds,
@@ -516,7 +566,9 @@ def _sequences_seen(config, checkpoint):
 
 def _accumulation(config, ranks):
     """gradient_accumulation_steps: derived from total_bs or, if it was given, checked against it."""
-    once = config.batch_size * ranks
+    if config.batch_size == "auto" and config.total_bs % ranks == 0:
+        return None  # until it is chosen
+    once = ranks * (1 if config.batch_size == "auto" else config.batch_size)
     steps, rest = divmod(config.total_bs, once)
     given = config.gradient_accumulation_steps
     if given is not None and given * once != config.total_bs:
@@ -526,7 +578,7 @@ def _accumulation(config, ranks):
             f"x {ranks} ranks = {given * once}; {fit}"
         )
     if rest:
-        sizes = [size for size in range(1, config.total_bs + 1) if config.total_bs % (size * ranks) == 0]
+        sizes = micro_batch_sizes(config.total_bs, ranks)
         fit = (
             f"batch_size can be {', '.join(map(str, sizes))}."
             if sizes
@@ -541,8 +593,16 @@ def _accumulation(config, ranks):
 
 def _run_files(out_dir):
     """The files of an earlier run in `out_dir`."""
-    named = [Path(out_dir) / name for name in (NEWEST, PREVIOUS, METRICS, CONFIG)]
-    return [path for path in named if path.exists()] + kept_checkpoints(out_dir)
+    return [path for name in (METRICS, CONFIG) if (path := Path(out_dir) / name).exists()] + all_checkpoints(out_dir)
+
+
+def _check_empty(config):
+    """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
+    if _run_files(config.out_dir) and not config.overwrite:
+        raise UserError(
+            f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong; name another "
+            "--out_dir, or replace it with --overwrite=True."
+        )
 
 
 def _check_out_dir(config):
@@ -550,7 +610,7 @@ def _check_out_dir(config):
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
-        init_from = "resume" if (folder / NEWEST).exists() or (folder / PREVIOUS).exists() else "scratch"
+        init_from = "resume" if all_checkpoints(folder) else "scratch"
     elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
         raise UserError(
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import cross_entropy
 from training import data
 from training.curvature import hessian_vector_product, label_loss
+from training.errors import is_out_of_memory
 from training.loss import LinearLoss, has_kernel
 from training.optimizers import OPTIMIZERS, amp_scaling, second_order, step_arguments, supports_amp_scaling
 from training.schedule import sequence_length
@@ -107,6 +108,7 @@ class TrainStep:
         self.config, self.model, self.world = config, model, world
         self.optimizer = self.loss = self.grad_norm = None
         self._clock, self._compiled = clock, set()
+        self._estimate = OPTIMIZERS[config.optimizer_name].estimate
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
         self._forward = ModelLoss(model, config.compile, config.fsdp)
@@ -151,7 +153,7 @@ class TrainStep:
     def curvature_step(self, batches, step):
         """Renew the curvature by an estimate on the first hess_bs sequences of the step's batch."""
         config, (optimizer, update) = self.config, second_order(self.optimizer)
-        if OPTIMIZERS[config.optimizer_name].estimate == "labels":
+        if self._estimate == "labels":
             loss = self._accumulate(batches.curvature(step, config.hess_bs), label_loss)
             norm, arguments = self._gradient_norm(), {"scale": config.hess_bs / config.total_bs}
             self.curvature = {"loss": self.world.sum(loss) / self.world.size, "grad_norm": norm}
@@ -227,6 +229,44 @@ class TrainStep:
     def _loss(self, inputs, targets, loss):
         with self._autocast:
             return (self._ddp or self._forward)(inputs, targets, loss)
+
+    def fits(self, size):
+        """Whether micro-batches of `size` sequences fit in the memory of all ranks, found by trying. No trace is left.
+
+        The ranks do not exchange gradients in it, so that one whose memory is full keeps no other waiting.
+        """
+        full = not self._try_micro_batch(size)
+        self.model.train()
+        for p in self.model.parameters():
+            p.grad = None
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return not self.world.any(full)
+
+    def _try_micro_batch(self, size):
+        """Training, estimate and evaluation once, beside as much memory as the optimizer's state will take."""
+        device, shape = self.world.device, (size, self.config.block_size)
+        try:
+            with torch.random.fork_rng(devices=self.world.rng_devices):
+                if device.type == "cuda":  # two numbers a parameter; with DDP one has its gradients' place already
+                    count = (1 if self._ddp else 2) * self.model.num_params()
+                    _state = torch.empty(count, dtype=torch.float32, device=device)
+                inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+                for loss in [cross_entropy, label_loss][: 1 + (self._estimate == "labels")]:
+                    targets = inputs if loss is cross_entropy else torch.zeros(shape, device=device)
+                    with self._autocast:
+                        value = self._forward(inputs, targets, loss)
+                    value.backward()
+                self.model.eval()
+                with torch.no_grad():
+                    self.evaluation_loss(inputs, inputs)
+                self.world.synchronize()
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
 
     def evaluation_loss(self, inputs, targets):
         with self._autocast:

@@ -75,7 +75,8 @@ def test_sophia_takes_the_same_steps(runs):
     assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lion", "nadamw"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "nadamw"])
 def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer):
     for fsdp in (True, False):
         biases = optimizer != "lion"  # the keys' biases have no gradient, but for rounding, and Lion takes its sign
@@ -84,7 +85,10 @@ def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer)
     same_run(tmp_path / "True", tmp_path / "False", weights=1e-3)  # the bias of the keys has no gradient but rounding
 
 
-@pytest.mark.parametrize("before, ranks, fsdp", [(True, 3, True), (True, 1, False), (False, 2, True), (True, 1, True)])
+@pytest.mark.parametrize(
+    "before, ranks, fsdp",
+    [(True, 3, True), (True, 1, False), (False, 2, True), pytest.param(True, 1, True, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before, ranks, fsdp):
     out_dir = shutil.copytree(runs / str(before), tmp_path / "run")
     os.replace(out_dir / "ckpt_8.pt", out_dir / "ckpt.pt")
@@ -97,6 +101,7 @@ def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before
     assert losses(out_dir) == pytest.approx(losses(runs / "False"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adamw_becomes_sophia(corpus, tmp_path):
     for fsdp in (True, False):
         argv = [*SOPHIA, "--max_iters=8", "--sophia_start_iter=4", "--hess_warmup=2", f"--fsdp={fsdp}"]
@@ -114,6 +119,7 @@ def test_bfloat16_with_activation_checkpointing_and_dropout(corpus, tmp_path):
     assert losses(tmp_path / "True")[0] == losses(tmp_path / "False")[0]
 
 
+@pytest.mark.slow  # the compiler takes a minute; on GPUs test_two_gpus_train_like_copies shows it
 def test_compiled_blocks(corpus, tmp_path):
     for fsdp in (True, False):
         argv = [*SOPHIA, "--max_iters=4", f"--fsdp={fsdp}", f"--compile={fsdp}"]

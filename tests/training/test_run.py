@@ -153,7 +153,7 @@ def test_a_run_writes_its_metrics_facts_and_checkpoints(tiny, tmp_path):
     assert len(facts["source_sha256"]) == 64 and facts["clean"] in (True, False, None)
     assert facts["torch"] == torch.__version__ and len(facts["data"]["train_sha256"]) == 64
     assert sorted(path.name for path in out_dir.iterdir()) == [
-        "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
+        "ckpt.pt", "ckpt_20.pt", "ckpt_30.pt", "ckpt_best.pt", "ckpt_prev.pt", "config.json", "metrics.jsonl",
     ]  # fmt: skip
 
 

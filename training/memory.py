@@ -1,0 +1,70 @@
+"""How much memory a micro-batch takes, by the formula of docs/training.md, and the largest that fits.
+
+sequences = estimate(config, memory=80 * 2**30, ranks=1)
+batch_size = largest(micro_batch_sizes(480, ranks=1), fits=lambda size: ..., guess=sequences)
+"""
+
+import bisect
+import os
+
+import torch
+
+from model import GPTConfig
+
+FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
+
+
+def micro_batch_sizes(total_bs, ranks):
+    """The micro-batches into which a step of total_bs sequences can be divided, rising."""
+    return [size for size in range(1, total_bs // ranks + 1) if total_bs % (size * ranks) == 0]
+
+
+def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
+    """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does.
+
+    34 bytes a token, layer and unit of width are the activations in bfloat16, measured on an H200 (docs/speed.md); 6
+    bytes a token and row of the vocabulary are the logits of an evaluation.
+    """
+    layers = 2 * config.n_layer + 68 if config.activation_checkpointing else 34 * config.n_layer
+    wide = 2 if config.dtype == "float32" else 1
+    per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
+    parameters = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
+    left = (1 - FREE) * memory - 16 * parameters / (ranks if config.fsdp else 1)
+    return max(0, int(left / (per_token * config.block_size)))
+
+
+def largest(sizes, fits, guess):
+    """The largest of the rising `sizes` for which fits(size), searched from `guess` on; None if none fits."""
+    i = max(0, bisect.bisect_right(sizes, guess) - 1)
+    if fits(sizes[i]):
+        while i + 1 < len(sizes) and fits(sizes[i + 1]):
+            i += 1
+        return sizes[i]
+    return next((size for size in reversed(sizes[:i]) if fits(size)), None)
+
+
+def memory_of(device, ranks_here=1):
+    """Bytes of memory of a rank's device; of a CPU its share of the host's. None where the system does not say it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def sentence(error, config, device_name, memory, ranks, vocab_size):
+    """What a run says that has used up its memory."""
+    host = isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in str(error) or device_name == "cpu"
+    size, where = config.batch_size, "the host" if host else f"the GPU ({device_name})"
+    sizes, remedies = micro_batch_sizes(config.total_bs, ranks), []
+    fit = estimate(config, memory, ranks, vocab_size) if memory else size
+    smaller = [s for s in sizes if size == "auto" or s < size]
+    within = [s for s in smaller if s <= fit] or smaller[:1]
+    if within and size != "auto":
+        remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
+    remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
+    return (
+        f"the memory of {where} is too small for batch_size = {size}, with {config.n_layer} layers of width "
+        f"{config.n_embd} and block_size = {config.block_size}; use {' or '.join(remedies) or 'a smaller model'}"
+    )
