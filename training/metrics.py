@@ -36,6 +36,8 @@ NAMES = {
     "momentum_norm": "2-norm of the gradient average",
     "tokens_per_second": "since the line before",
     "mfu": "model FLOPs utilization: share of the devices' peak, curvature estimates not counted",
+    "slowest_rank": "the rank that the others waited for longest since the line before",
+    "seconds_behind": "how much longer it worked in that time than the median rank",
     "memory_gib": "peak memory of rank 0's GPU",
 }
 FORMER_NAMES = {"train/win_rate/vectors": "train/win_rate/scalars"}  # of runs from before the group was renamed
