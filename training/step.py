@@ -164,7 +164,7 @@ class TrainStep:
             vectors = self._random_vectors(parameters, step)
             products = self._hessian_vector_products(batches.train(step, config.hess_bs), parameters, vectors)
             norm = torch.nn.utils.get_total_norm(products, foreach=True)
-            arguments = {"estimates": torch._foreach_mul(vectors, products)}
+            arguments = {"estimates": torch._foreach_mul(vectors, products), "average": False}  # equal on all ranks
             self.curvature = {"grad_norm": norm}
         self._update(optimizer, functools.partial(update, **arguments), norm, counts="curvature_skipped")
 
