@@ -13,13 +13,13 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.errors import UserError, command
 from training.hf import load_model, to_hf
+from training.terminal import warn
 from training.tokenizer import gpt2_files
 
 
@@ -59,7 +59,7 @@ def export(model, tokenizer, folder):
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
     if tokenizer.spec is None:
-        print("the tokenizer of this model is not known: the folder has none", file=sys.stderr)
+        warn("the tokenizer of this model is not known: the folder has none.")
         return
     if isinstance(tokenizer.spec, str):
         hf_tokenizer = gpt2_tokenizer(folder) if tokenizer.spec == "gpt2" else tiktoken_tokenizer(tokenizer)

@@ -15,6 +15,7 @@ from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_confi
 from training.distributed import Distributed
 from training.errors import UserError, command
 from training.hf import load_model
+from training.terminal import warn
 
 FILE = "FILE:"  # such a start names the file with the prompt
 
@@ -49,8 +50,8 @@ def main(argv=None):
     prompt = prompt_ids(config.start, tokenizer)
     if len(prompt) > model.config.block_size:
         seen = f"each new one is drawn from the last block_size = {model.config.block_size}"
-        print(f"warning: the prompt has {len(prompt)} tokens, {seen}.", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+        warn(f"the prompt has {len(prompt)} tokens, {seen}.")
+    sys.stdout.exact = not sys.stdout.isatty()  # a file gets the text as it is, a terminal no control characters
     model.to(device)
     idx = torch.tensor([prompt], device=device)  # (1, T)
     for i in range(config.num_samples):

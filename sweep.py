@@ -28,7 +28,6 @@ Writes a folder for each run (adamw_3fa21c: the digits stand for the swept value
 the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
 """
 
-import fcntl
 import inspect
 import itertools
 import json
@@ -56,7 +55,13 @@ from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import Parser, UserError, command
 from training.metrics import METRICS, STATE, read_metrics
+from training.terminal import warn
 from training.tracking import SHARED, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
@@ -94,7 +99,7 @@ class Trial:
         command = [sys.executable, *self.argv, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **streams), log
+        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else (), **streams), log
 
 
 def main(argv=None):
@@ -299,7 +304,10 @@ def locked(out_dir):
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:
+            warn(f"no locks on this system: start no second sweep in {out_dir}.")
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it.") from None
     except OSError as error:
@@ -351,12 +359,14 @@ def run_all(trials, devices, lock, bar, known, save_state):
             bar.set_postfix_str(", ".join(entry[0].folder.name for entry in running)[:60], refresh=False)
             bar.update(others + steps_done(trials) - bar.n)
     finally:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C reaches the runs, and ends them
         for _, _, process, _ in running:
             process.terminate()  # the run then writes a checkpoint
         for _, _, process, log in running:
             process.wait()
             log.close()
         signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def visible_gpus():

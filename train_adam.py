@@ -33,4 +33,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

@@ -115,4 +115,4 @@ def switch_to_sophia(config, run):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

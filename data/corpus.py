@@ -11,12 +11,10 @@ are in memory, or one str where that is larger.
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import Parser, UserError
+from training.terminal import warn
 from training.tokenizer import get_tokenizer, identity
 from training.tracking import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE
@@ -138,6 +142,8 @@ class _Bin:
         self.tokens, self.sha256, self.is_mine = 0, hashlib.sha256(), False
         self.file = open(self.temporary, "ab")
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "not on this system")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another prepare.py is writing {path}: wait for it or choose another --out_dir") from error
@@ -145,7 +151,7 @@ class _Bin:
             if error.errno not in NO_LOCKS:
                 self.temporary.unlink()
                 raise
-            print(f"warning: no locks here ({error.strerror}): let no other prepare.py write {path}", file=sys.stderr)
+            warn(f"no locks here ({error.strerror}): let no other prepare.py write {path}")
         self.is_mine = True
         self.file.truncate(0)  # what a killed run left
 

@@ -40,13 +40,21 @@ def ended(process, timeout):
     return output
 
 
-def test_three_ranks_give_the_same_bits_after_torchrun_restarted_them(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "ranks, more",
+    [
+        (3, []),
+        pytest.param(4, ["--fsdp=True", "--hess_bs=24"], marks=pytest.mark.slow),
+        pytest.param(4, [], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_give_the_same_bits_after_torchrun_restarted_them(corpus, tmp_path, ranks, more):
     """One rank is killed; torchrun restarts all on its old store, and they resume by themselves."""
-    run = ["--max_iters=60", "--eval_interval=10", "--batch_size=4", "--dropout=0.1"]
-    done = torchrun(3, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "whole"), *run])
+    run = ["--max_iters=60", "--eval_interval=10", "--batch_size=2", "--dropout=0.1", *more]
+    done = torchrun(ranks, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "whole"), *run])
     assert done.returncode == 0, done.stderr
     words = [*tiny_words(corpus, tmp_path / "killed"), *run, "--init_from=auto"]
-    process = start(3, words, options=["--max-restarts=2"])
+    process = start(ranks, words, options=["--max-restarts=2"])
     wait_for_step(process, 15)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = ended(process, 90)

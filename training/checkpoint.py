@@ -13,13 +13,13 @@ import os
 import pickle
 import shutil
 import stat
-import sys
 import threading
 from pathlib import Path
 
 import torch
 
 from training.errors import UserError
+from training.terminal import warn
 
 NEWEST, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt"
 _MARK = b"sha256: "
@@ -107,7 +107,7 @@ class CheckpointWriter:
             if skipped and skipped.get("is_best") and not checkpoint.get("is_best"):
                 skipped, self._best = self._best, skipped
         if skipped and skipped["step"] != self._warned:
-            _warn(
+            warn(
                 f"the checkpoint of step {skipped['step']} is skipped, because the one before it is still "
                 "being written; use a larger --eval_interval."
             )
@@ -125,7 +125,7 @@ class CheckpointWriter:
         try:
             _link(path, Path(self.out_dir) / BEST)
         except OSError as error:
-            _warn(f"{BEST} cannot be written ({error}).")
+            warn(f"{BEST} cannot be written ({error}).")
 
     def _work(self):
         while True:
@@ -157,7 +157,7 @@ class CheckpointWriter:
             self.error = error
             if self._warned != checkpoint["step"]:
                 self._warned = checkpoint["step"]
-                _warn(
+                warn(
                     f"the checkpoint of step {checkpoint['step']} could not be written ({error}); the newest good one "
                     f"is of step {self.step}, training goes on and the write is tried again."
                 )
@@ -175,11 +175,6 @@ class CheckpointWriter:
         """Wait until nothing is being written; return the step of the newest checkpoint on disk, or None."""
         self.wait()
         return self.step
-
-
-def _warn(message):
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
-        print(f"warning: {message}", file=sys.stderr)
 
 
 def copy_to_host(thing, seen=None, keep=True):
@@ -248,7 +243,7 @@ def load_checkpoint(out_dir, map_location="cpu", which="newest"):
             checkpoint = read_checkpoint(path, map_location)
         except UserError as error:
             problems.append(str(error))
-            print(f"warning: {error}", file=sys.stderr)
+            warn(error)
             continue
         return checkpoint, path
     if problems:

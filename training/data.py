@@ -14,7 +14,6 @@ import json
 import math
 import os
 import queue
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 
 from model import GPTConfig
 from training.errors import UserError
+from training.terminal import warn
 from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
 from training.tokenizer import check_spec, describe, read_tokenizer_json
 from training.tokenizer import identity as tokenizer_identity
@@ -352,7 +352,7 @@ def check_dataset(corpus, total_bs, block_size):
         if not part.meta and checked["train"][0] < 256:
             note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
         if note and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"warning: {part.folder}: {note}.", file=sys.stderr)
+            warn(f"{part.folder}: {note}.")
     if len(found) == 1:
         (facts,) = found.values()
         return {key: value for key, value in facts.items() if key != "share"}

@@ -9,6 +9,11 @@ import errno
 import os
 import sys
 
+from training.terminal import open_streams, printable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+INTERRUPTED = 130  # exit code after Ctrl-C, as of a program that SIGINT ends
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the culprit and the remedy."""
@@ -43,17 +48,39 @@ def is_out_of_memory(error):
     return of_torch or is_out_of_memory(error.__cause__)
 
 
-def command(main):
-    """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code."""
+def command(main, goes_on=False):
+    """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
+
+    A file that cannot be used and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on: as in
+    `open_streams`.
+    """
+    open_streams(goes_on)
     try:
         main()
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.exit_code == 1:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        if not is_out_of_memory(error):
+        explained = _explain(error)
+        if not explained:
             raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or explained.exit_code == 1:
+            print(f"error: {printable(' '.join(str(explained).split()))}", file=sys.stderr)
+        sys.exit(explained.exit_code)
+    finally:
+        if sys.stdout:
+            sys.stdout.flush()
+
+
+def _explain(error):
+    """The UserError that says what `error` means to a user; None if it is a mistake in the code."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        print(f"error: the memory is used up ({reason}); use less at once, or a larger machine.", file=sys.stderr)
-        sys.exit(RunError.exit_code)
+        return RunError(f"the memory is used up ({reason}); use less at once, or a larger machine.")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        name = "a file" if error.filename is None else error.filename
+        remedy = "check its path, permissions and free space"
+        kind = RunError if error.errno in FULL else UserError
+        return kind(f"{name} cannot be read or written ({error.strerror}); {remedy}.")
+    return None

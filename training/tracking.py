@@ -10,12 +10,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 from training.metrics import CONFIG, METRICS, read_metrics
+from training.terminal import warn
 
 SHARED = "SHARED_DEVICE"  # set in the environment of a run that shares its device: its times are not compared
 
@@ -86,7 +86,7 @@ class Lines:
             self._write()
         except OSError as error:
             if not warned:
-                print(f"warning: {self.path} cannot be written ({error}); its lines wait in memory.", file=sys.stderr)
+                warn(f"{self.path} cannot be written ({error}); its lines wait in memory.")
 
     def _write(self):
         data = "".join(line + "\n" for line in self._waiting).encode()
@@ -103,7 +103,7 @@ class Lines:
         try:
             self._write()
         except OSError as error:
-            print(f"warning: the last {len(self._waiting)} lines of {self.path} are lost ({error}).", file=sys.stderr)
+            warn(f"the last {len(self._waiting)} lines of {self.path} are lost ({error}).")
         self._file.close()
 
 
@@ -138,9 +138,7 @@ class Wandb:
 
             return action(wandb)
         except Exception as error:
-            print(
-                f"warning: training goes on {otherwise}: wandb raised {type(error).__name__}: {error}", file=sys.stderr
-            )
+            warn(f"training goes on {otherwise}: wandb raised {type(error).__name__}: {error}")
             return None
 
     def log(self, metrics):
@@ -161,7 +159,7 @@ class Wandb:
             end.start()
             end.join(self.PATIENCE)
             if end.is_alive():
-                print("warning: wandb has not sent everything; `wandb sync` in out_dir does it later.", file=sys.stderr)
+                warn("wandb has not sent everything; `wandb sync` in out_dir does it later.")
 
 
 def write_atomically(path, content):

@@ -36,7 +36,7 @@ def two_monitors(before=lambda port: None):
 
     before: called with rank 0's port before rank 1 connects to it.
     """
-    messages, made = queue.Queue(), {}
+    messages, made, never = queue.Queue(), {}, lambda: time.sleep(10**6)  # so that no monitor ends this process
 
     def hear(_):
         word = messages.get(timeout=10)
@@ -45,7 +45,9 @@ def two_monitors(before=lambda port: None):
 
     def make(rank):
         gather = (lambda word: [messages.put(word) or word]) if rank == 0 else hear
-        made[rank] = RankMonitor(SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather, timeout=60))
+        made[rank] = RankMonitor(
+            SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather, timeout=60, finish=never)
+        )
         made[rank].leaving.set()
 
     first = threading.Thread(target=make, args=(0,), daemon=True)
