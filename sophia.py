@@ -364,10 +364,8 @@ class _Sophia(Optimizer):
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
                 key = (index, param.device, tuple(t.dtype for t in tensors), shards, self._matrix(group, position))
-                if key not in buckets:
-                    buckets[key] = _Bucket(key, group)
-                buckets[key].append(state, *tensors)
-        return list(buckets.values())
+                buckets.setdefault(key, []).append((state, *tensors))
+        return [_Bucket(key, self.param_groups[key[0]], entries) for key, entries in buckets.items()]
 
     def _check_shapes(self, index, position, tensors):
         p, g, m, h = tensors
@@ -651,19 +649,13 @@ class _Bucket:
 
     pointers = table = None  # of the fused kernels, see sophia_fused
 
-    def __init__(self, key, group):
+    def __init__(self, key, group, entries):
         self.key, self.group = key, group
         self.index, self.device, self.dtypes, self.shards, self.matrix = key  # matrix: see _Sophia._matrix
-        self.states, self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], [], []  # local, real tensors
-        self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
-
-    def append(self, state, *tensors):
-        self.states.append(state)
-        for place, tensor in zip((self.params, self.grads, self.exp_avgs, self.hessians), tensors, strict=True):
-            place.append(tensor)
-        self.steps.append(state["step"])
-        if self.group["bias_correction"]:
-            self.hessian_steps.append(state["hessian_step"])
+        columns = map(list, zip(*entries, strict=True))
+        self.states, self.params, self.grads, self.exp_avgs, self.hessians = columns  # local, real tensors
+        self.steps = [state["step"] for state in self.states]  # float32 scalars on `device`
+        self.hessian_steps = [state["hessian_step"] for state in self.states] if group["bias_correction"] else []
 
     def parts(self, together):
         """The lists that one call takes: all, or to save memory one large tensor or a run of small ones."""
