@@ -97,14 +97,14 @@ class Muon(Optimizer):
         torch._foreach_lerp_(batch.momenta, batch.grads, weight)
         moved = torch._foreach_lerp(batch.momenta, batch.grads, weight) if group["nesterov"] else batch.momenta
         update = self._direction(_stack(moved), batch, group)  # (matrices, rows, columns)
-        updates = list(update.to(batch.dtype) * (0.2 * math.sqrt(max(update.shape[1:]))))
+        updates = list(update.to(batch.dtype) * (lr * 0.2 * math.sqrt(max(update.shape[1:]))))
         decay = lr * group["weight_decay"]
         if group["cautious"]:
             decays = [(u * p > 0).to(p.dtype) * decay for u, p in zip(updates, batch.params, strict=True)]
             torch._foreach_mul_(batch.params, [1 - d for d in decays])
         else:
             torch._foreach_mul_(batch.params, 1 - decay)
-        torch._foreach_sub_(batch.params, torch._foreach_mul(updates, lr))
+        torch._foreach_sub_(batch.params, updates)
         batch.write_back()
 
     def _direction(self, moved: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:

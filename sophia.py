@@ -13,7 +13,6 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -30,19 +29,15 @@ _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 
 
 # ----- The update and the estimate, in place, for lists of tensors: parameters p, gradients g, averages m, curvatures h
-
-
 def _update(p, g, m, h, *, lr, beta1, rho, eps, weight_decay, nesterov, direction=None):
     """Algorithm 3. For SophiaG rho stands for rho * bs, and eps is None."""
     torch._foreach_lerp_(m, g, 1 - beta1)  # m <- beta1 m + (1 - beta1) g
     numerators = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
     updates = (direction or _clipped)(numerators, h, rho, eps)
+    torch._foreach_mul_(p, 1 - lr * weight_decay)
     if isinstance(lr, Tensor):
-        torch._foreach_mul_(updates, lr)
-        torch._foreach_mul_(p, 1 - lr * weight_decay)
-        torch._foreach_sub_(p, updates)
+        torch._foreach_sub_(p, torch._foreach_mul(updates, lr))
     else:
-        torch._foreach_mul_(p, 1 - lr * weight_decay)
         torch._foreach_sub_(p, updates, alpha=lr)
 
 
@@ -99,13 +94,8 @@ def sample_labels(logits: Tensor, generator: Generator | None = None, *, uniform
     A label is the inverse of the cumulative distribution at one uniform number, found in two levels: blocks of classes,
     then classes. It depends on that number and the position's own logits only. Probability 0 is never drawn.
 
-    Args:
-        logits: (..., classes), floating point.
-        generator: torch.Generator on the logits' device for the uniform numbers; None is the default generator.
-        uniform: (...), in [0, 1): the uniform numbers, instead of drawing them here; else ValueError.
-
-    Returns:
-        int64 tensor (...).
+    logits: (..., classes). generator: of the logits' device; None is the default generator. uniform: (...), in [0, 1):
+    the uniform numbers, instead of drawing them here. Returns int64 (...). ValueError if uniform has another shape.
     """
     if uniform is None:
         uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float32)
@@ -164,14 +154,9 @@ def sampled_label_loss(
 ) -> Tensor:  # fmt: skip
     """Mean cross-entropy against labels drawn from the model itself: Algorithm 2 (Gauss-Newton-Bartlett).
 
-    Args:
-        logits: (..., classes), floating point.
-        generator, uniform: the source of the labels, as in `sample_labels`.
-        ignore_index: positions whose entry in `targets` is this are left out of the mean (padding).
-        targets: (...), the batch's real labels; only compared with ignore_index. None keeps all positions.
-
-    Returns:
-        scalar float32 tensor; its gradient is what SophiaG.update_hessian() squares.
+    logits, generator, uniform: as in `sample_labels`. targets: (...), the batch's real labels; a position whose target
+    is ignore_index (padding) is left out of the mean, and they have no other use. None keeps all positions.
+    Returns a scalar in float32. Its gradient is what SophiaG.update_hessian() squares.
     """
     labels = sample_labels(logits, generator, uniform=uniform)
     if targets is not None:
@@ -187,9 +172,9 @@ def sampled_label_loss(
 def sampled_target_loss(outputs: Tensor, generator: Generator | None = None, *, variance: float = 1.0) -> Tensor:
     """Mean over rows of ||outputs - y||^2 / (2 variance) with y ~ N(outputs, variance): Algorithm 2 for regression.
 
-    The Gauss-Newton matrix is J^T J / variance, averaged over rows, with J the Jacobian of the outputs (..., D). Over
-    draws the mean of B grad^2 is exactly its diagonal, B the number of rows; `bs` counts rows then. Use variance 1 if
-    the training loss is the halved sum of squared errors over the D outputs, and D / 2 for torch's mse_loss.
+    Over draws the mean of B grad^2 is exactly the diagonal of J^T J / variance, the Gauss-Newton matrix, with J the
+    Jacobian of the outputs (..., D) and B the number of rows, which `bs` counts then. Use variance 1 if the training
+    loss is the halved sum of squared errors over the D outputs, and D / 2 for torch's mse_loss.
     """
     _check_number("variance", variance, above=0.0)
     noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
@@ -209,16 +194,12 @@ def hutchinson(
     """Hutchinson's estimate of the Hessian's diagonal, u * (Hessian @ u) with u ~ N(0, I): Algorithm 1.
 
     One Hessian-vector product, which costs about two backward passes. It differentiates twice. Compiled models and
-    fused attention cannot do that: pass a function that computes the loss with the uncompiled model, and attention
-    runs in its plain form within. `.grad` is left alone.
+    fused attention cannot do that: let `loss` be a function that uses the uncompiled model, and attention runs in its
+    plain form within. `.grad` is left alone.
 
-    Args:
-        loss: a function without arguments that returns the scalar loss, or the loss itself.
-        params: any iterable of parameters; sharded ones (DTensor) raise RuntimeError.
-        generator: torch.Generator on the parameters' device; None is the default generator.
-
-    Returns:
-        list in the order and shapes of params: None for those that require no gradient, 0 where it depends on none.
+    loss: a function without arguments that returns the scalar loss, or the loss itself. params: any iterable;
+    sharded parameters (DTensor) raise RuntimeError. Returns a list in the order and shapes of params: None for those
+    that require no gradient, 0 where the gradient depends on none.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -228,20 +209,19 @@ def hutchinson(
         raise RuntimeError("hutchinson does not work on sharded parameters (DTensor); use SophiaG there")
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss() if callable(loss) else loss
-        grads = torch.autograd.grad(value, active, create_graph=True, allow_unused=True) if active else ()
+        grads = torch.autograd.grad(value, active, create_graph=True, materialize_grads=True) if active else ()
         noise = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in active]
-        used = [(g, u) for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
-        outputs, vectors = zip(*used, strict=True) if used else ((), ())
-        products = torch.autograd.grad(outputs, active, vectors, allow_unused=True) if used else [None] * len(active)
-    pairs = zip(active, noise, products, strict=True)
-    estimates = {p: torch.zeros_like(u) if v is None else u.to(_state_dtype(u)) * v for p, u, v in pairs}
+        used = [(g, u) for g, u in zip(grads, noise, strict=True) if g.requires_grad]
+        products: Iterable[Tensor] = [torch.zeros_like(p) for p in active]
+        if used:
+            outputs, vectors = zip(*used, strict=True)
+            products = torch.autograd.grad(outputs, active, vectors, materialize_grads=True)
+    estimates = {p: u.to(_state_dtype(u)) * v for p, u, v in zip(active, noise, products, strict=True)}
     result += [estimates.get(p) for p in params]
     return result
 
 
 # ----- The optimizers
-
-
 class _Sophia(Optimizer):
     """What SophiaG and SophiaH share. GradScaler: while the attributes `grad_scale` and `found_inf` (float32 scalars on
     the device, or None) are set, gradients are divided by `grad_scale`, and where `found_inf` is not 0 a call changes
@@ -252,14 +232,16 @@ class _Sophia(Optimizer):
     skipped_estimates: Tensor | None = None  # how many estimates were not finite, on the device
     _estimated = False  # update_hessian() was called, or a first step looked for a curvature
 
-    def __init__(self, params, defaults, foreach, fused, max_grad_norm):
+    def __init__(self, params, defaults, *, maximize=False, capturable=False, bias_correction=False, nesterov=False,
+                 foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
         if foreach and fused:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}, expected None or a number above 0")
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._cache = {}  # what is derived from the state
-        super().__init__(params, defaults)
+        defaults |= {"maximize": maximize, "capturable": capturable, "bias_correction": bias_correction}
+        super().__init__(params, {**defaults, "nesterov": nesterov, **getattr(self, "_more_defaults", {})})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -291,7 +273,7 @@ class _Sophia(Optimizer):
         if self.fused:
             _fused().check(group["params"])
 
-    def _process_settings(self):
+    def _process_settings(self):  # state_dict() has them; loading leaves foreach and fused as they are
         return {"foreach": self.foreach, "fused": self.fused, "max_grad_norm": self.max_grad_norm}
 
     def __repr__(self) -> str:
@@ -304,14 +286,14 @@ class _Sophia(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it
         self._cache = {}
         for index, group in enumerate(self.param_groups):
-            # foreach and fused belong to the process: the checkpoint of a fused run on a GPU loads on a CPU.
-            _, _, self.max_grad_norm = (group.pop(key, now) for key, now in self._process_settings().items())
+            *_, self.max_grad_norm = [group.pop(key, now) for key, now in self._process_settings().items()]
             for key, value in {**self.defaults, **(before[index] if before else {})}.items():
                 group.setdefault(key, value)  # a checkpoint of the official code lacks most
         for param, values in self.state.items():
-            for key in [key for key, value in values.items() if callable(value)]:  # see _keep_dtypes
+            for key in [key for key, value in values.items() if callable(value)]:  # see load_state_dict
                 values[key] = values[key](param.device, dtype=_state_dtype(param) if key in _AVERAGES else None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,7 +303,14 @@ class _Sophia(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but only m and h are cast to the parameter's dtype, or to float32 where that is float16."""
-        handle = self.register_load_state_dict_pre_hook(_keep_dtypes)  # it sees what the other hooks hand on
+
+        def hide_from_torch(_, loaded):  # __setstate__ calls the methods that take the tensors' places
+            state, keeps = {}, (*_AVERAGES, "left_", "right_")
+            for n, values in loaded["state"].items():
+                state[n] = {k: torch.as_tensor(v).to if k.startswith(keeps) else v for k, v in values.items()}
+            return {**loaded, "state": state}
+
+        handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # last: it sees what the other hooks return
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -348,7 +337,11 @@ class _Sophia(Optimizer):
         """Buckets of all parameters that have a gradient. gradients: by parameter, instead of each `.grad`."""
         buckets = _fused().buckets(self, gradients) if self.fused else self._group_tensors(gradients)
         for bucket in buckets:
-            if not bucket.group["capturable"] and _is_capturing(bucket.device):
+            if (
+                not bucket.group["capturable"]
+                and bucket.device.type == "cuda"
+                and torch.cuda.is_current_stream_capturing()
+            ):
                 raise RuntimeError("Attempting CUDA graph capture of an optimizer with capturable=False.")
             if bucket.pointers is not None:
                 bucket.table = bucket.pointers.upload(bucket)
@@ -371,10 +364,8 @@ class _Sophia(Optimizer):
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
                 key = (index, param.device, tuple(t.dtype for t in tensors), shards, self._matrix(group, position))
-                if key not in buckets:
-                    buckets[key] = _Bucket(key, group)
-                buckets[key].append(state, *tensors)
-        return list(buckets.values())
+                buckets.setdefault(key, []).append((state, *tensors))
+        return [_Bucket(key, self.param_groups[key[0]], entries) for key, entries in buckets.items()]
 
     def _check_shapes(self, index, position, tensors):
         p, g, m, h = tensors
@@ -389,9 +380,8 @@ class _Sophia(Optimizer):
                     f"{kind} of parameter {name}: {shapes}, {t.device} for {p.device}; load a fitting state"
                 )
 
-    def _matrix(self, group, position):
-        """For a subclass that steps matrices in its own way: what matrices of one bucket share, else None."""
-        return None
+    # For a subclass that steps matrices in its own way: what the matrices of one bucket share.
+    _matrix = staticmethod(lambda group, position: None)
 
     def _implementation(self, bucket):
         """torch's rule: as asked, else foreach on accelerators and one tensor after the other on the CPU."""
@@ -403,11 +393,10 @@ class _Sophia(Optimizer):
     def _amp(self, device, name):
         """The attribute `grad_scale` or `found_inf` on the device, or None."""
         value = getattr(self, name, None)
-        return None if value is None else value.to(device, non_blocking=True)
+        return None if value is None else _scalar(value, device)
 
-    def _square(self, buckets):
-        """The sum of squares of all gradients, of all ranks' shards, a scalar tensor."""
-        return _total(buckets, lambda bucket: self._implementation(bucket).square(bucket))
+    def _square(self, bucket):
+        return self._implementation(bucket).square(bucket)
 
     def _clip(self, buckets):
         """Set `grad_norm`; return the multiplier of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
@@ -415,8 +404,8 @@ class _Sophia(Optimizer):
         if buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets):
             self.grad_norm, multiplier = _fused().clip(buckets, self.max_grad_norm, grad_scale)
             return multiplier
-        self.grad_norm = self._square(buckets).sqrt() if buckets else torch.zeros(())
-        self.grad_norm = self.grad_norm if grad_scale is None else self.grad_norm / grad_scale
+        norm = _total(buckets, self._square).sqrt()
+        self.grad_norm = norm if grad_scale is None else norm / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
@@ -429,7 +418,7 @@ class _Sophia(Optimizer):
         for bucket in buckets:
             group, device, (beta1, beta2) = bucket.group, bucket.device, bucket.group["betas"]
             grad_scale, found_inf = self._amp(device, "grad_scale"), self._amp(device, "found_inf")
-            multiplier = None if clip is None else clip.to(device, non_blocking=True)
+            multiplier = None if clip is None else _scalar(clip, device)
             if grad_scale is not None:
                 multiplier = (1.0 if multiplier is None else multiplier) / grad_scale
             lr = group["lr"]
@@ -441,19 +430,17 @@ class _Sophia(Optimizer):
             self._implementation(bucket).step(bucket, multiplier=multiplier, skip=skip, **settings)
         return loss
 
-    def _rho(self, group, bs):
-        return group["rho"]
+    _rho = staticmethod(lambda group, bs: group["rho"])
 
     def _warn_without_curvature(self):
         """Look once, at the first step that moves anything, whether there is a curvature (which synchronizes)."""
         groups = [g for g in self.param_groups if self._rho(g, None) and (isinstance(g["lr"], Tensor) or g["lr"])]
         hessians = [self.state[p]["hessian"] for g in groups for p in g["params"] if p in self.state]
         hessians = [h.to_local() if hasattr(h, "to_local") else h for h in hessians]
-        if any(h.numel() for h in hessians) and not _is_capturing(hessians[0].device):
-            self._estimated = True
-            if not any(h.any() for h in hessians):
-                message = "step() before any update_hessian(): without a curvature every coordinate moves by lr; call"
-                warnings.warn(f"{type(self).__name__}.{message} update_hessian() every 10 steps or so", stacklevel=6)
+        self._estimated = any(h.numel() for h in hessians)
+        if self._estimated and not any(h.any() for h in hessians):
+            message = "step() before any update_hessian(): without a curvature every coordinate moves by lr; call"
+            warnings.warn(f"{type(self).__name__}.{message} update_hessian() every 10 steps or so", stacklevel=6)
 
     def _update_hessian(self, gradients, scale, squared, grad_scale):
         _check_number("scale", scale, above=0.0)
@@ -462,13 +449,11 @@ class _Sophia(Optimizer):
             remedy = "call it after the backward pass of the curvature's loss and before zero_grad()"
             raise RuntimeError(f"{type(self).__name__}.update_hessian() found no gradient; {remedy}")
         self._estimated = True
-        inverse, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if grad_scale is not None:
-            _check_number("grad_scale", grad_scale, above=0.0)
-            inverse = torch.as_tensor(grad_scale, dtype=torch.float32)
-        inverse = None if inverse is None else 1.0 / inverse.to(buckets[0].device, non_blocking=True)
+        _check_number("grad_scale", 1.0 if grad_scale is None else grad_scale, above=0.0)
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
-            found_inf = (~torch.isfinite(self._square(buckets) * scale)).float()
+            found_inf = (~torch.isfinite(_total(buckets, self._square) * scale)).float()
             if self.skipped_estimates is None:
                 self.skipped_estimates = torch.zeros_like(found_inf)
             self.skipped_estimates += found_inf
@@ -476,18 +461,11 @@ class _Sophia(Optimizer):
                 if found_inf:
                     return
                 found_inf = None
-        work = []
         for bucket in buckets:
-            multiplier = None if inverse is None else inverse.to(bucket.device, non_blocking=True)
-            skip = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True) != 0
-            settings = {"beta2": bucket.group["betas"][1], "scale": scale, "squared": squared, "skip": skip}
-            work.append((bucket, {"multiplier": multiplier, **settings}))
-        self._renew(work)
-
-    def _renew(self, work):
-        """Renew h from the estimates. work: pairs of a bucket and its settings."""
-        for bucket, settings in work:
-            self._implementation(bucket).hessian(bucket, **settings)
+            multiplier = None if grad_scale is None else 1.0 / _scalar(grad_scale, bucket.device)
+            skip = None if found_inf is None else _scalar(found_inf, bucket.device) != 0
+            settings = {"beta2": bucket.group["betas"][1], "scale": float(scale), "squared": squared, "skip": skip}
+            self._implementation(bucket).hessian(bucket, multiplier=multiplier, **settings)
 
     @torch.no_grad()
     def _statistics(self, bs=None):
@@ -499,11 +477,10 @@ class _Sophia(Optimizer):
                     counts[index] += param.numel() * (2 if param.is_complex() else 1)
 
         def row_of_group(bucket):
-            group = bucket.group
-            settings = {"beta2": group["betas"][1], "rho": self._rho(group, bs), "eps": group.get("eps")}
-            sums = self._implementation(bucket).sums(bucket, **settings)
+            settings = {"beta2": bucket.group["betas"][1], "eps": bucket.group.get("eps")}
+            sums = self._implementation(bucket).sums(bucket, rho=self._rho(bucket.group, bs), **settings)
             rows = sums.new_zeros(len(counts), 4)
-            rows[bucket.index] += sums
+            rows[bucket.index] = sums
             return rows
 
         buckets = self._collect(momenta)
@@ -537,11 +514,9 @@ class SophiaG(_Sophia):
             optimizer.step()
             optimizer.zero_grad()
 
-    docs/optimizers.md has recipes for accumulation, DDP, GradScaler, Trainer, accelerate and Lightning.
-
     Args:
         params: tensors, or dicts of them with their own settings. A group's "name" names it in statistics().
-        lr: float, or a one-element tensor (on the device with capturable=True, to change it between graph replays).
+        lr: float, or a one-element tensor (with capturable=True on the device, to change it between graph replays).
         betas: decay of m at every step, and of h at every estimate.
         rho: the paper's gamma. A larger rho clips fewer coordinates; keep statistics()["win_rate"] in 0.1 to 0.5.
         weight_decay: decoupled, times lr.
@@ -555,15 +530,13 @@ class SophiaG(_Sophia):
         max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ would
             before it, and leave the norm in `grad_norm`. Estimates are never clipped.
 
-    State of a parameter: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h), both in the parameter's shape and
-    dtype (float32 for float16); with bias_correction "hessian_step" (n). The official code's state dicts load.
-    Sharded parameters (DTensor, as fully_shard makes them) take the same step as complete ones.
+    State: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h) in the parameter's shape and dtype (float32 for
+    float16), with bias_correction "hessian_step" (n). The official code's state dicts load. Sharded parameters
+    (DTensor, as fully_shard makes them) take the same step as complete ones.
 
     Raises ValueError for a setting that is unknown or out of its range and for a state that does not fit its parameter;
     RuntimeError for fused where it cannot work, for sparse gradients and for update_hessian() without a gradient.
     """
-
-    _more_defaults: dict[str, Any] = {}  # settings that a subclass adds, set before __init__  # noqa: RUF012
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99),
@@ -571,15 +544,13 @@ class SophiaG(_Sophia):
         capturable: bool = False, bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None,
         fused: bool | None = None, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "bs": bs, "maximize": maximize,
-                    "capturable": capturable, "bias_correction": bias_correction, "nesterov": nesterov}  # fmt: skip
-        super().__init__(params, defaults | self._more_defaults, foreach, fused, max_grad_norm)
+        defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "bs": bs}
+        super().__init__(params, defaults, maximize=maximize, capturable=capturable, bias_correction=bias_correction,
+                         nesterov=nesterov, foreach=foreach, fused=fused, max_grad_norm=max_grad_norm)  # fmt: skip
 
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
         """Update the parameters from their gradients. bs: labels (tokens) of this step, None is the groups' setting.
-
-        closure evaluates the model again. It is called first, with gradients enabled; its value is returned.
-        """
+        closure evaluates the model again. It is called first, with gradients enabled; its value is returned."""
         return self._step(closure, bs)
 
     @torch.no_grad()
@@ -590,14 +561,11 @@ class SophiaG(_Sophia):
         grad_scale: what the loss was multiplied by, scaler.get_scale() with a GradScaler; gradients are divided by it.
         An estimate that is not finite changes nothing and is counted in `skipped_estimates`, without a host sync.
         """
-        self._update_hessian(None, float(scale), True, grad_scale)
+        self._update_hessian(None, scale, True, grad_scale)
 
     def statistics(self, bs: float | None = None) -> dict[str, float]:
-        """How the optimizer is doing, with one sync.
-
-        win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME: that of each group.
-        hessian_norm: 1-norm of h; hessian_norm2, momentum_norm: 2-norms of h and m.
-        """
+        """win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME: that of a group;
+        hessian_norm: 1-norm of h; hessian_norm2, momentum_norm: 2-norms of h and m. Takes one sync."""
         return self._statistics(bs)
 
     def _rho(self, group, bs):
@@ -612,7 +580,7 @@ class SophiaH(_Sophia):
         p <- p - lr clamp(m / max(rho h, eps), -1, 1)
 
     h is the moving average of `hutchinson`'s estimates. It may be negative; such coordinates move by lr sign(m).
-    m, weight decay and all other arguments are as in SophiaG; eps bounds the denominator.
+    m, weight decay and all other arguments but bs are as in SophiaG; eps bounds the denominator.
 
         optimizer = SophiaH(model.parameters(), lr=3e-4)
         for step, (x, y) in enumerate(batches):
@@ -625,14 +593,10 @@ class SophiaH(_Sophia):
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99), rho: float = 0.01,
-        eps: float = 1e-12, weight_decay: float = 1e-1, *, maximize: bool = False, capturable: bool = False,
-        bias_correction: bool = False, nesterov: bool = False, foreach: bool | None = None, fused: bool | None = None,
-        max_grad_norm: float | None = None,
+        eps: float = 1e-12, weight_decay: float = 1e-1, **settings: Any,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay,
-                    "maximize": maximize, "capturable": capturable, "bias_correction": bias_correction,
-                    "nesterov": nesterov}  # fmt: skip
-        super().__init__(params, defaults, foreach, fused, max_grad_norm)
+        defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **settings)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from their gradients. closure: as in SophiaG.step."""
@@ -649,7 +613,6 @@ class SophiaH(_Sophia):
         grad_scale: what the loss was multiplied by, as in SophiaG.update_hessian.
         average: take the mean over the ranks of the default process group, if there is one. Each rank has its own u and
             batch; the mean is unbiased too, and less noisy than one u for all. False: the ranks' estimates are equal.
-        Raises ValueError if their number, a shape or a parameter does not fit.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         if not isinstance(estimates, Mapping):
@@ -677,9 +640,8 @@ class SophiaH(_Sophia):
 # True nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
 
 _AVERAGES = ("exp_avg", "hessian")
-_LABELS = set(
-    ["params", "param_names", "name", "split", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr"]
-)  # of groups, not read here
+_LABELS = {"params", "param_names", "name", "split", "lr_scale"}  # of groups, for others to read
+_LABELS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}  # of schedulers
 
 
 class _Bucket:
@@ -687,19 +649,13 @@ class _Bucket:
 
     pointers = table = None  # of the fused kernels, see sophia_fused
 
-    def __init__(self, key, group):
+    def __init__(self, key, group, entries):
         self.key, self.group = key, group
         self.index, self.device, self.dtypes, self.shards, self.matrix = key  # matrix: see _Sophia._matrix
-        self.states, self.params, self.grads, self.exp_avgs, self.hessians = [], [], [], [], []  # local, real tensors
-        self.steps, self.hessian_steps = [], []  # float32 scalars on `device`; the second only with bias_correction
-
-    def append(self, state, *tensors):
-        self.states.append(state)
-        for place, tensor in zip((self.params, self.grads, self.exp_avgs, self.hessians), tensors, strict=True):
-            place.append(tensor)
-        self.steps.append(state["step"])
-        if self.group["bias_correction"]:
-            self.hessian_steps.append(state["hessian_step"])
+        columns = map(list, zip(*entries, strict=True))
+        self.states, self.params, self.grads, self.exp_avgs, self.hessians = columns  # local, real tensors
+        self.steps = [state["step"] for state in self.states]  # float32 scalars on `device`
+        self.hessian_steps = [state["hessian_step"] for state in self.states] if group["bias_correction"] else []
 
     def parts(self, together):
         """The lists that one call takes: all, or to save memory one large tensor or a run of small ones."""
@@ -786,8 +742,9 @@ def _sums(bucket, *, beta2, rho, eps):
 
 # The implementations are namespaces of four operations. The module sophia_fused is another one.
 _FOREACH, _SINGLE_TENSOR = (
-    SimpleNamespace(step=partial(_step, together=t), hessian=partial(_hessian, together=t), square=_square, sums=_sums)
-    for t in (True, False)
+    SimpleNamespace(step=functools.partial(_step, together=together), square=_square, sums=_sums,
+                    hessian=functools.partial(_hessian, together=together))
+    for together in (True, False)
 )  # fmt: skip
 
 
@@ -801,23 +758,9 @@ def _check_number(name, value, *, above=None, below=math.inf):
         raise ValueError(f"Invalid {name}: {value!r}, expected a number from {above or 0} to {below}")
 
 
-def _keep_dtypes(optimizer, state_dict):
-    """A load_state_dict pre-hook that hides tensors from torch's casting; _Sophia.__setstate__ finds them again."""
-
-    def hide(key, value):
-        return torch.as_tensor(value).to if key.startswith((*_AVERAGES, "left_", "right_")) else value
-
-    states = {n: {key: hide(key, value) for key, value in s.items()} for n, s in state_dict["state"].items()}
-    return {**state_dict, "state": states}
-
-
 def _state_dtype(param):
     """Of m and h: squares of float16 gradients are 0 in float16."""
     return {torch.float16: torch.float32, torch.complex32: torch.complex64}.get(param.dtype, param.dtype)
-
-
-def _is_capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _local_shards(tensors):
@@ -825,11 +768,15 @@ def _local_shards(tensors):
     param, grad, *averages = tensors
     if hasattr(grad, "placements") and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
-    for t in (grad, *averages):
-        if getattr(t, "placements", None) != param.placements:
-            raise ValueError("gradient or state is not sharded as its parameter is; distribute or load it accordingly")
+    if any(getattr(t, "placements", None) != param.placements for t in (grad, *averages)):
+        raise ValueError("gradient or state is not sharded as its parameter is; distribute or load it accordingly")
     groups = tuple(param.device_mesh.get_group(i) for i, p in enumerate(param.placements) if not p.is_replicate())
     return tuple(t.to_local() for t in (param, grad, *averages)), groups
+
+
+def _scalar(value, device):
+    """On the device, without a sync for a tensor: of a float or a float tensor."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def _total(buckets, number):

@@ -56,7 +56,7 @@ class EigenbasisSophiaG(SophiaG):
         rho: float = 0.04, weight_decay: float = 1e-1, *, eigenbasis: bool = True, split: int | list[int] = 1,
         **settings: Any,
     ) -> None:  # fmt: skip
-        self._more_defaults = {"eigenbasis": eigenbasis, "split": split, **self._more_defaults}
+        self._more_defaults = {"eigenbasis": eigenbasis, "split": split, **getattr(self, "_more_defaults", {})}
         super().__init__(params, lr, betas, rho, weight_decay, **settings)
 
     def _check_group(self, group):
@@ -85,11 +85,11 @@ class EigenbasisSophiaG(SophiaG):
         param, split = group["params"][position], group["split"]
         if not (group["eigenbasis"] and param.ndim == 2 and param.numel()):
             return None
-        if not isinstance(split, int) and len(split) != len(group["params"]):
+        if isinstance(split, tuple | list) and len(split) != len(group["params"]):
             raise ValueError(f"split has {len(split)} numbers for {len(group['params'])} parameters of its group")
-        blocks = split if isinstance(split, int) else split[position]
-        if blocks < 1 or len(param) % blocks:
-            raise ValueError(f"split = {blocks} does not divide the {len(param)} rows of parameter {position}")
+        blocks = split[position] if isinstance(split, tuple | list) else split
+        if not isinstance(blocks, int) or blocks < 1 or len(param) % blocks:
+            raise ValueError(f"split = {blocks!r} does not divide the {len(param)} rows of parameter {position}")
         return param.shape, blocks
 
     def _param_state(self, param, group, position):
@@ -104,7 +104,11 @@ class EigenbasisSophiaG(SophiaG):
             if basis not in state:
                 state[factor] = torch.zeros(count, width, width, **placed)
                 state[basis] = torch.eye(width, **placed).repeat(count, 1, 1)
-            state[factor], state[basis] = state[factor].to(**placed), state[basis].to(**placed)
+            for key in (factor, basis):
+                state[key] = state[key].to(**placed)
+                if state[key].shape != (count, width, width):
+                    shapes = f"has shape {tuple(state[key].shape)}, {tuple(param.shape)} in {count} blocks needs"
+                    raise ValueError(f"{key} of parameter {position} {shapes} {(count, width, width)}; check `split`")
         return state
 
     def _collect(self, gradients=None):
@@ -132,23 +136,24 @@ class EigenbasisSophiaG(SophiaG):
         if not bucket.matrix:
             return super()._implementation(bucket)
         step = partial(_FOREACH.step, direction=partial(self._direction, bucket))
-        return SimpleNamespace(step=step, square=_FOREACH.square, sums=_rotated_sums)
+        return SimpleNamespace(step=step, hessian=self._update_factors, square=_FOREACH.square, sums=_rotated_sums)
 
     def _direction(self, bucket, numerators, h, rho, eps):
         """The step of `numerators`: rotated, divided and clipped, rotated back."""
         return _rotate_back(bucket, _clipped(_rotate(bucket, numerators), h, rho, eps))
 
-    def _renew(self, work):
-        super()._renew([pair for pair in work if not pair[0].matrix])
-        estimates = [(bucket, *self._update_factors(bucket, **settings)) for bucket, settings in work if bucket.matrix]
+    def _update_hessian(self, *args):
+        super()._update_hessian(*args)
+        estimates = self._cache.pop("estimates", [])
         for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
             own = [estimate for estimate in estimates if estimate[0].device == device]
             sides = [side for bucket, *_ in own for side in bucket.sides]
-            updater = self._cache.setdefault(("updater", device), _BasisUpdater(device))
-            self._cache.setdefault("pending", []).append((own, *updater.start(sides)))
+            if ("updater", device) not in self._cache:
+                self._cache["updater", device] = _BasisUpdater(device)
+            self._cache.setdefault("pending", []).append((own, *self._cache["updater", device].start(sides)))
 
-    def _update_factors(self, bucket, beta2, multiplier, skip, **settings):
-        """Average G G^T and G^T G into the factors. Returns what _finish_updates needs to renew h."""
+    def _update_factors(self, bucket, *, beta2, multiplier, skip, **settings):
+        """Average G G^T and G^T G into the factors, and keep what _finish_updates needs to renew h."""
         blocks = _blocks(bucket, bucket.grads)  # a copy: DistributedDataParallel overwrites its gradients
         if multiplier is not None:
             blocks = blocks.to(bucket.sides[0][1].dtype) * multiplier
@@ -159,7 +164,8 @@ class EigenbasisSophiaG(SophiaG):
                 g = g.to(exact)
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - min(beta2, _FACTOR_DECAY))
-        return blocks, {"beta2": beta2, "multiplier": None, "skip": skip, **settings}
+        settings |= {"beta2": beta2, "multiplier": None, "skip": skip}
+        self._cache.setdefault("estimates", []).append((bucket, blocks, settings))
 
     @torch.no_grad()
     def _finish_updates(self):

@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,23 +53,24 @@ def _split(bucket: Any, cache: dict[Any, Any]) -> list[Any]:
     if bucket.matrix:
         return [bucket]
     parts: dict[int, Any] = {}
-    entries = zip(bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True)
+    count_key = "hessian_step" if bucket.group["bias_correction"] else "step"
+    entries = list(zip(bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True))
     for state, *tensors in entries:
-        count_key = "hessian_step" if bucket.group["bias_correction"] else "step"
         step, count = state["step"], state[count_key]
         row, alignment = _row((*tensors, step, count))
-        if alignment not in parts:
-            parts[alignment] = part = type(bucket)(bucket.key, bucket.group)
-            part.alignment, part.rows, part.origins = alignment, [], []
-            if alignment:
-                part.pointers = cache.setdefault((bucket.key, alignment), PointerTable())
-        part = parts[alignment]
+        part = parts.setdefault(alignment, SimpleNamespace(rows=[], origins=[], entries=[]))
+        part.rows += row
+        part.origins.append((tensors[0], state, *tensors[2:], step, count, count_key))
+        part.entries.append((state, *tensors))
+    result = []
+    for alignment, part in parts.items():
+        made = type(bucket)(bucket.key, bucket.group, part.entries)
+        made.alignment, made.rows, made.origins = alignment, part.rows, part.origins
         if alignment:
-            part.rows += row
-            part.origins.append((tensors[0], state, *tensors[2:], step, count, count_key))
-        else:
-            part.append(state, *tensors)
-    return list(parts.values())
+            made.pointers = cache.setdefault((bucket.key, alignment), PointerTable())
+            made.params, made.grads, made.exp_avgs, made.hessians = [], [], [], []
+        result.append(made)
+    return result
 
 
 def _row(tensors: tuple[Tensor, ...]) -> tuple[list[int], int]:

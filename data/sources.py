@@ -392,8 +392,9 @@ def _read_text(path, stream, field, separator):
     if separator:
         yield from _read_separated(path, stream, separator.encode())
         return
-    content = stream.read(LARGE)
-    if len(content) == LARGE:
+    is_small = path.suffix.lower() not in COMPRESSED and path.stat().st_size < LARGE
+    content = stream.read() if is_small else stream.read(LARGE)  # which first allocates as much: slow for small files
+    if len(content) >= LARGE:
         yield TextFile(path)
         return
     try:

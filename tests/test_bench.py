@@ -162,6 +162,7 @@ def test_scaling_is_over_the_mean_of_both_gpus(monkeypatch, tmp_path):
     assert rows == pytest.approx({"scaling_2gpu": 1.9, "scaling_2gpu_one_pass": 1.9})
 
 
+@pytest.mark.slow  # several complete runs
 @pytest.mark.parametrize("broken", ["ours", "ours_adamw"])
 def test_contenders_leave_nothing_behind(tmp_path, monkeypatch, broken):
     """Whether they were timed or failed in their first step: no thread, which would keep their model, no handler."""
@@ -184,6 +185,7 @@ def test_contenders_leave_nothing_behind(tmp_path, monkeypatch, broken):
     assert signal.getsignal(signal.SIGINT) == handler
 
 
+@pytest.mark.slow  # several complete runs
 def test_losses_differ_by_the_seed_hardly_by_the_micro_batch_and_not_by_the_checkout(tmp_path, corpus, monkeypatch):
     base = " ".join(tiny_words(corpus, tmp_path / "unused")) + " --max_iters=6"
     out = tmp_path / "l.json"

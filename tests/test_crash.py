@@ -42,11 +42,11 @@ SOAK = [
 ]
 
 
-def start(ranks, argv, script=ROOT / "train_sophiag.py", **environment):
-    """A torchrun of a script in a process group of its own, not waited for."""
+def start(ranks, argv, script=ROOT / "train_sophiag.py", options=(), **environment):
+    """A torchrun, with its own `options`, of a script in a process group of its own, not waited for."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*command, str(script), *argv],
+        [*command, *options, str(script), *argv],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
     )  # fmt: skip

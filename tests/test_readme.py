@@ -93,6 +93,7 @@ def test_code_runs(page):
     names = {
         "model": torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.Linear(32, 100)),
         "batches": [torch.randint(100, (2, 8, 16)) for _ in range(20)],
+        "bs": 8 * 16,
     }
     for block in blocks:
         exec(compile(block, page, "exec"), names)

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sophia import SophiaG, SophiaH, sample_labels, sampled_label_loss
+from sophia import SophiaG, SophiaH, hutchinson, sample_labels, sampled_label_loss
 
 
 class Net(nn.Module):
@@ -42,22 +42,22 @@ def make(cls=SophiaG, wrap=lambda model: model, **settings):
     return model, cls(groups, lr=0.05, rho=0.5, max_grad_norm=0.1, **settings)
 
 
-def train(model, optimizer, rank=0, ranks=1, steps=5):
+def train(model, optimizer, rank=0, ranks=1, steps=5, sophia=None):
     """Every rank on its rows of the same batches; labels by uniform numbers that do not depend on the ranks."""
-    norms = []
+    norms, sophia = [], sophia or optimizer
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x = torch.randint(11, (8, 3), generator=generator)[rank::ranks]
         uniform = torch.rand(8, 3, generator=generator)[rank::ranks]
-        if step % 2 == 0 and isinstance(optimizer, SophiaG):
+        if step % 2 == 0 and isinstance(sophia, SophiaG):
             sampled_label_loss(model(x), uniform=uniform).backward()
-            optimizer.update_hessian(scale=24 / 48)
+            sophia.update_hessian(scale=24 / 48)
             optimizer.zero_grad()
         nn.functional.cross_entropy(model(x).flatten(0, 1), ((x + 1) % 11).flatten()).backward()
         optimizer.step(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
         optimizer.zero_grad()
-        norms.append(float(optimizer.grad_norm))
-    statistics = optimizer.statistics(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
+        norms.append(0.0 if sophia.grad_norm is None else float(sophia.grad_norm))
+    statistics = sophia.statistics(**({"bs": 48} if isinstance(optimizer, SophiaG) else {}))
     return norms, statistics
 
 
@@ -101,7 +101,77 @@ def rank_main(rank, ranks, port, results):
             if rank == 0:
                 tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
                 results[name, implementation] = (tensors, norms, statistics)
+    results["zero", rank] = zero_1(rank, ranks)
+    results["hutchinson", rank] = hutchinson_under_ddp(rank)
+    results["sharded", rank] = sharded_edges(rank, lambda model: shard(model, flat))
     dist.destroy_process_group()
+
+
+def zero_1(rank, ranks):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Net())
+    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, lr=0.05, rho=0.5, bs=48)
+    train(model, zero, rank, ranks, sophia=zero.optim)
+    zero.consolidate_state_dict()
+    kept = [] if rank else [state["hessian"] for _, state in sorted(zero.state_dict()["state"].items())]
+    return [t.detach().numpy() for t in [*model.parameters(), *kept]]
+
+
+def batch(rank, step):
+    return torch.randint(11, (4, 3), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def loss_of(model, x):
+    return nn.functional.cross_entropy(model(x).flatten(0, 1), ((x + 1) % 11).flatten())
+
+
+def hutchinson_under_ddp(rank):
+    """12 steps, every rank with its own batches and random numbers. Returns the parameters and the first curvature."""
+    model, optimizer = make(SophiaH, nn.parallel.DistributedDataParallel)
+    torch.manual_seed(100 + rank)
+    first = None
+    for step in range(12):
+        if step % 3 == 0:
+            estimates = hutchinson(lambda step=step: loss_of(model.module, batch(rank, step)), model.parameters())
+            kept = [e.clone() for e in estimates]
+            optimizer.update_hessian(estimates)
+            assert all(torch.equal(a, b) for a, b in zip(estimates, kept, strict=True)), "the caller's are changed"
+            if first is None:
+                first = kept, [optimizer.state[p]["hessian"].clone() for p in model.parameters()]
+        loss_of(model, batch(rank, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [[t.detach().numpy() for t in tensors] for tensors in ([*model.parameters()], *first)]
+
+
+def sharded_edges(rank, wrap):
+    """What DistributedTensors do at the edges; strings and numbers that a test compares."""
+    found = {}
+    model, optimizer = make(wrap=wrap)
+    try:
+        hutchinson(lambda: loss_of(model, batch(rank, 0)), model.parameters())
+    except RuntimeError as error:
+        found["hutchinson"] = str(error)
+    train(model, optimizer, rank, 2, steps=2)
+    before = [optimizer.state[p]["hessian"].full_tensor() for p in model.parameters()]
+    sampled_label_loss(model(batch(rank, 0))).backward()
+    if rank == 1:
+        model.embedding.weight.grad.to_local()[0, 0] = float("inf")  # of this rank's shard alone
+    optimizer.update_hessian()
+    optimizer.zero_grad()
+    after = [optimizer.state[p]["hessian"].full_tensor() for p in model.parameters()]
+    found["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    found["skipped"] = float(optimizer.skipped_estimates)
+    loss_of(model, batch(rank, 0)).backward()
+    for state in optimizer.state.values():
+        state["hessian"] = state["hessian"].full_tensor()  # as a checkpoint of a run that was not sharded has it
+    try:
+        optimizer.step()
+    except ValueError as error:
+        found["not sharded"] = str(error)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +199,35 @@ def test_two_ranks_equal_one(two_ranks, name, implementation):
     assert their_norms == pytest.approx(norms, rel=1e-5)
     assert their_statistics == pytest.approx(statistics, rel=1e-4)
     assert 0 < statistics["win_rate"] < 1
+
+
+def test_zero_1_equals_one_rank(two_ranks):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48)
+    train(model, optimizer)
+    expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
+    for ours, theirs in zip(expected, two_ranks["zero", 0], strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
+    for a, b in zip(two_ranks["zero", 0], two_ranks["zero", 1], strict=False):
+        assert (a == b).all()
+
+
+def test_hutchinson_keeps_the_ranks_together_and_averages_their_estimates(two_ranks):
+    (params, estimates, hessians), (other, others, _) = two_ranks["hutchinson", 0], two_ranks["hutchinson", 1]
+    for a, b in zip(params, other, strict=True):
+        assert (a == b).all(), "ranks differ"
+    for a, b, h in zip(estimates, others, hessians, strict=True):
+        torch.testing.assert_close(torch.from_numpy(0.01 * (a + b) / 2), torch.from_numpy(h))
+    assert any((a != b).any() for a, b in zip(estimates, others, strict=True)), "every rank has its own u"
+
+
+def test_what_does_not_work_on_shards_is_refused_and_one_ranks_inf_skips_the_estimate_on_all(two_ranks):
+    for rank in (0, 1):
+        found = two_ranks["sharded", rank]
+        assert "does not work on sharded parameters" in found["hutchinson"]
+        assert found["unchanged"] and found["skipped"] == 1
+        assert "is not sharded as its parameter is" in found["not sharded"]
 
 
 def test_activation_checkpointing_changes_nothing():

@@ -269,6 +269,8 @@ def _find(out_dir, which):
 def _step_of(path):
     """The step of a checkpoint; None if it cannot be read. It is not checked for damage."""
     try:
+        if not path.is_file():  # a FIFO would block
+            return None
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:
         return None

@@ -4,27 +4,35 @@ with Distributed(device="auto", backend="auto") as world:
     total = world.sum(torch.tensor([1.0], device=world.device))
 """
 
+import contextlib
 import datetime
+import json
 import os
+import secrets
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 
 from training.errors import RunError, UserError
-from training.monitor import NOTICE_TIME, RankMonitor
+from training.monitor import NOTICE_TIME, RankMonitor, late
 
 
 class Distributed:
     """rank, size, local_rank and device of this process, and the collectives that a run needs.
 
     one_machine: whether all ranks are on one machine.
+    finish: called before a process is ended because another rank is lost; the run lets it finish its checkpoint.
 
     Tensors go through `backend`. Host objects go through a gloo group (`_control`), so that no rank has to wait for its
     GPU. A collective fails after `timeout` seconds. In one process the collectives cost nothing.
-    Raises UserError if the device does not exist.
+    Raises UserError if the device does not exist, RunError if a rank does not arrive within `timeout` seconds.
     """
 
     def __init__(self, device="auto", backend="auto", timeout=600):
+        self.timeout, self.finish = timeout, lambda: None
+        self._waits, self._waited, self._rank_monitor = 0, 0.0, None  # nested waits, seconds of all that have ended
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -37,15 +45,74 @@ class Distributed:
         if self.distributed:
             if backend == "auto":
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-            device_id = self.device if backend == "nccl" else None
-            patience = datetime.timedelta(seconds=timeout)
-            self._store, *_ = next(dist.rendezvous("env://", timeout=patience))
-            dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, device_id=device_id, timeout=patience
-            )
-            self._control = dist.new_group(backend="gloo", timeout=patience)
-        self._rank_monitor = RankMonitor(self) if self.distributed and self.size > 1 else None
+            try:
+                self._join(backend, self.device if backend == "nccl" else None)
+            except dist.DistError as error:
+                raise RunError(
+                    f"rank {self.rank} lost the other ranks while they started ({_first_line(error)}); start again."
+                ) from None
         self.backend = backend if self.distributed else "none"
+
+    def _join(self, backend, device_id):
+        """Wait until all ranks are there, then form the process groups."""
+        patience, host = datetime.timedelta(seconds=self.timeout), os.environ["MASTER_ADDR"]
+        serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            store = dist.TCPStore(
+                host, int(os.environ["MASTER_PORT"]), None, serves, patience, wait_for_workers=False, multi_tenant=True
+            )
+        except dist.DistError as error:
+            if serves:
+                raise RunError(
+                    f"rank 0 cannot listen at MASTER_ADDR ({_first_line(error)}); use another port."
+                ) from None
+            raise late([0], self.timeout) from None
+        self._store = dist.PrefixStore(self._meet(store), store)
+        dist.init_process_group(
+            backend,
+            store=self._store,
+            rank=self.rank,
+            world_size=self.size,
+            device_id=device_id,
+            # NCCL aborts the process without a word; the control group and the monitor are to be first
+            timeout=patience + datetime.timedelta(seconds=30 if backend == "nccl" else 0),
+        )
+        self._control = dist.new_group(backend="gloo", timeout=patience)
+        self._rank_monitor = RankMonitor(self) if self.size > 1 else None
+
+    def _meet(self, store):
+        """A prefix for keys that is known to the processes of this start alone.
+
+        torchrun keeps its store when it restarts ranks, with the keys of those that died. So rank 0 answers each
+        process by the random number that it has left. Counting restarts would not do: agents count them differently.
+        """
+        deadline, start, number = time.monotonic() + self.timeout, secrets.token_hex(8), secrets.token_hex(8)
+        if not self.is_rank0:
+            store.set(f"number/{self.rank}", number)
+            try:
+                start = store.get(f"start/{number}").decode()
+            except dist.DistError:
+                raise late([0], self.timeout) from None
+            store.set(f"{start}/arrived/{self.rank}", "")
+            store.set_timeout(datetime.timedelta(seconds=self.timeout + 10))
+            missing = json.loads(store.get(f"{start}/missing"))
+        else:
+            missing, answered = set(range(1, self.size)), {}
+            while missing and time.monotonic() < deadline:
+                for rank in sorted(missing):
+                    if store.check([f"{start}/arrived/{rank}"]):
+                        missing.remove(rank)
+                    elif store.check([f"number/{rank}"]):
+                        number = store.get(f"number/{rank}").decode()
+                        if answered.get(rank) != number:
+                            store.set(f"start/{number}", start)
+                            answered[rank] = number
+                time.sleep(0.01)
+            store.set(f"{start}/missing", json.dumps(sorted(missing)))
+        if missing:
+            time.sleep(1 if self.is_rank0 else 0)  # the others read it from this process
+            raise late(missing, self.timeout)
+        return start
 
     def _device(self, name):
         if name == "auto":
@@ -79,7 +146,7 @@ class Distributed:
             self._rank_monitor.close(well=kind is None)
         if self.distributed and not (kind and self.backend == "nccl"):  # NCCL would wait for a dead rank
             if kind is None:
-                dist.barrier(group=self._control)  # gloo aborts if a rank leaves while another still sends to it
+                self.any(False)  # gloo aborts if a rank leaves while another still sends to it
             dist.destroy_process_group()
             self.distributed = False
 
@@ -90,28 +157,87 @@ class Distributed:
     def sum(self, tensor):
         """The sum of `tensor` over the ranks, in place."""
         if self.distributed:
-            dist.all_reduce(tensor)
+            with self.waiting():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, thing):
         """[thing of rank 0, thing of rank 1, ...], on every rank. Small Python objects only."""
         things = [thing] * self.size
         if self.distributed:
-            dist.all_gather_object(things, thing, group=self._control)
+            with self.waiting():
+                dist.all_gather_object(things, thing, group=self._control)
         return things
+
+    @contextlib.contextmanager
+    def waiting(self, does=True):
+        """Around a wait for the other ranks or for the device: this rank is then not the one that they wait for."""
+        if not does:
+            yield
+            return
+        self._waits, started = self._waits + 1, time.monotonic()
+        if self._rank_monitor:
+            self._rank_monitor.busy_since = None
+        try:
+            yield
+        finally:
+            self._waits -= 1
+            if not self._waits:
+                now = time.monotonic()
+                self._waited += now - started
+                if self._rank_monitor:
+                    self._rank_monitor.busy_since = now
+
+    @property
+    def busy_seconds(self):
+        """Seconds up to now in which this rank did not wait, from an arbitrary start."""
+        return time.monotonic() - self._waited
+
+    def at_step(self, step):
+        """Tell the monitor which step this rank is in."""
+        if self._rank_monitor:
+            self._rank_monitor.step = step
+
+    def rank_lost(self):
+        """Whether a rank has died or does not answer."""
+        return bool(self._rank_monitor) and self._rank_monitor.broken.is_set()
+
+    def _patiently(self, function):
+        """[function(), None] or [None, the text of its UserError]; None: nothing to call.
+
+        It may take longer than a collective waits: a thread calls it, and meanwhile the ranks meet again and again.
+        """
+        result = [None, None, None]
+
+        def call():
+            try:
+                result[0] = function()
+            except UserError as error:
+                result[1] = str(error)
+            except BaseException as error:
+                result[2] = error
+
+        thread = threading.Thread(target=call, daemon=True)
+        if function and not self.distributed:
+            call()
+        elif function:
+            thread.start()
+        while self.distributed:
+            if function:
+                thread.join(self.timeout / 4)
+            if not self.any(thread.is_alive()):
+                break
+        if result[2]:
+            raise result[2]
+        return result[:2]
 
     def on_rank0(self, function):
         """Call `function()` on rank 0 and return its result on all ranks. All raise the UserError that it raises."""
-        result = error = None
-        if self.is_rank0:
-            try:
-                result = function()
-            except UserError as raised:
-                error = str(raised)
+        box = self._patiently(function if self.is_rank0 else None)
         if self.distributed:
-            box = [result, error]
-            dist.broadcast_object_list(box, src=0, group=self._control)
-            result, error = box
+            with self.waiting():
+                dist.broadcast_object_list(box, src=0, group=self._control)
+        result, error = box
         if error is not None:
             raise UserError(error)
         return result
@@ -120,11 +246,9 @@ class Distributed:
         """Call `function()` on one rank of each machine, then on the others. All raise the first UserError of any."""
         result = error = None
         for first in (True, False):
-            if (self.local_rank == 0) == first:
-                try:
-                    result = function()
-                except UserError as raised:
-                    error = str(raised)
+            mine = (self.local_rank == 0) == first
+            outcome = self._patiently(function if mine else None)
+            result, error = outcome if mine else (result, error)
             errors = [text for text in self.gather(error) if text is not None]
             if errors:
                 raise UserError(errors[0])
@@ -132,23 +256,27 @@ class Distributed:
 
     def any(self, flag):
         """Whether `flag` is true on any rank. The hosts wait for each other, not for their devices."""
-        if not self.distributed:
-            return bool(flag)
-        vote = torch.tensor(float(bool(flag)))
-        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._control)
-        return vote.item() > 0
+        return self.largest(bool(flag)) > 0
 
-    def assert_same_on_all_ranks(self, facts):
+    def largest(self, number):
+        """The largest of the ranks' whole numbers."""
+        if self.distributed:
+            vote = torch.tensor(float(number))
+            with self.waiting():
+                dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._control)
+            number = int(vote)
+        return number
+
+    def assert_same_on_all_ranks(
+        self, facts, what="were not started alike: they differ in", remedy="make them the same"
+    ):
         """UserError that names the keys in which the dicts `facts` of two ranks differ."""
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, start=1):
             if differing := [
                 f"{key} ({first[key]!r} and {other.get(key)!r})" for key in first if other.get(key) != first[key]
             ]:
-                raise UserError(
-                    f"ranks 0 and {rank} were not started alike: they differ in {', '.join(differing)}; make them the "
-                    "same."
-                )
+                raise UserError(f"ranks 0 and {rank} {what} {', '.join(differing)}; {remedy}.")
 
     def explain(self, error):
         """The RunError that names the rank whose death made a collective fail with `error`; None for other errors."""
@@ -157,16 +285,19 @@ class Distributed:
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
         if not self._rank_monitor or not (isinstance(error, dist.DistError) or of_gloo):
             return None
-        if self._rank_monitor.broken.wait(NOTICE_TIME):
+        if not self._rank_monitor.broken.wait(NOTICE_TIME):
+            self._rank_monitor.accuse()
+        if self.rank_lost():
             return RunError(self._rank_monitor.message())
         return RunError(f"the ranks no longer answer each other ({_first_line(error)}); restart with --init_from=auto.")
 
     def synchronize(self):
         """Wait until the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        with self.waiting():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            elif self.device.type == "mps":
+                torch.mps.synchronize()
 
     @property
     def device_name(self):

@@ -62,7 +62,7 @@ def sentence(error, config, device_name, memory, ranks, vocab_size):
     smaller = [s for s in sizes if size == "auto" or s < size]
     within = [s for s in smaller if s <= fit] or smaller[:1]
     if within and size != "auto":
-        remedies.append(f"--batch_size={within[-1]}, which would fit by the formula of docs/training.md")
+        remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
     remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
     return (
         f"the memory of {where} is too small for batch_size = {size}, with {config.n_layer} layers of width "

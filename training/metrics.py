@@ -37,6 +37,8 @@ NAMES = {
     "momentum_norm": "2-norm of the gradient average",
     "tokens_per_second": "since the line before",
     "mfu": "model FLOPs utilization: share of the devices' peak, curvature estimates not counted",
+    "slowest_rank": "the rank that the others waited for longest since the line before",
+    "seconds_behind": "how much longer it worked in that time than the median rank",
     "memory_gib": "peak memory of rank 0's GPU",
 }
 LONGEST = 1 << 20  # bytes of a line; longer ones are no metrics

@@ -22,7 +22,17 @@ import torch
 
 from model import GPT, GPTConfig
 from training import data, optimizers
-from training.checkpoint import CheckpointWriter, all_checkpoints, copy_to_host, load_checkpoint, make_newest
+from training.checkpoint import (
+    PREVIOUS,
+    CheckpointWriter,
+    all_checkpoints,
+    checkpoint_sha256,
+    copy_to_host,
+    load_checkpoint,
+    make_newest,
+    read_checkpoint,
+    set_aside_unreadable,
+)
 from training.config import with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError, is_out_of_memory
@@ -30,6 +40,7 @@ from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
 from training.hf import load_optimizer_state, start_from
+from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
@@ -51,9 +62,12 @@ class Run:
 
     def __init__(self, config):
         self.config, self.corpus = config, None
-        self._tracker = self._writer = self._batches = self._train_step = None
+        self._tracker = self._writer = self._batches = self._train_step = self._lock = None
+        self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
+        if self.world.size > 1:
+            self._signals.rank_lost = self.world.rank_lost
         try:
             self._set_up()
         except BaseException as error:
@@ -62,6 +76,7 @@ class Run:
 
     def _set_up(self):
         config, world = self.config, self.world
+        _warn_of_separate_tasks()
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
@@ -74,14 +89,13 @@ class Run:
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
+        world.on_rank0(self._claim_out_dir)
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
         if config.init_from != "scratch":
-            checkpoint, origin = world.local_rank0_first(
-                lambda: (
-                    load_checkpoint(config.out_dir, which=config.checkpoint) if resume else (start_from(config), None)
-                )
+            checkpoint, origin = (
+                self._load_checkpoint() if resume else (world.local_rank0_first(lambda: start_from(config)), None)
             )
         if resume:
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
@@ -146,13 +160,19 @@ class Run:
         if world.is_rank0 and not config.eval_only:
             if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
-                    path.unlink(missing_ok=True)
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:
+                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
+            if resume and origin.name == PREVIOUS and config.checkpoint == "newest":
+                set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
                 make_newest(origin, config.out_dir)
             if elsewhere and (origin.parent / METRICS).exists():
                 shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
+            world.finish = self._writer.wait
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
@@ -192,6 +212,35 @@ class Run:
         memory = memory_of(world.device, self._ranks_here)
         return sentence(error, self.config, world.device_name, memory, world.size, rows)
 
+    def _claim_out_dir(self):
+        """Take the lock of out_dir, before anything in it is read or removed."""
+        if not self.config.eval_only:
+            try:
+                Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(self.config.out_dir)
+            except OSError as error:
+                raise UserError(
+                    f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
+                ) from None
+
+    def _load_checkpoint(self):
+        """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
+        config, world, chosen = self.config, self.world, []
+
+        def choose():
+            checkpoint, path = load_checkpoint(config.out_dir, which=config.checkpoint)
+            chosen.append(checkpoint)
+            return path
+
+        path = world.on_rank0(choose)
+        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path))
+        world.assert_same_on_all_ranks(
+            {"step": checkpoint["step"], "SHA-256": checkpoint_sha256(path)},
+            f"read different checkpoints from {path}, with another",
+            "out_dir must be one folder that all machines see",
+        )
+        return checkpoint, path
+
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
         config = self.config
@@ -213,10 +262,10 @@ class Run:
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
         seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
-        if "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"seed", "train_sha256"} & changed.keys():
             yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+        elif "total_bs" in changed:
+            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
             yield "val/loss is taken on other tokens than before; the search for the best one begins again"
         if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
@@ -281,10 +330,10 @@ class Run:
         too_large = not explained and is_out_of_memory(error)
         if self._batches:
             self._batches.close()
-        if self._writer:
-            self._writer.wait()
-        if self._tracker:
-            self._tracker.close()
+        if kind is None:
+            self.world.on_rank0(self._close_files)  # may take longer than the other ranks may wait at once
+        else:
+            self._close_files()
         if self._train_step and (not explained or self.world.backend == "gloo"):
             self._train_step.close()
             gc.collect()  # DDP's cycles have to go before the process group: gloo sometimes aborts otherwise
@@ -296,6 +345,15 @@ class Run:
             raise RunError(f"{self._memory_sentence(error)}{go_on}.") from None
         if explained:
             raise explained from error
+
+    def _close_files(self):
+        for close in (
+            self._writer and self._writer.wait,
+            self._tracker and self._tracker.close,
+            self._lock and self._lock.release,
+        ):
+            if close:
+                close()
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -362,12 +420,18 @@ class Run:
         step = self.step
         self._clock.start()
         while True:
-            if self.world.any(self._signals.received):
+            self.world.at_step(step)
+            stop = self.world.largest(2 if self._signals.launcher_gone else bool(self._signals.received))
+            if stop:
                 if config.eval_only:
                     return
                 with self._clock.paused():
                     self._save(step)
                 self._finish_writing()
+                if stop == 2:
+                    raise RunError(
+                        f"torchrun is gone and step {step} is checkpointed; go on with torchrun and --init_from=auto."
+                    )
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
@@ -388,7 +452,9 @@ class Run:
             lr = learning_rate(step, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
+            began = self.world.busy_seconds
             yield step
+            self._busy += self.world.busy_seconds - began
             if step % config.log_interval == 0 or "val/loss" in metrics:
                 self._log(step, metrics | self._training_metrics(step))
             step += 1
@@ -466,7 +532,8 @@ class Run:
         momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
         if momenta:
             numbers["momentum_norm"] = total_norm(momenta, world)
-        values = torch.stack([number.float() for number in numbers.values()]).tolist()
+        with world.waiting():
+            values = torch.stack([number.float() for number in numbers.values()]).tolist()
         seconds = self._clock.seconds
         metrics = dict(zip(numbers, values, strict=True)) | optimizers.statistics(config, self.optimizer)
         in_a_row = {"updates": metrics.pop("skipped_in_a_row")}
@@ -493,6 +560,12 @@ class Run:
             if self._peak_flops:
                 flops = self.model.flops_per_token(sequence_length(step, config))
                 metrics["mfu"] = speed * flops / self._peak_flops / world.size
+        if world.size > 1:
+            busy, self._busy = world.gather(self._busy), 0.0
+            metrics |= {
+                "slowest_rank": busy.index(max(busy)),
+                "seconds_behind": max(busy) - statistics.median_low(busy),
+            }
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)
@@ -544,6 +617,18 @@ class Run:
             self._writer.save(checkpoint)
         else:
             copy_to_host(checkpoint, keep=False)  # rank 0 gathers this rank's shards
+
+
+def _warn_of_separate_tasks():
+    """Warn if a launcher started several processes that do not know of each other."""
+    for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        tasks = os.environ.get(count, "")
+        if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
+            print(
+                f"warning: {count} = {tasks}, but RANK is not set: this process trains alone; start one torchrun a "
+                "machine (docs/training.md) to train together.",
+                file=sys.stderr,
+            )
 
 
 def _resolve_dtype(dtype, device):

@@ -109,6 +109,7 @@ class TrainStep:
         self.optimizer = self.loss = self.grad_norm = None
         self._clock, self._compiled = clock, set()
         self._estimate = OPTIMIZERS[config.optimizer_name].estimate
+        self._settled = config.fsdp or world.size <= 2
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
         self._forward = ModelLoss(model, config.compile, config.fsdp)
@@ -119,7 +120,8 @@ class TrainStep:
             # A graph that is cut at every bucket overlaps the exchange of gradients with the backward pass. Within a
             # machine the cuts cost more: on two H200 whole graphs were faster, with one pass a step and with eight.
             torch._dynamo.config.optimize_ddp = not world.one_machine
-            self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
+            with world.waiting():
+                self._ddp = DistributedDataParallel(self._forward, device_ids=ids, gradient_as_bucket_view=True)
         self._autocast = torch.autocast(
             world.device.type, dtype=DTYPES[config.dtype], enabled=config.dtype != "float32", cache_enabled=False
         )
@@ -162,7 +164,7 @@ class TrainStep:
             vectors = self._random_vectors(parameters, step)
             products = self._hessian_vector_products(batches.train(step, config.hess_bs), parameters, vectors)
             norm = torch.nn.utils.get_total_norm(products, foreach=True)
-            arguments = {"estimates": torch._foreach_mul(vectors, products)}
+            arguments = {"estimates": torch._foreach_mul(vectors, products), "average": False}  # equal on all ranks
             self.curvature = {"grad_norm": norm}
         self._update(optimizer, functools.partial(update, **arguments), norm, counts="curvature_skipped")
 
@@ -208,12 +210,16 @@ class TrainStep:
         """
         if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
             self._compile(batch[0], loss)
+        if not self._settled:
+            self._settle(batch[0], loss)
         total = torch.zeros((), device=self.world.device)
         for i, (inputs, targets, weight) in enumerate(batch):
-            with self._exchange(i + 1 == len(batch)):
+            last = i + 1 == len(batch)
+            with self._exchange(last), self.world.waiting(self.config.fsdp):
                 value = self._loss(inputs, targets, loss) * weight
                 finite = value.detach() - value.detach() + 1  # 1, or NaN: then the gradients of all ranks are NaN
-                self.scaler.scale(value * finite).backward()
+                with self.world.waiting(last):
+                    self.scaler.scale(value * finite).backward()
             total += value.detach()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -280,6 +286,18 @@ class TrainStep:
             self._loss(inputs, targets, loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         self._compiled.add((loss, inputs.shape))
+
+    def _settle(self, micro_batch, loss):
+        """Let DDP put its buckets in their final order, which it does after its first pass.
+
+        With more than two ranks the order of a sum depends on the buckets, so a resume would not give the same bits.
+        """
+        inputs, targets, _ = micro_batch
+        self._settled = True
+        with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices):
+            for _ in range(2):
+                self._loss(inputs, targets, loss).backward()
+                self.optimizer.zero_grad(set_to_none=True)
 
     # ----- Hessian-vector products
 

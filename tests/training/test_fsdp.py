@@ -87,7 +87,11 @@ def test_first_order_optimizers_take_the_same_steps(corpus, tmp_path, optimizer)
 
 @pytest.mark.parametrize(
     "before, ranks, fsdp",
-    [(True, 3, True), (True, 1, False), (False, 2, True), pytest.param(True, 1, True, marks=pytest.mark.slow)],
+    [
+        (True, 3, True),
+        (True, 1, False),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((False, 2, True), (True, 1, True))),
+    ],
 )
 def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before, ranks, fsdp):
     out_dir = shutil.copytree(runs / str(before), tmp_path / "run")
@@ -109,6 +113,7 @@ def test_adamw_becomes_sophia(corpus, tmp_path):
     same_run(tmp_path / "True", tmp_path / "False")
 
 
+@pytest.mark.slow
 def test_bfloat16_with_activation_checkpointing_and_dropout(corpus, tmp_path):
     """Copies that keep their activations against shards that compute them again."""
     for fsdp in (True, False):
@@ -189,6 +194,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_alike(corpus, tmp_path
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_read_by_the_other_scripts(tmp_path, capsys):
     folder = write_corpus(tmp_path / "corpus", vocab_size=12)
     meta = {"vocab_size": 12, "tokenizer": {"characters": "\n abcdefghij"}}

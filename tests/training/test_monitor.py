@@ -4,13 +4,15 @@ import contextlib
 import os
 import queue
 import resource
+import signal
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from training.monitor import RankMonitor
+from training.monitor import RankMonitor, Signals
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def two_monitors(before=lambda port: None):
 
     before: called with rank 0's port before rank 1 connects to it.
     """
-    messages, made = queue.Queue(), {}
+    messages, made, never = queue.Queue(), {}, lambda: time.sleep(10**6)  # so that no monitor ends this process
 
     def hear(_):
         word = messages.get(timeout=10)
@@ -43,7 +45,9 @@ def two_monitors(before=lambda port: None):
 
     def make(rank):
         gather = (lambda word: [messages.put(word) or word]) if rank == 0 else hear
-        made[rank] = RankMonitor(SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather))
+        made[rank] = RankMonitor(
+            SimpleNamespace(rank=rank, size=2, is_rank0=rank == 0, gather=gather, timeout=60, finish=never)
+        )
         made[rank].leaving.set()
 
     first = threading.Thread(target=make, args=(0,), daemon=True)
@@ -86,3 +90,54 @@ def test_strangers_take_no_ranks_place(monkeypatch, word):
     assert list(monitor._ranks.values()) == [1]
     other.close(well=False)
     assert monitor.broken.wait(5) and monitor.dead == 1
+
+
+def test_nohup_is_respected_and_a_closed_terminal_does_not_matter(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+        def closed(*arguments):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "write", closed)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert signals.received == signal.SIGUSR2
+    finally:
+        signals.restore()
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("lost, ends", [(False, [143]), (True, [])])
+def test_the_sigterm_that_torchrun_sends_for_a_lost_rank_is_no_second_signal(monkeypatch, lost, ends):
+    codes, signals = [], Signals()
+    monkeypatch.setattr(os, "_exit", codes.append)
+    try:
+        signals.rank_lost = lambda: lost
+        signals._note(signal.SIGUSR1, None)
+        signals._since -= 2
+        signals._note(signal.SIGTERM, None)
+        assert codes == ends
+        signals._note(signal.SIGTERM, None)
+        assert codes == [*ends, 143], "the next one is the user's"
+    finally:
+        signals.restore()
+
+
+def test_the_rank_that_the_others_wait_for_is_accused_and_no_other(monkeypatch):
+    """Rank 1 works on while rank 0 waits; where rank 0 itself does not wait, nobody is accused."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr("training.monitor.LEAVE_TIME", 10**6)
+    monkeypatch.setattr("training.monitor.HEARTBEAT", 0.1)
+    monitor, other = two_monitors()
+    other.step, other.busy_since = 7, time.monotonic() - 50
+    monitor.busy_since = time.monotonic() - 60
+    time.sleep(0.8)
+    monitor.accuse()
+    assert not monitor.broken.is_set()
+    monitor.busy_since = None
+    monitor.accuse()
+    assert monitor.dead == 1 and "rank 1 has not answered for 5" in monitor.message() and "step 7" in monitor.message()
+    assert other.broken.wait(5) and other.dead == 1 and "because it has not answered" in other.message()

@@ -1,0 +1,146 @@
+"""One process group owns an out_dir: a lock file that names the host and the process which writes there.
+
+lock = RunLock("out/run")      # UserError if another run is alive there
+lock.release()
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from training.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = "run.lock"
+
+
+class RunLock:
+    """The lock of `folder`, taken for this process. A dead owner's lock is taken over, a live one's is waited for.
+
+    The system drops a file lock with the process that holds it. Where it is missing or not shared between hosts, the
+    owner's heartbeat, the file's modification time, tells whether it lives. On the same host its process id does.
+    Raises UserError, which names the owner's host and process, if it is still there after WAIT seconds.
+    """
+
+    WAIT, HEARTBEAT = 5, 10  # seconds
+
+    def __init__(self, folder):
+        self.path = Path(folder) / LOCK
+        self._file, self._seen, self._warned = None, None, False
+        self._me = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
+        self._released = threading.Event()
+        deadline = time.monotonic() + self.WAIT
+        while (owner := self._take()) is not None:
+            if self._undecided(owner):
+                deadline = max(deadline, time.monotonic() + 1)
+            elif time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is in use by the run of process {owner.get('process')} on {owner.get('host')}; let it "
+                    "end, or name another --out_dir."
+                )
+            time.sleep(0.1)
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def release(self):
+        """Remove the lock, if it is still this process's."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._file), os.stat(self.path)):
+                os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+
+    def _take(self):
+        """None, and the lock is this process's; or the owner, {} if unknown, who is or may be alive."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            owner = self._locked_by(file)
+            if owner is None:
+                self._file, file = file, None
+            return owner
+        finally:
+            if file is not None:
+                os.close(file)
+
+    def _locked_by(self, file):
+        locks = True
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "no file locks on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read(file) or {}
+        except OSError as error:
+            locks = False
+            if not self._warned:
+                self._warned = True
+                print(
+                    f"warning: {self.path} cannot be locked ({error.strerror}); do not start two runs in one out_dir.",
+                    file=sys.stderr,
+                )
+        with contextlib.suppress(OSError):
+            if not os.path.samestat(os.fstat(file), os.stat(self.path)):
+                return {}  # its owner has just removed it
+        owner = _read(file)
+        if owner and self._alive(owner, file, locks):
+            return owner
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(self._me).encode(), 0)
+        if not locks:  # of two that start at once the one that wrote last has it
+            time.sleep(1)
+            owner = _read(file)
+            return None if owner == self._me else owner or {}
+        return None
+
+    def _alive(self, owner, file, locks):
+        if owner.get("host") == self._me["host"] and os.name == "posix":
+            return not locks and owner["process"] != os.getpid() and _started(owner["process"]) == owner["started"]
+        changed = os.fstat(file).st_mtime_ns
+        if self._seen is None or self._seen[0] != (owner, changed):
+            moves = self._seen is not None and self._seen[0][0] == owner
+            self._seen = ((owner, changed), time.monotonic(), moves)
+        (_, since, moves) = self._seen
+        return moves or time.monotonic() - since < 2.5 * self.HEARTBEAT
+
+    def _undecided(self, owner):
+        """Whether a heartbeat may yet tell that the owner, on another host, is alive."""
+        return self._seen is not None and self._seen[0][0] == owner and not self._seen[2]
+
+    def _beat(self):
+        while not self._released.wait(self.HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+
+def _started(process):
+    """When the process was started, in the kernel's clock; "" without /proc, None if there is no such process."""
+    try:
+        os.kill(process, 0) if os.name == "posix" else None
+    except PermissionError:
+        pass  # another user's
+    except (OSError, OverflowError, TypeError):
+        return None
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _read(file):
+    """What the owner wrote, {} if it is not readable, None if nothing."""
+    try:
+        text = os.pread(file, 4096, 0)
+        owner = json.loads(text) if text else None
+        return owner if owner is None or {"host", "process", "started"} <= owner.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
