@@ -18,7 +18,7 @@ from pathlib import Path
 
 from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.errors import UserError, command
-from training.hf import load_model, to_hf
+from training.hf import load_model, quiet, to_hf
 from training.terminal import warn
 from training.tokenizer import gpt2_files
 
@@ -53,6 +53,7 @@ def main(argv=None):
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
+@quiet()
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
     hf_model = to_hf(model, tokenizer.vocab_size)

@@ -54,6 +54,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import Parser, UserError, command
+from training.foreign import is_plain_name
 from training.metrics import METRICS, STATE, read_metrics
 from training.terminal import warn
 from training.tracking import SHARED, write_atomically
@@ -64,6 +65,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
+LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
 APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
 
 
@@ -225,8 +227,11 @@ def grid(definition, out_dir, known=()):
     trials, budgets, folders = [], {}, {}
     names = {key_of(run["optimizer"], run["swept"]): run["run"] for run in known if run["seed"] is None}
     for optimizer in definition["optimizers"]:
-        if "/" in optimizer:
-            raise UserError(f"{optimizer!r} is to be a folder's name; name this optimizer without '/'.")
+        if not is_plain_name(optimizer) or not optimizer.isprintable() or len(optimizer.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{optimizer!r:.80} is to be in the names of folders; name this optimizer without '/', and with "
+                f"{LONGEST_NAME} bytes at most."
+            )
         settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER

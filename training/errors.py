@@ -78,6 +78,11 @@ def _explain(error):
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or ["MemoryError"])[0]
         return RunError(f"the memory is used up ({reason}); use less at once, or a larger machine.")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).partition("\n")[0]
+        if "C++ compiler" in reason or "C compiler" in reason:
+            return UserError(f"compile = True needs a C++ compiler ({reason}); install g++, or leave --compile out.")
+        return RunError(f"torch.compile failed ({reason}); leave --compile out (TORCH_LOGS=+dynamo says more).")
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         name = "a file" if error.filename is None else error.filename
         remedy = "check its path, permissions and free space"

@@ -6,7 +6,10 @@ checkpoint = start_from(config)                                        # to trai
 to_hf(model).save_pretrained("exported")                               # transformers.GPT2LMHeadModel
 """
 
+import contextlib
 import dataclasses
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,6 +28,19 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps
 
 
 # ----- models
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep transformers, and what it imports, from warning of what no user of this project can change."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def load_model(init_from, out_dir, which="newest"):
@@ -50,6 +66,7 @@ def load_model(init_from, out_dir, which="newest"):
     return assign(model, checkpoint["model"], torch.float32), tokenizer, checkpoint.get("config", {})
 
 
+@quiet()
 def from_pretrained(name, dropout=0.0):
     """The GPT with OpenAI's weights. transformers downloads them at the first use, then reads its cache.
 
@@ -66,6 +83,7 @@ def from_pretrained(name, dropout=0.0):
         raise ValueError(f"{missing}: run this once with access to huggingface.co") from error
 
 
+@quiet()
 def from_hf(hf_model, dropout=0.0):
     """A GPT with float32 copies of a `transformers.GPT2LMHeadModel`'s weights.
 
@@ -92,6 +110,7 @@ def from_hf(hf_model, dropout=0.0):
     return assign(model, weights, torch.float32)
 
 
+@quiet()
 def to_hf(model, vocab_size=None):
     """A copy of a GPT as `transformers.GPT2LMHeadModel`, in eval mode.
 
@@ -197,6 +216,7 @@ def load_pretrained(init_from):
     return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
 
 
+@quiet()
 def _read_folder(path):
     from transformers import AutoConfig, GPT2LMHeadModel
 

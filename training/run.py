@@ -157,7 +157,8 @@ class Run:
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
-        if world.is_rank0 and not config.eval_only:
+
+        def open_files():
             if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
                     try:
@@ -173,6 +174,9 @@ class Run:
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
             world.finish = self._writer.wait
+
+        if not config.eval_only:
+            world.on_rank0(open_files)
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
@@ -471,7 +475,8 @@ class Run:
         try:
             self.world.on_rank0(finish)
         except UserError as error:
-            raise RunError(f"{error}; free space in {self.config.out_dir} and resume from the one before.") from None
+            remedy = f"make {self.config.out_dir} writable, with free space, and resume from the one before"
+            raise RunError(f"{error}; {remedy}.") from None
 
     # ----- evaluation, metrics, checkpoints
 
@@ -483,6 +488,8 @@ class Run:
     def evaluate(self):
         """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
         self.world.local_rank0_first(self.corpus.check_unchanged)
+        if self._tracker:
+            self._tracker.check()
         losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
         self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
         return sum(share * loss for _, share, loss in losses)
@@ -613,6 +620,8 @@ class Run:
             "rng": rng,
             "wandb_id": self._tracker and self._tracker.wandb_id,
         }
+        if self._tracker:
+            self._tracker.check()
         if self._writer:
             self._writer.save(checkpoint)
         else:
@@ -708,10 +717,11 @@ def _check_out_dir(config):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"out_dir = {config.out_dir!r} cannot be written ({error.strerror}); name another one."
-        ) from None
+        try:
+            probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"out_dir = {config.out_dir!r:.300} cannot be written ({reason}); name another one.") from None
     return init_from

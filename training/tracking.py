@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from training.errors import UserError
 from training.metrics import CONFIG, METRICS, read_metrics
 from training.terminal import warn
 
@@ -48,11 +49,16 @@ class Tracker:
 
     def __init__(self, config, facts, start_step=0, wandb_id=None):
         self.out_dir = Path(config.out_dir)
-        path = self.out_dir / METRICS
-        lines = [json.dumps(line) for line in read_metrics(path) if line["step"] < start_step] if path.exists() else []
-        write_atomically(path, "".join(line + "\n" for line in lines))
-        write_atomically(self.out_dir / CONFIG, json.dumps({"config": vars(config), **facts}, indent=2) + "\n")
-        self._lines = Lines(path)
+        path, self._record = self.out_dir / METRICS, json.dumps({"config": vars(config), **facts}, indent=2) + "\n"
+        try:
+            before = read_metrics(path) if os.path.lexists(path) else []
+            lines = [json.dumps(line) for line in before if line["step"] < start_step]
+            write_atomically(path, "".join(line + "\n" for line in lines))
+            write_atomically(self.out_dir / CONFIG, self._record)
+            self._lines = Lines(path)
+        except OSError as error:
+            name, remedy = error.filename2 or error.filename or path, "make room for it, or name another --out_dir"
+            raise UserError(f"{name} cannot be written ({error.strerror}); {remedy}.") from None
         self._wandb = Wandb(config, facts, wandb_id) if config.wandb_log else None
 
     @property
@@ -66,6 +72,16 @@ class Tracker:
         if self._wandb:
             self._wandb.log(metrics)
 
+    def check(self):
+        """Notice that out_dir or metrics.jsonl was removed, renamed or replaced. What is missing is written again."""
+        try:
+            if self._lines.moved():
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                warn(f"{self._lines.path} was {self._lines.reopen()}")
+                write_atomically(self.out_dir / CONFIG, self._record)
+        except OSError as error:
+            warn(f"{self._lines.path} is not there any more and cannot be written again ({error}); put out_dir back.")
+
     def close(self):
         self._lines.close()
         if self._wandb:
@@ -76,7 +92,7 @@ class Lines:
     """A file that complete lines are appended to. Lines that a full disk refuses are written with the next line."""
 
     def __init__(self, path):
-        self.path, self._file, self._end = path, open(path, "ab", buffering=0), path.stat().st_size
+        self.path, self._file, self._end = path, open(path, "a+b", buffering=0), path.stat().st_size
         self._waiting = []
 
     def append(self, line):
@@ -87,6 +103,24 @@ class Lines:
         except OSError as error:
             if not warned:
                 warn(f"{self.path} cannot be written ({error}); its lines wait in memory.")
+
+    def moved(self):
+        """Whether there is another file, or none, at its path."""
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except OSError:
+            return True
+
+    def reopen(self):
+        """Go on in the file at its path, or in a new one with all lines; returns what was found, in words."""
+        found = "replaced by another file during the run; new lines go there."
+        if not os.path.lexists(self.path):
+            found = "removed or renamed during the run; it is written again, but earlier checkpoints may be gone."
+            self._file.seek(0)
+            write_atomically(self.path, self._file.read(self._end))
+        self._file.close()
+        self._file, self._end = open(self.path, "a+b", buffering=0), self.path.stat().st_size
+        return found
 
     def _write(self):
         data = "".join(line + "\n" for line in self._waiting).encode()
@@ -131,6 +165,8 @@ class Wandb:
         if self.run is None:  # no network or no account: it writes to the disk, and `wandb sync` sends that later
             self.run = self._try("without wandb", lambda wandb: wandb.init(**settings, mode="offline"))
         self.id = self.run.id if self.run else run_id
+        if self.run and not self._try("without wandb", lambda _: self.run.define_metric("*", step_metric="step")):
+            self.run = None
 
     def _try(self, otherwise, action):
         try:
@@ -143,7 +179,7 @@ class Wandb:
 
     def log(self, metrics):
         def send(_):
-            self.run.log(metrics, step=metrics["step"])
+            self.run.log(metrics)  # not by wandb's own count, which drops the steps that a resumed run repeats
             if metrics["step"] == self._max_iters:  # the end
                 speed = metrics["tokens"] / max(metrics.get("seconds", 0.0), 1e-9)
                 final = {"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed}

@@ -1,6 +1,7 @@
 """metrics.jsonl, config.json, the clock, wandb that must not matter."""
 
 import json
+import shutil
 import struct
 import sys
 import time
@@ -11,6 +12,9 @@ import pytest
 import train_adam
 from tests.conftest import read_lines
 from train_adam import AdamConfig
+from training.checkpoint import load_checkpoint
+from training.errors import command
+from training.run import Run
 from training.tracking import Clock, Tracker, console_line, git_state, write_atomically
 
 
@@ -81,8 +85,11 @@ def test_wandb_gets_the_same_names(tiny, tmp_path, monkeypatch):
     class FakeRun:
         id, summary = "abc", {}
 
-        def log(self, metrics, step):
-            logged.append((step, metrics))
+        def define_metric(self, name, step_metric):
+            return name, step_metric
+
+        def log(self, metrics):
+            logged.append((metrics["step"], metrics))
 
         def finish(self):
             finished.append(True)
@@ -167,5 +174,71 @@ def test_wandb_offline_writes_a_run_that_can_be_synced(tiny, tmp_path, monkeypat
     assert (runs[0].project, runs[0].run_group) == ("tests", "adamw")
     assert [row["step"] for row in history] == [0, 1, 2, 3, 4, 5]
     assert history[3]["train/loss"] == pytest.approx(lines[3]["train/loss"])
+    (metric,) = [record.metric for record in offline_records(first) if record.HasField("metric")]
+    assert (metric.glob_name, metric.step_metric) == ("*", "step"), "charts are drawn over the run's own steps"
     folders = [path.name for path in (tmp_path / "out" / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and len({name.split("-")[-1] for name in folders}) == 1, "one id over the resume"
+
+
+def refused(capsys, argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: train_adam.main(argv))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
+    return said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_file_that_cannot_be_written_is_one_sentence(tiny, tmp_path, capsys, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "inside").touch()
+    assert name in refused(capsys, [*tiny, "--overwrite=True"])
+    train_adam.main([*tiny, f"--out_dir={tmp_path / 'new'}", "--max_iters=4", "--eval_interval=2"])
+    (tmp_path / "new" / name).unlink()
+    (tmp_path / "new" / name).mkdir()
+    assert name in refused(capsys, [*tiny, f"--out_dir={tmp_path / 'new'}", "--init_from=resume", "--max_iters=6"])
+
+
+@pytest.mark.parametrize("out_dir", ["x" * 300, "/dev/full", "/dev/null/x", "a/" * 3000])
+def test_an_out_dir_that_no_disk_takes_is_refused(tiny, capsys, out_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for start in ("scratch", "auto", "resume"):
+        assert "error: " in refused(capsys, [*tiny, f"--out_dir={out_dir}", f"--init_from={start}"])
+
+
+def test_a_full_disk_is_noticed_before_the_start(tiny, capsys, monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(28, "No space left on device") if data else AssertionError("an empty file fits on a full disk")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert "No space left on device" in refused(capsys, tiny)
+    assert list((tmp_path / "out").glob(".probe*")) == []
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "made again", "metrics removed", "metrics replaced"])
+def test_files_that_go_during_the_run_are_noticed_and_written_again(tiny, tmp_path, capsys, monkeypatch, how):
+    out, evaluate = tmp_path / "out", Run.evaluate
+
+    def meddle(run):
+        lines = (out / "metrics.jsonl").read_text().count("\n")
+        if lines == 10:
+            if how in ("removed", "made again"):
+                shutil.rmtree(out)
+            if how == "made again":
+                out.mkdir()
+            if how == "renamed":
+                out.rename(tmp_path / "elsewhere")
+            if how.startswith("metrics"):
+                (out / "metrics.jsonl").unlink()
+            if how == "metrics replaced":
+                (out / "metrics.jsonl").write_text('{"step": -1}\n')
+        return evaluate(run)
+
+    monkeypatch.setattr(Run, "evaluate", meddle)
+    train_adam.main([*tiny, "--max_iters=20"])
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "during the run" in said, said
+    steps = [line["step"] for line in read_lines(out)]
+    assert steps == ([-1, *range(10, 21)] if how == "metrics replaced" else list(range(21)))
+    assert load_checkpoint(out)[0]["step"] == 20 and json.loads((out / "config.json").read_text())
