@@ -56,6 +56,9 @@ def main(argv=None):
 @quiet()
 def export(model, tokenizer, folder):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files into `folder`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     hf_model = to_hf(model, tokenizer.vocab_size)
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)

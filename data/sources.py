@@ -432,8 +432,18 @@ def _read_separated(path, stream, separator):
             )
 
 
+def _lines(path, stream):
+    """The lines of a stream. A few kilobytes can unpack to a line that no memory holds."""
+    number = 1
+    while line := stream.readline(RECORD):
+        if len(line) == RECORD:
+            raise UserError(f"{path}, line {number}: it has {RECORD:,} characters or more; break it into lines")
+        yield line
+        number += 1
+
+
 def _read_jsonl(path, stream, field, separator):
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(_lines(path, stream), 1):
         if not line.isspace():
             try:
                 yield _text_in(json.loads(line), field, path, number)
@@ -499,7 +509,8 @@ def _read_json(path, stream, field, separator):
 def _read_csv(path, stream, field, separator):
     """A row of column names, then a document a row."""
     csv.field_size_limit(RECORD)
-    rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(_lines(path, text), strict=True)
     try:
         names = next(rows, [])
     except csv.Error as error:

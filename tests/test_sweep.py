@@ -112,6 +112,14 @@ def test_any_values_give_short_folders(stub):
     assert run["swept"] == {"dataset": "/a/very/long/path"} | dict.fromkeys(floats, 1 / 7)
 
 
+def test_the_longest_name_fits_in_every_folder(stub):
+    """Names are checked before the first run, so that the repeats of the best run have room for theirs."""
+    optimizer, out = "x" * 150, stub / "out"
+    values = {"optimizer_name": "adamw", "learning_rate": [0.5, 0.6], "weight_decay": [0.1, 0.2]}
+    sweep.main([write_sweep(stub, {optimizer: values}), f"--out_dir={out}", "--seeds=1"])
+    assert f"best_{label(optimizer, {'learning_rate': 0.5, 'weight_decay': 0.1})}_seed1" in state(out)
+
+
 # ----- extended and changed sweeps
 
 
@@ -446,6 +454,9 @@ def test_impossible_numbers_of_runs_are_refused(tmp_path, capsys, runs, message)
         ({"adamw": {"learning_rate": {0.1}}}, "settings are numbers"),
         ({"adamw": {"max_iters": [5]}, "adamw_5": {"optimizer_name": "adamw"}}, "adamw_5 would be the folder of"),
         ({"a/b": {"optimizer_name": "adamw"}}, "name this optimizer without '/'"),
+        ({"..": {"optimizer_name": "adamw"}}, "name this optimizer without '/'"),
+        ({"x" * 151: {"optimizer_name": "adamw"}}, "with 150 bytes at most"),
+        ({"a\x1b[2J": {"optimizer_name": "adamw"}}, "name this optimizer"),
     ],
 )
 def test_unequal_budgets_and_impossible_settings_are_refused(tmp_path, capsys, optimizers, message):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -250,6 +251,9 @@ def load_checkpoint(out_dir, map_location="cpu", which="newest"):
         raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
     if found := [path for path in all_checkpoints(out_dir) if path.name not in (NEWEST, PREVIOUS)]:
         raise UserError(f"{out_dir} holds no {NEWEST}; go on from another of its checkpoints: --checkpoint={found[0]}.")
+    if not os.path.isdir(out_dir):
+        where = f"there is no such folder on {socket.gethostname()}"
+        raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")
     raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
 
 
@@ -304,6 +308,9 @@ def read_checkpoint(path, map_location="cpu"):
                 left -= len(block)
             if left or file.read() != _MARK + digest.digest():
                 raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
+    except FileNotFoundError:
+        where = f"there is none on {socket.gethostname()}"
+        raise UserError(f"{path} cannot be read ({where}); mount its file system, or name another one.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     return checked_checkpoint(load_tensors(path, map_location), path)

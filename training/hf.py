@@ -219,7 +219,9 @@ def load_pretrained(init_from):
 @quiet()
 def _read_folder(path):
     from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not (Path(path) / "config.json").exists():
         raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
     try:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import random
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -355,3 +356,19 @@ def test_documents_in_parts_are_written_as_they_are(tmp_path):
     parts = [["", " \n", "one ", "two"], [" ", ""], [], ["thr", "ee"]]
     corpus.write(arguments(tmp_path), [("train", p) for p in parts] + [("val", iter(["x"]))], "gpt2", "parts")
     assert read_corpus(tmp_path)[1] == {"train": [" \none two", "three"], "val": ["x"]}
+
+
+def test_a_bomb_of_one_line_is_one_sentence(tmp_path, monkeypatch):
+    """A packed file of a megabyte that unpacks to a gigabyte: no more of it is held than one record may have."""
+    monkeypatch.setattr(sources, "RECORD", 1 << 20)
+    for name in ("bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz"):
+        with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+            file.write(b'{"text": "' if "json" in name else b"text\n")
+            for _ in range(64):
+                file.write(b"x" * (1 << 20))
+        tracemalloc.start()
+        with pytest.raises(UserError, match=name):
+            list(sources.read_documents([tmp_path / name], "text"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 32 << 20, (name, peak)
