@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from analysis.figures import draw_sweep
-from analysis.runs import label
+from analysis.runs import label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
@@ -380,18 +380,15 @@ def visible_gpus():
 
 def read_state(out_dir, definition):
     """The runs that out_dir's sweep.json lists. UserError if that sweep had other settings than `definition` has."""
-    if not (out_dir / STATE).exists():
+    if not os.path.lexists(out_dir / STATE):
         return []
-    try:
-        state = json.loads((out_dir / STATE).read_text(encoding="utf-8"))
-        runs, difference = state["runs"], first_difference(state["sweep"], definition)
-        if not all({"run", "optimizer", "swept", "seed", "loss", "error"} <= run.keys() for run in runs):
-            raise KeyError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{out_dir / STATE} is damaged; name another --out_dir.") from None
-    if difference:
+    state = read_sweep(out_dir)
+    complete = all({"optimizer", "error"} <= run.keys() for run in state["runs"])
+    if not complete or not {"common", "optimizers"} <= set(state["sweep"]):
+        raise UserError(f"{out_dir / STATE} is damaged, or not that of one sweep; name another --out_dir.")
+    if difference := first_difference(state["sweep"], definition):
         raise UserError(f"{out_dir} holds a sweep with {difference}; only add to it, or name another --out_dir.")
-    return runs
+    return state["runs"]
 
 
 def first_difference(known, definition):

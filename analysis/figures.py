@@ -5,12 +5,14 @@ save(figure, "out/losses")     # out/losses.png and out/losses.svg
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 from analysis.runs import loss_unit, size_name
 from training.errors import UserError
+from training.terminal import printable
 
 COLOURS = (  # that colour-blind readers can tell apart
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#882255", "#999999", "#7A5230"
@@ -44,6 +46,11 @@ def new_figure(rows, columns, width=11, height=4.4):
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def readable(name):
+    """A name as matplotlib draws it: "$" starts no formula, "_" hides no label, control characters are written out."""
+    return re.sub("^_", " _", printable(name).replace("$", r"\$"))
 
 
 def save(figure, prefix):
@@ -89,7 +96,7 @@ def legend(figure, axes, styled, more=()):
     for group, style in styled:
         entries.setdefault(group.label if len(styled) <= LEGEND else group.optimizer, {"linewidth": 1.8, **style})
     for label, style in [*entries.items(), *more]:
-        axes.plot([], [], label=label, **style)
+        axes.plot([], [], label=readable(label), **style)
     columns = max(1, min(len(entries) + len(more), 110 // (8 + max(map(len, entries)))))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
 
@@ -105,6 +112,8 @@ def draw_losses(styled, prefix, unit):
     beginning = 0.6 if many else 0.1  # share of a run that does not set the range of losses
     for group, style in styled:
         common = set.intersection(*({line["step"] for line in run.evaluations} for run in group.runs))
+        if not common:
+            continue
         losses = [[line["val/loss"] for line in run.evaluations if line["step"] in common] for run in group.runs]
         losses = np.array(losses)
         late += list(losses[:, np.array(sorted(common)) >= max(common) * beginning].ravel())
@@ -202,12 +211,12 @@ def draw_finals(styled, prefix, unit):
         panels[0].plot(losses, np.full(len(losses), place), "o", alpha=0.35, markersize=5, color=colour)
         panels[0].errorbar(losses.mean(), place, xerr=group.interval, fmt="D", capsize=4, color=colour)
     panels[0].set(xlabel=f"final val/loss ({unit}); mean, 95% interval, seeds", ylim=(-0.6, len(styled) - 0.4))
-    panels[0].set_yticks(places, [group.label for group, _ in styled])
+    panels[0].set_yticks(places, [readable(group.label) for group, _ in styled])
     if horizons:
         for optimizer in dict.fromkeys(group.optimizer for group, _ in finished):
             own = [(group, style) for group, style in finished if group.optimizer == optimizer]
             best = best_by_horizon([group for group, _ in own])
-            style = STRONG | {"color": own[0][1]["color"], "label": optimizer, "capsize": 4}
+            style = STRONG | {"color": own[0][1]["color"], "label": readable(optimizer), "capsize": 4}
             panels[1].errorbar(list(best), *means_and_errors(best.values()), **style)
         panels[1].set(xscale="log", ylabel=f"final val/loss ({unit})")
         panels[1].set_xlabel("training steps of the complete schedule;\nthe best settings at each horizon")
@@ -238,7 +247,11 @@ def draw_final_losses(groups, out, labels=None):
     figure, (axes,) = new_figure(1, 1, width=9, height=5.4)
     for i, (name, best) in enumerate(curves.items()):
         apart = 1.013 ** (i - (len(curves) - 1) / 2)
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": labels[name]}
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "label": readable(labels[name]),
+        }
         means, errors = means_and_errors(best.values())
         style |= {"markersize": 7, "linewidth": 2, "elinewidth": 1.5, "capsize": 4}
         axes.errorbar([steps * apart for steps in best], means, errors, **style)
@@ -266,7 +279,7 @@ def draw_scaling(groups, prefix, unit):
     for i, optimizer in enumerate(dict.fromkeys(group.optimizer for group in finished)):
         best = best_of_each([g for g in finished if g.optimizer == optimizer], lambda group: group.parameters)
         sizes, (losses, error) = list(best), means_and_errors(best.values())
-        label, colour = optimizer, COLOURS[i % len(COLOURS)]
+        label, colour = readable(optimizer), COLOURS[i % len(COLOURS)]
         if len(sizes) > 2 and min(losses) > 0:
             fit = stats.linregress(np.log(sizes), np.log(losses))
             half = stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr
@@ -316,7 +329,9 @@ def draw_sweep(trials, out_dir):
                 best = sorted(finite, key=lambda trial: trial.loss)[:1]
                 strong = {"marker": "*", "markersize": 13, "markeredgecolor": "black", "linestyle": "none"}
                 notes["star: best run"] = True
-            lines = axes.plot([t.swept[key] for t in best], [t.loss for t in best], label=optimizer, **style, **strong)
+            lines = axes.plot(
+                [t.swept[key] for t in best], [t.loss for t in best], label=readable(optimizer), **style, **strong
+            )
             for trial in own:
                 place = trial.swept[key], above if math.isinf(trial.loss) else trial.loss
                 lines += axes.plot(*place, "x" if math.isinf(trial.loss) else "o", alpha=0.35, **style)
@@ -348,7 +363,7 @@ def is_grid(trials):
 
 
 def tick(value):
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:g}" if isinstance(value, int | float) else readable(str(value))
 
 
 def heat_map(trials, prefix):
@@ -365,7 +380,7 @@ def heat_map(trials, prefix):
         dark = math.isfinite(loss) and shown.norm(loss) > 0.5
         text = "" if math.isnan(loss) else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
-    axes.set(xlabel=across, ylabel=down, title=trials[0].optimizer)
+    axes.set(xlabel=across, ylabel=down, title=readable(trials[0].optimizer))
     axes.set_xticks(range(len(columns)), [tick(value) for value in columns])
     axes.set_yticks(range(len(rows)), [tick(value) for value in rows])
     figure.colorbar(shown, ax=axes, label="final val/loss")

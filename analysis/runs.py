@@ -8,6 +8,7 @@ groups = group(runs)               # groups[0], the group of the first run, is t
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.metrics import CONFIG, METRICS, read_metrics
+from training.foreign import is_plain_name, read_json
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
 
 LINES = 1000  # lines of metrics that are enough for any figure
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
@@ -27,6 +29,7 @@ HARMLESS = NOT_SETTINGS - {"seed"} | {
     "gradient_accumulation_steps", "device_name", "torch", "source_sha256", "dataset",
 }  # fmt: skip
 SPEED = {"world_size", "device_name", "activation_checkpointing"}  # but its seconds are then of two kinds
+TOKENIZER = str | dict | None
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
 FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # a label leaves these out where the other differs
 
@@ -171,10 +174,10 @@ def read_run(folder):
     """The run in `folder`. UserError if files are missing or damaged, or if the run was never evaluated."""
     metrics, path = Path(folder, METRICS), Path(folder, CONFIG)
     for file in (metrics, path):
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(f"{file} is missing: name the out_dir of a run.")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path, 1 << 26)
         config, data, parameters = facts["config"], facts["data"], facts["model"]["num_params"]
         conditions = {
             "training data (SHA-256)": data["train_sha256"],
@@ -185,22 +188,29 @@ def read_run(folder):
             "eval_tokens": config["eval_tokens"],
             "model parameters": parameters,
         }
-        for key, kind in (("optimizer_name", str), ("max_iters", int), ("lr_decay_iters", int | None)):
-            if not isinstance(config.get(key), kind):
-                raise TypeError(f"{key} = {config.get(key)!r}")
+        counts = ("max_iters", "total_bs", "block_size", "eval_tokens")
+        wanted = [(config.get(key), int, key) for key in counts] + [(parameters, int, "num_params")]
+        wanted += [(config.get("lr_decay_iters"), int | None, "lr_decay_iters"), (facts["world_size"], int, "ranks")]
+        wanted += [(config.get("optimizer_name"), str, "optimizer_name"), (facts["device_name"], str, "device_name")]
+        wanted += [(facts.get("git_commit"), str | None, "git_commit"), (facts["tokenizer"], TOKENIZER, "tokenizer")]
+        for value, kind, name in wanted:
+            if not isinstance(value, kind) or (isinstance(value, int) and not 0 < value < 2**62):
+                raise TypeError(f"{name} = {value!r:.80}")
         device, commit = f"{facts['world_size']} x {facts['device_name']}", facts.get("git_commit")
         clean = bool(commit) and not commit.endswith("-dirty") and facts.get("clean", True) is True
         history = [entry for entry in facts.get("history", []) if entry["step"] > 0]  # before step 0 nothing is trained
-        keys = dict.fromkeys(key for entry in history for key in entry["changed"])
+        keys = dict.fromkeys(str(key) for entry in history for key in entry["changed"])
         clean = clean and "source_sha256" not in keys
         if "adamw_for" in config:  # older runs call the group of parameters "vectors"
             config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
     lines = [line for line in read_metrics(metrics, about=LINES) if is_valid(line)]
     for line in lines:
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf
+        for key in [key for key, value in line.items() if value is None]:
+            del line[key]
     evaluations = [line for line in lines if "val/loss" in line]
     if not evaluations:
         raise UserError(f"{metrics} has no val/loss: the run was never evaluated; name another run.")
@@ -209,6 +219,29 @@ def read_run(folder):
         line |= {key: math.nan for key in ("seconds", "tokens_per_second", "mfu") if key in line}
     changed = [key for key in keys if key not in HARMLESS]
     return Run(str(folder), config, parameters, device, commit, clean, shared, conditions, lines, evaluations, changed)
+
+
+def read_sweep(folder):
+    """The sweep.json in `folder`: {"sweep": its definition or a list of them, "runs": [...]}. UserError if damaged."""
+    path = Path(folder, STATE)
+    kinds = {"run": str, "optimizer": str, "swept": dict, "seed": int | None, "loss": int | float | str | None}
+    kinds |= {"error": str}
+    try:
+        state = read_json(path, 1 << 28)
+        definitions = state["sweep"] if isinstance(state["sweep"], list) else [state["sweep"]]
+        runs = [{"optimizer": "", "error": ""} | run for run in state["runs"]]
+        for definition in definitions:
+            parts = [definition, definition.get("common", {}), definition.get("optimizers", {})]
+            if wrong := [part for part in (*parts, *parts[2].values()) if not isinstance(part, dict)]:
+                raise TypeError(f"{wrong[0]!r:.80} where settings belong")
+        for run in runs:
+            if wrong := [key for key, kind in kinds.items() if not isinstance(run[key], kind)]:
+                raise TypeError(f"{wrong[0]} = {run[wrong[0]]!r:.80}")
+            if not is_plain_name(run["run"]) or (isinstance(run["loss"], str) and run["loss"] != "inf"):
+                raise TypeError(f"the run {run['run']!r:.80} with the loss {run['loss']!r:.80}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); put back a copy of it.") from None
+    return {"sweep": state["sweep"], "runs": state["runs"]}
 
 
 def is_valid(line):

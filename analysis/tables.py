@@ -1,12 +1,14 @@
 """The tables of compare.py, as lines of Markdown, and the notes below them."""
 
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
 
 from analysis.runs import loss_unit, unclean
 from analysis.stats import ALPHA, baseline_horizons, baseline_needs, baseline_of, step_cost, verdict
+from training.terminal import printable
 
 WIDE = 2.5  # a larger factor between two horizons of the baseline is named beside speed-ups
 COSTS = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}  # metric -> its name
@@ -19,7 +21,7 @@ def report(groups):
         yield ""
         yield from markdown(rows, left=(0,))
     yield ""
-    yield from notes(groups)
+    yield from map(plain, notes(groups))
 
 
 def loss_rows(groups):
@@ -88,9 +90,15 @@ def with_interval(values, horizons, form):
     return write(value) + (f" [{write(low)}, {write(high)}]" if low is not None else "")
 
 
+def plain(text):
+    """`text` that Markdown shows as it is: no tag, formula, link, column or control character comes of a name."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text))
+    return re.sub(r"(?<!\\)([|$`]|(?<=\])\()", r"\\\1", " ".join(text.split()))
+
+
 def markdown(rows, left):
     """Lines of an aligned Markdown table; `left`: the columns aligned to the left."""
-    rows = list(rows)
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     for row in rows:

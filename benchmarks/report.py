@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from training.errors import UserError
+from training.foreign import read_json
 from training.tracking import write_atomically
 
 GPT2_SIZES = {  # layers, heads, width
@@ -108,11 +109,11 @@ def load_module(path, name):
 def markdown_table(path):
     """A result as a table: a line for each metric and contender, a column for each model."""
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
+        rows = read_json(path)["rows"]
         models = list(dict.fromkeys(row["model"] for row in rows))
         values = {}
         for row in rows:
-            values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = row["value"]
+            values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = float(row["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of this script ({type(error).__name__}: {error}).") from None
     lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]

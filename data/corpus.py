@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import Parser, UserError
+from training.foreign import is_plain_name, read_json
 from training.terminal import warn
 from training.tokenizer import get_tokenizer, identity
 from training.tracking import write_atomically
@@ -71,19 +72,19 @@ def is_prepared(args, source):
     if args.force or not any((folder / name).exists() for name in ("train.bin", "val.bin", "meta.json")):
         return False
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = read_json(folder / "meta.json", 1 << 26)
         found, hashes = meta["source"], {"train.bin": meta["train_sha256"], "val.bin": meta["val_sha256"]}
         if isinstance(meta["tokenizer"], dict) and "file" in meta["tokenizer"]:
             hashes[meta["tokenizer"]["file"]] = meta["tokenizer"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        counts = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
+    except (OSError, UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} holds data without a meta.json that says where it is from; {remedy}") from error
     if found != source:
         raise UserError(f"{folder} holds another corpus ({found}) than the one asked for ({source}); {remedy}")
     for name, sha256 in hashes.items():
-        if not (folder / name).exists() or _sha256(folder / name) != sha256:
+        if not is_plain_name(name) or not os.path.isfile(folder / name) or _sha256(folder / name) != sha256:
             print(f"{folder / name} is missing or damaged (not the SHA-256 of meta.json): preparing it again")
             return False
-    counts = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
     print(f"{folder} is already prepared and intact ({counts}); --force prepares it again")
     return True
 

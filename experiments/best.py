@@ -4,9 +4,10 @@ from experiments.best import best_of
 optimizers = best_of("30m_tuning", steps=1560)
 """
 
-import json
 from pathlib import Path
 from runpy import run_path
+
+from training.foreign import read_json
 
 EXPERIMENTS = Path(__file__).resolve().parent
 
@@ -17,7 +18,7 @@ def best_of(name, steps, only=None):
     max_iters and seed are left out; the warm-up keeps its share of the run. only: some of the optimizers.
     ValueError for an optimizer whose tuning has not ended: it would have had fewer runs than the others.
     """
-    state, best = json.loads((EXPERIMENTS / name / "sweep.json").read_text(encoding="utf-8")), {}
+    state, best = read_json(EXPERIMENTS / name / "sweep.json"), {}
     common, named = state["sweep"]["common"], state["sweep"]["optimizers"]
     for optimizer in only or named:
         runs = [run for run in state["runs"] if run["optimizer"] == optimizer and run["seed"] is None]

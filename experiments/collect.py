@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis.runs import read_run
+from analysis.runs import read_run, read_sweep
 from sweep import state_text
 from training.errors import Parser, UserError, command
+from training.foreign import is_plain_name, read_json
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
 from training.tracking import write_atomically
 
@@ -36,19 +37,21 @@ def main(argv=None, experiments=EXPERIMENTS):
     parser.add_argument("name", metavar="NAME", help="folder in experiments/")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run or of a sweep")
     arguments = parser.parse_args(argv)
+    if not is_plain_name(arguments.name):
+        raise UserError(f"NAME = {arguments.name!r} is no name of a folder in experiments/; give one without '/'.")
     target, files, state = experiments / arguments.name, {}, None
     if (target / STATE).exists():
-        state = read_state(target / STATE)
+        state = read_sweep(target)
     for folder in map(Path, arguments.runs):
         runs = [folder]
         if (folder / STATE).exists():
-            own = rounded(portable(read_state(folder / STATE)))
+            own = rounded(portable(read_sweep(folder)))
             chosen = [run for run in own["runs"] if run["seed"] is not None or "seed" in run["swept"]]
             runs = [folder / run["run"] for run in chosen if run["loss"] is not None]
             state = merged(state, own)
         for run in runs:
             read_run(run)  # refuses what compare.py could not read
-            facts, lines = json.loads((run / CONFIG).read_text(encoding="utf-8")), thinned(run)
+            facts, lines = read_json(run / CONFIG), thinned(run)
             facts |= {key: portable(facts[key]) for key in ("config", "command", "history") if key in facts}
             place = target / "runs" / run.resolve().name
             if place.exists() or place / CONFIG in files:
@@ -61,17 +64,6 @@ def main(argv=None, experiments=EXPERIMENTS):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     print(f"wrote {len(files)} files, {sum(map(len, files.values())) / 1e3:,.0f} kB, to {target}")
-
-
-def read_state(path):
-    """A sweep.json. UserError where it is damaged."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        for run in state["runs"]:
-            run["run"], run["swept"], run["seed"], run["loss"]
-        return {"sweep": state["sweep"], "runs": state["runs"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run the sweep again to mend it.") from None
 
 
 def merged(state, other):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.figures import draw_final_losses
-from analysis.runs import group, read_run, unclean
+from analysis.runs import group, read_run, read_sweep, unclean
 from analysis.stats import verdict
 from analysis.tables import markdown, speed_rows
 from benchmarks.report import markdown_table
@@ -25,7 +25,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import describe
 from training.errors import Parser, UserError, command
-from training.metrics import METRICS, STATE
+from training.metrics import METRICS
 
 EXPERIMENTS = Path(__file__).resolve().parent
 ROOT = EXPERIMENTS.parent
@@ -55,7 +55,7 @@ OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
 
 
 def state_of(name):
-    return json.loads((EXPERIMENTS / name / STATE).read_text(encoding="utf-8"))
+    return read_sweep(EXPERIMENTS / name)
 
 
 @cache

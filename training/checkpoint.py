@@ -10,7 +10,6 @@ A file is torch.save's, which torch.load reads, followed by its SHA-256. Loading
 import contextlib
 import hashlib
 import os
-import pickle
 import shutil
 import stat
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from training.errors import UserError
+from training.foreign import checked_checkpoint, load_tensors
 from training.terminal import warn
 
 NEWEST, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt"
@@ -304,11 +304,9 @@ def read_checkpoint(path, map_location="cpu"):
                 left -= len(block)
             if left or file.read() != _MARK + digest.digest():
                 raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
-        return torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no checkpoint of this project ({error}).") from None
+    return checked_checkpoint(load_tensors(path, map_location), path)
 
 
 def checkpoint_sha256(path):

@@ -181,7 +181,7 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
-        parse_block_sizes(self)
+        parse_block_sizes(self.block_size_schedule, self.block_size)
         if self.batch_size == "auto":
             for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
                 if getattr(self, name):
@@ -231,9 +231,16 @@ def load_config(cls, argv=None):
 
 
 def with_current_values(cls, settings):
-    """`settings`, a dict, with the values that older versions wrote replaced by those of now."""
-    former = {field.name: field.metadata["former"] for field in dataclasses.fields(cls) if "former" in field.metadata}
-    return {key: former.get(key, {}).get(value, value) if key in former else value for key, value in settings.items()}
+    """`settings`, a dict, with the values that older versions wrote replaced by those of now.
+
+    UserError for a value of another type than the setting's.
+    """
+    current = dict(settings)
+    for field in dataclasses.fields(cls):
+        if field.name in current:
+            value = current[field.name]
+            current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
+    return current
 
 
 def describe(cls):

@@ -24,6 +24,7 @@ import numpy as np
 
 from model import GPTConfig
 from training.errors import UserError
+from training.foreign import is_plain_name, read_json
 from training.terminal import warn
 from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
 from training.tokenizer import check_spec, describe, read_tokenizer_json
@@ -292,13 +293,13 @@ def _read_meta(folder):
     """The folder's meta.json, a tokenizer.json that it names included; {} without one."""
     path, old = folder / "meta.json", folder / "meta.pkl"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path, 1 << 26)
     except FileNotFoundError:
         if os.path.lexists(old):
             convert = command(DATA / "convert_meta.py", folder)
             raise UserError(f"{old} says what the ids stand for; make a meta.json of it with: {convert}") from None
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); prepare the corpus again.") from None
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(size) is not int or not 1 <= size < 2**31:
@@ -317,6 +318,8 @@ def _read_meta(folder):
     except UserError as error:
         raise UserError(f"{path}: {error}.") from None
     if isinstance(spec, dict) and "file" in spec:
+        if not is_plain_name(spec["file"]):
+            raise UserError(f"{path}: the tokenizer's file {spec['file']!r:.80} is no name in this folder; correct it.")
         meta["tokenizer"] = read_tokenizer_json(folder / spec["file"])
         if meta["tokenizer"]["sha256"] != spec["sha256"]:
             raise UserError(f"{folder / spec['file']} is not the tokenizer that {path} names (its SHA-256 differs).")
@@ -370,17 +373,19 @@ def _named(corpus, split):
 def check_split(corpus, split):
     """(largest id, SHA-256) of a split of one corpus. UserError where they are not what meta.json says.
 
-    The result is remembered in `.checked.json` beside the files, by their names, sizes and modification times.
+    The result is remembered in `.checked.json` beside the files, by their names, sizes, modification times, inodes and
+    change times. The last two are this disk's: a note that came with the files, or that files were swapped behind, is
+    not believed. One that was forged on this machine for these very files would be.
     """
     note, files = corpus.folder / ".checked.json", corpus.files[split]
     try:
-        known = json.loads(note.read_text())
-    except (OSError, ValueError):
+        known = read_json(note, 1 << 26)
+    except (OSError, ValueError, UserError):
         known = {}
     known = known if isinstance(known, dict) else {}
-    now = [[path.name, *(_identity(path) or ())] for path in files]
+    now = [[path.name, *(_identity(path) or ()), *_on_this_disk(path)] for path in files]
     entry = known.get(split)
-    if not isinstance(entry, dict) or entry.get("files") != now:
+    if not _is_note(entry) or entry["files"] != now:
         digest, tokens = hashlib.sha256(), getattr(corpus, split)
         parts = tokens.parts if isinstance(tokens, Shards) else [tokens]
         largest = max(_scan(path, part, digest) for path, part in zip(files, parts, strict=True))
@@ -402,6 +407,20 @@ def check_split(corpus, split):
     if not largest and corpus.vocab_size > 1:
         raise UserError(f"{name} holds nothing but zeros, as a failed copy does; copy it again.")
     return largest, sha256
+
+
+def _on_this_disk(path):
+    """What no copy of a file has, and what nobody sets: its inode and the time of its last change of any kind."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_ino, stat.st_ctime_ns
+
+
+def _is_note(entry):
+    kinds = {"files": list, "largest": int, "sha256": str}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def _scan(path, tokens, digest):

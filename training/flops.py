@@ -59,7 +59,7 @@ def run_flops(step, config, flops_per_token, estimate_cost=0):
     estimate_cost: of ESTIMATE_COST. Estimates are taken on hess_bs sequences every hess_interval steps, from
     sophia_start_iter on; each step carries its share of them.
     """
-    lengths = dict(parse_block_sizes(config))
+    lengths = dict(zip(*parse_block_sizes(config.block_size_schedule, config.block_size), strict=True))
     first_estimate = getattr(config, "sophia_start_iter", 0)
     share = config.hess_bs / config.total_bs / config.hess_interval if estimate_cost else 0.0
     starts, total, length = sorted({0, first_estimate, *lengths}), 0, None

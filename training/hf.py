@@ -7,7 +7,6 @@ to_hf(model).save_pretrained("exported")                               # transfo
 """
 
 import dataclasses
-import pickle
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from model import EMBEDDINGS, GPT, GPTConfig
 from training.checkpoint import load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
+from training.foreign import check_weights, load_tensors, restoring
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer
 
@@ -207,8 +207,10 @@ def _read_folder(path):
         if model_type != "gpt2":
             raise ValueError(f"{path} holds a model of type {model_type!r}, only 'gpt2' can be read")
         hf_model, info = GPT2LMHeadModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything there
+        raise ValueError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks weights, {min(info['missing_keys'])} among them")
     return from_hf(hf_model)
@@ -216,40 +218,29 @@ def _read_folder(path):
 
 def _read_import(path):
     """A ckpt.pt of nanoGPT or of the official Sophia repository. No code in the file is run."""
-    try:
-        foreign = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a ckpt.pt with import:PATH.") from None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and plain values; name another ckpt.pt."
-        ) from None
+    foreign = load_tensors(path)
     if not isinstance(foreign, dict) or not {"model", "model_args", "iter_num"} <= foreign.keys():
         remedy = "name a ckpt.pt of nanoGPT's form"
         if "step" in foreign:
             remedy = "it is this project's, resume it or start new from it with ckpt:PATH"
         raise UserError(f"{path} has no model, model_args and iter_num, as nanoGPT's ckpt.pt has; {remedy}.")
-    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in foreign["model"].items()}
+    for key, kind in {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "optimizer": dict}.items():
+        if not isinstance(foreign.get(key, kind()), kind):
+            raise UserError(f"{path}: its {key} is no {kind.__name__}, as nanoGPT's is; name another checkpoint.")
+    weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in foreign["model"].items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a causal mask
     args = {key: value for key, value in foreign["model_args"].items() if key in (*MODEL_SETTINGS, "vocab_size")}
     official = "scale_attn_by_inverse_layer_idx" in args  # its model has the tanh GELU, nanoGPT's the exact one
     args |= {"bias": "transformer.ln_f.bias" in weights, "gelu": "tanh" if official else "exact"}
-    try:
-        with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in GPT(GPTConfig(**args)).state_dict().items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its model_args are no GPT's ({error}); name another checkpoint.") from None
-    for name in expected.keys() | weights.keys():
-        if name not in weights or weights[name].shape != expected.get(name):
-            found = tuple(weights[name].shape) if name in weights else "missing"
-            wanted = f"a GPT with its model_args has {expected.get(name, 'none')}"
-            raise UserError(f"{path}: {name} is {found}, {wanted}; name another checkpoint.")
+    check_weights(weights, args, path)
+    with restoring(path, "optimizer's state"):
+        optimizer = _named_states(foreign.get("optimizer"), weights, path)
     return {
         "model": weights,
         "model_args": dataclasses.asdict(GPTConfig(**args)),
-        "step": int(foreign["iter_num"]),
+        "step": foreign["iter_num"],
         "config": foreign.get("config", {}),
-        "optimizer": _named_states(foreign.get("optimizer"), weights, path),
+        "optimizer": optimizer,
     }
 
 

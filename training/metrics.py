@@ -4,8 +4,9 @@ lines = read_metrics("out/run/metrics.jsonl")       # [{"step": 0, "tokens": 0, 
 """
 
 import contextlib
-import json
-from pathlib import Path
+
+from training.errors import UserError
+from training.foreign import parse_json, read_bytes
 
 METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a run, of a run, of a sweep
 
@@ -40,6 +41,7 @@ NAMES = {
     "seconds_behind": "how much longer it worked in that time than the median rank",
     "memory_gib": "peak memory of rank 0's GPU",
 }
+LONGEST = 1 << 20  # bytes of a line; longer ones are no metrics
 FORMER_NAMES = {"train/win_rate/vectors": "train/win_rate/scalars"}  # of runs from before the group was renamed
 
 
@@ -48,12 +50,15 @@ def read_metrics(path, about=None):
 
     With `about`, a longer file gives about that many lines, evenly spread, and all lines that have a val/loss.
     """
-    text = Path(path).read_bytes()
+    try:
+        text = read_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable.") from None
     lines = []
     for part in text.splitlines() if about is None else _thinned(text, about):
         with contextlib.suppress(ValueError):
-            line = json.loads(part)
-            if isinstance(line, dict) and type(line.get("step")) is int:
+            line = parse_json(part) if len(part) < LONGEST else None
+            if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
                 lines.append({FORMER_NAMES.get(key, key): value for key, value in line.items()})
     return lines
 

@@ -335,9 +335,22 @@ def load_state(optimizer, state):
     """Load a checkpoint's state. The settings (betas, weight decay, ...) stay those of `optimizer`."""
     made = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict(_with_settings_of(optimizer, state))
+    for part in _parts(optimizer):
+        _check_state(part)
     for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
         for key in tensors.keys() - optimizer.state[p].keys():
             optimizer.state[p][key] = tensors[key]
+
+
+def _check_state(optimizer):
+    """ValueError where a state is not its parameter's: a fused step would read memory that is not its own."""
+    is_adam = isinstance(optimizer, torch.optim.AdamW | torch.optim.NAdam)
+    for p, state in optimizer.state.items():
+        if is_adam and state and not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+            raise ValueError(f"an average is missing, it has {', '.join(state)}")
+        for key in {"exp_avg", "exp_avg_sq", "hessian", "momentum_buffer"} & state.keys():
+            if state[key] is not None and state[key].shape != p.shape:
+                raise ValueError(f"{key} is {tuple(state[key].shape)} for a parameter of {tuple(p.shape)}")
 
 
 def rescale_curvature(optimizer, ratio):

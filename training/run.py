@@ -37,6 +37,7 @@ from training.config import with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
+from training.foreign import restoring
 from training.fp8 import to_fp8
 from training.hf import load_optimizer_state, start_from
 from training.lock import RunLock
@@ -373,10 +374,11 @@ class Run:
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
-            optimizers.load_state(optimizer, self._resumed["optimizer"])
-            if self._resumed["scaler"]:  # empty from a run in another dtype than float16
-                self._train_step.scaler.load_state_dict(self._resumed["scaler"])
-            self.world.set_rng_state(self._resumed["rng"])
+            with restoring(self._origin, "optimizer's or random state"):
+                optimizers.load_state(optimizer, self._resumed["optimizer"])
+                if self._resumed["scaler"]:  # empty from a run in another dtype than float16
+                    self._train_step.scaler.load_state_dict(self._resumed["scaler"])
+                self.world.set_rng_state(self._resumed["rng"])
         elif self._resumed and self._resumed["optimizer"]:
             load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
         if self._resumed and self._resumed["optimizer"]:

@@ -1,11 +1,14 @@
 """Learning rate and sequence length, as pure functions of the step."""
 
+import bisect
+import functools
 import itertools
 import math
 
 from training.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "wsd", "cosine_restarts", "constant")
+PHASES = 1000  # of a block_size_schedule
 TO_ZERO = ("linear", "wsd")  # their min_lr is 0 where it is not given
 
 
@@ -46,27 +49,29 @@ def learning_rate(step, config):
 
 def sequence_length(step, config):
     """Tokens in a training sequence at `step`: block_size, or the length that `block_size_schedule` gives."""
-    phases = parse_block_sizes(config)
-    return next(length for start, length in reversed(phases) if step >= start)
+    starts, lengths = parse_block_sizes(config.block_size_schedule, config.block_size)
+    return lengths[bisect.bisect_right(starts, step) - 1]
 
 
-def parse_block_sizes(config):
-    """[(first step, sequence length), ...] of block_size_schedule, '0:128,2000:256'. UserError for another text."""
-    text, block_size = config.block_size_schedule, config.block_size
+@functools.lru_cache(maxsize=8)
+def parse_block_sizes(text, block_size):
+    """(first steps, sequence lengths) of block_size_schedule, '0:128,2000:256'. UserError for another text."""
     if not text:
-        return [(0, block_size)]
+        return (0,), (block_size,)
+    if text.count(",") >= PHASES:
+        raise UserError(f"block_size_schedule has {text.count(',') + 1} phases; use at most {PHASES}.")
     try:
         phases = [tuple(int(number) for number in phase.split(":")) for phase in text.split(",")]
         starts, lengths = zip(*phases, strict=True)
     except ValueError:
         raise UserError(
-            f"block_size_schedule = {text!r} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it."
+            f"block_size_schedule = {text!r:.80} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it."
         ) from None
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-        raise UserError(f"block_size_schedule = {text!r}: its steps have to begin at 0 and to rise; correct it.")
+        raise UserError(f"block_size_schedule = {text!r:.80}: its steps have to begin at 0 and to rise; correct it.")
     for length in lengths:
         if length < 1 or block_size % length:
             raise UserError(
-                f"block_size_schedule = {text!r}: {length} does not divide block_size = {block_size}; change it."
+                f"block_size_schedule = {text!r:.80}: {length} does not divide block_size = {block_size}; change it."
             )
-    return phases
+    return starts, lengths

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
+from training.foreign import read_bytes
 
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # names the files of its cache
 PIECE = 1 << 18  # characters; no piece holds a run of 10^6 blanks, at which tiktoken's regex engine overflows its stack
@@ -81,7 +82,7 @@ def describe(spec):
 def read_tokenizer_json(path):
     """The spec of a tokenizer.json: {"file", "sha256", "json"}, the last its content."""
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path, 1 << 28)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

@@ -1,0 +1,196 @@
+"""Files that others wrote: nothing in them is run, their size and depth are bounded, and their types are checked.
+
+meta = read_json("data/mine/meta.json")                           # OSError, ValueError, UserError
+checkpoint = checked_checkpoint(load_tensors("ckpt.pt"), "ckpt.pt")
+"""
+
+import contextlib
+import json
+import math
+import os
+import stat
+import warnings
+
+from training.errors import UserError
+
+LARGEST = 1 << 30  # bytes of a file that is read into memory
+DEPTH = 32  # lists and objects inside each other
+PLAIN = (bool, int, float, str, type(None))
+
+
+# ----- JSON
+
+
+def read_bytes(path, most=LARGEST):
+    """The content of a file. UserError if it is a folder, a FIFO or larger than `most`; OSError if it is not there."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file; move it elsewhere.")  # a FIFO would block
+    if status.st_size > most:
+        raise UserError(f"{path} has {status.st_size:,} bytes, more than the {most:,} that are read; is it damaged?")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def read_json(path, most=LARGEST):
+    """The content of a JSON file. Raises as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(text):
+    """The value of a JSON text. ValueError where it is none, is nested too deep, or has numbers beyond any float."""
+    try:
+        value = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {DEPTH} deep")
+
+
+def _integer(text):
+    if len(text) > 20:
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)
+
+
+def _finite(text):
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def is_plain_name(name):
+    """Whether `name` is that of a file or folder, and no path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+# ----- checkpoints
+
+
+def load_tensors(path, map_location="cpu"):
+    """torch.load of tensors and plain values. UserError for any other file; its code is not run."""
+    import torch
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} cannot be read (it is not a file).")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); name another checkpoint.") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception:  # a damaged file can raise nearly anything; torch's text advises to run the file's code
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors and plain values; name another checkpoint."
+        ) from None
+
+
+class Checkpoint(dict):
+    """A run's checkpoint. A key that it lacks is a UserError that names the file."""
+
+    def __init__(self, content, path):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} is no checkpoint of this project, it has no {key}; name another one.")
+
+
+def checked_checkpoint(content, path):
+    """`content` as a Checkpoint. UserError where a part is not of its type, or the weights are not the model's."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_count(value):
+        return type(value) is int and 0 <= value < 2**63
+
+    def is_plain(value):
+        return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
+
+    def is_tokenizer(value):
+        from training.tokenizer import check_spec
+
+        with contextlib.suppress(UserError):
+            check_spec(value)
+            return not isinstance(value, dict) or "characters" in value or "json" in value
+        return False
+
+    kinds = {
+        "step": is_count,
+        "sequences_seen": is_count,
+        "config": is_plain,
+        "model_args": is_plain,
+        "model": lambda value: isinstance(value, dict),
+        "optimizer": lambda value: isinstance(value, dict),
+        "scaler": lambda value: isinstance(value, dict),
+        "facts": lambda value: isinstance(value, dict),
+        "counts": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+        "curvature": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+        "history": lambda value: isinstance(value, list) and all(map(_is_change, value)),
+        "recent_losses": lambda value: isinstance(value, list) and all(map(is_number, value)),
+        "best_val_loss": is_number,
+        "seconds": is_number,
+        "flops": lambda value: value is None or is_number(value),
+        "wandb_id": lambda value: value is None or isinstance(value, str),
+        "tokenizer": is_tokenizer,
+    }
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint of this project; name another one.")
+    for key, is_right in kinds.items():
+        if key in content and not is_right(content[key]):
+            raise UserError(f"{path} is no checkpoint of this project: its {key} is not of its type; name another one.")
+    checkpoint = Checkpoint(content, path)
+    if "model" in content and "model_args" in content:
+        check_weights(checkpoint["model"], checkpoint["model_args"], path)
+    return checkpoint
+
+
+def _is_change(entry):
+    """Whether it is an entry of a run's history."""
+    return isinstance(entry, dict) and type(entry.get("step")) is int and isinstance(entry.get("changed"), dict)
+
+
+def check_weights(weights, model_args, path):
+    """UserError where `weights` are not those of a GPT with these arguments."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    remedy = "name another checkpoint"
+    try:
+        if model_args.get("n_layer", 12) > len(weights):
+            raise ValueError(f"n_layer = {model_args.get('n_layer', 12)}, and {len(weights)} tensors")
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in GPT(GPTConfig(**model_args)).state_dict().items()}
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: its model_args are no GPT's ({str(error).splitlines()[0]}); {remedy}.") from None
+    for name in expected.keys() | weights.keys():
+        shape = getattr(weights.get(name), "shape", None)
+        if shape is None or shape != expected.get(name):
+            found = "missing" if name not in weights else "no tensor" if shape is None else tuple(shape)
+            wanted = f"a GPT with its model_args has {tuple(expected[name]) if name in expected else 'none'}"
+            raise UserError(f"{path}: {name!s:.80} is {found}, {wanted}; {remedy}.")
+
+
+@contextlib.contextmanager
+def restoring(path, what):
+    """A UserError for what a checkpoint of the right form raises where its content does not fit."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise UserError(f"{path}: its {what} cannot be taken over ({reason}); name another checkpoint.") from None
