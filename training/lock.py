@@ -9,12 +9,12 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 
 from training.errors import UserError
+from training.terminal import warn
 
 try:
     import fcntl
@@ -84,10 +84,7 @@ class RunLock:
             locks = False
             if not self._warned:
                 self._warned = True
-                print(
-                    f"warning: {self.path} cannot be locked ({error.strerror}); do not start two runs in one out_dir.",
-                    file=sys.stderr,
-                )
+                warn(f"{self.path} cannot be locked ({error.strerror}); do not start two runs in one out_dir.")
         with contextlib.suppress(OSError):
             if not os.path.samestat(os.fstat(file), os.stat(self.path)):
                 return {}  # its owner has just removed it

@@ -16,6 +16,7 @@ import time
 from multiprocessing.connection import wait
 
 from training.errors import RunError
+from training.terminal import warn
 
 NOTICE_TIME = 5  # seconds in which a rank notices by itself that another died, if it can
 LEAVE_TIME = 20  # seconds in which it has then left; torchrun kills it after 30
@@ -156,7 +157,7 @@ class RankMonitor:
                     return
                 if now - heard > max(3 * HEARTBEAT, min(60, self._world.timeout / 2)) and self._warned != heard:
                     self._warned = heard
-                    print(f"warning: rank {rank} has been silent for {now - heard:.0f} s.", file=sys.stderr, flush=True)
+                    warn(f"rank {rank} has been silent for {now - heard:.0f} s.")
 
     def _busy(self):
         since = self.busy_since

@@ -47,6 +47,7 @@ from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
 from training.sharding import check_sharding, shard, shard_state, total_norm
 from training.step import DTYPES, Batches, TrainStep
+from training.terminal import warn
 from training.tokenizer import identity as tokenizer_identity
 from training.tracking import SHARED, Clock, Tracker, console_line, git_state, source_hash
 
@@ -633,10 +634,9 @@ def _warn_of_separate_tasks():
     for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
-            print(
-                f"warning: {count} = {tasks}, but RANK is not set: this process trains alone; start one torchrun a "
-                "machine (docs/training.md) to train together.",
-                file=sys.stderr,
+            warn(
+                f"{count} = {tasks}, but RANK is not set: this process trains alone; start one torchrun a machine "
+                "(docs/training.md) to train together."
             )
 
 
