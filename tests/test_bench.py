@@ -130,6 +130,7 @@ def test_numbers_and_switches_are_checked(capsys, line):
     assert ended.value.code == 2 and line.split()[1] in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow  # compiles and trains for every part of the benchmark
 def test_train_gives_a_row_for_every_part(tmp_path, monkeypatch):
     """Toy models on the CPU; all parts but scaling, for which the next test is."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))

@@ -144,6 +144,7 @@ def test_ranks_that_do_not_arrive_are_named(corpus, tmp_path):
     assert time.monotonic() - started < 40
 
 
+@pytest.mark.slow  # waits for slow files twice
 def test_ranks_wait_for_slow_files_and_a_write_is_finished_after_a_rank_died(corpus, tmp_path):
     """Both take thrice nccl_timeout. Rank 1 dies during the last write, and torchrun signals rank 0 once more."""
     slow = script(

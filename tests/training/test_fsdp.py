@@ -177,6 +177,7 @@ def probe(corpus, tmp_path, name, fsdp, poison=None):
     return [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow  # two further runs of two ranks
 def test_each_rank_holds_its_half_and_exchanges_gradients_once_a_step(corpus, tmp_path):
     for found in probe(corpus, tmp_path, "sharded", fsdp=True):
         half = [n // 2 for n in found["whole"]]
