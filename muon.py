@@ -363,7 +363,7 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     For 1/2, 1/4 and 1/8 and a ridge of at least 1e-3 it takes matrix products alone: the coupled iteration
     M <- T^p M, X <- X T with T a polynomial of M (N. Higham, Functions of Matrices, section 7.3). On GPUs set
     torch.set_float32_matmul_precision("high") to run these in TF32. In float32 the relative error is below 1e-3 where
-    the largest eigenvalue is at most 1e4 times the ridge; in TF32 it was 3e-3 to 1e-2 (one H200, widths 384 to 3072).
+    the largest eigenvalue is at most 1e4 times the ridge; in TF32 it was 3e-3 to 2e-2 (one H200, widths 384 to 3072).
     Otherwise it takes an eigendecomposition in float64. A matrix of zeros gives ridge^-exponent times the identity.
     """
     width = factors.shape[-1]
