@@ -13,7 +13,7 @@ Matrices of one shape are stepped together, as one batch of matrix products.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,12 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: for a setting out of its range, and for a parameter that is not a matrix.
-        RuntimeError: for sparse gradients, and for complex or sharded (DTensor) parameters.
+        RuntimeError: for sparse gradients and complex parameters, and for sharded ones (DTensor) that
+            `muon_distributed.share` does not know of.
     """
 
     _step_supports_amp_scaling = True
+    _share: Any = None  # of muon_distributed.py: the ranks among which the matrices are shared out
 
     def __init__(
         self,
@@ -88,17 +90,24 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
-            for batch in self._batches(group):
-                self._step(batch, group)
+            batches = self._batches(group)
+            updates = self._share.updates(batches, group) if self._share else self._updates(batches, group)
+            for batch, update in updates:
+                self._apply(update, batch, group)
         return loss
 
-    def _step(self, batch: "_Batch", group: dict[str, Any]) -> None:
-        lr, weight = batch.lr, 1 - group["momentum"]
+    def _updates(self, batches: "list[_Batch]", group: dict[str, Any]) -> Iterator[tuple["_Batch", Tensor]]:
+        for batch in batches:
+            yield batch, self._direction(_stack(self._moved(batch, group)), batch, group)
+
+    def _moved(self, batch: "_Batch", group: dict[str, Any]) -> list[Tensor]:
+        weight = 1 - group["momentum"]
         torch._foreach_lerp_(batch.momenta, batch.grads, weight)
-        moved = torch._foreach_lerp(batch.momenta, batch.grads, weight) if group["nesterov"] else batch.momenta
-        update = self._direction(_stack(moved), batch, group)  # (matrices, rows, columns)
-        updates = list(update.to(batch.dtype) * (lr * 0.2 * math.sqrt(max(update.shape[1:]))))
-        decay = lr * group["weight_decay"]
+        return list(torch._foreach_lerp(batch.momenta, batch.grads, weight)) if group["nesterov"] else batch.momenta
+
+    def _apply(self, update: Tensor, batch: "_Batch", group: dict[str, Any]) -> None:
+        updates = list(update.to(batch.dtype) * (batch.lr * 0.2 * math.sqrt(max(batch.shape))))
+        decay = batch.lr * group["weight_decay"]
         if group["cautious"]:
             decays = [(u * p > 0).to(p.dtype) * decay for u, p in zip(updates, batch.params, strict=True)]
             torch._foreach_mul_(batch.params, [1 - d for d in decays])
@@ -135,8 +144,6 @@ class Muon(Optimizer):
         for param, split in zip(group["params"], _splits(group), strict=True):
             if param.is_complex():
                 raise RuntimeError(f"{type(self).__name__} does not step complex parameters")
-            if hasattr(param, "device_mesh"):
-                raise RuntimeError(f"{type(self).__name__} does not step sharded parameters (DTensor)")
             if param.ndim != 2 and not (group["flatten"] and param.ndim > 2):
                 raise ValueError(
                     f"{type(self).__name__} steps matrices, and a parameter has the shape {tuple(param.shape)}: leave "
@@ -150,7 +157,10 @@ class Muon(Optimizer):
     def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
         """Everything in the group that has a gradient, by device, dtype and shape of its matrices."""
         batches: dict[Any, _Batch] = {}
-        for param, split in zip(group["params"], _splits(group), strict=True):
+        pairs = list(zip(group["params"], _splits(group), strict=True))
+        if self._share:
+            pairs.sort(key=lambda pair: self._share.owner[pair[0]])
+        for param, split in pairs:
             if param.grad is None or not param.numel():
                 continue
             if param.grad.is_sparse:
@@ -164,13 +174,20 @@ class Muon(Optimizer):
                     f"a momentum_buffer of shape {tuple(momentum.shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}: the state is of another model"
                 )
-            tensors = [t.flatten(1) for t in (param, param.grad, momentum)]
-            shape = (param.shape[0] // split, tensors[0].shape[1])
-            key = (param.device, param.dtype, param.grad.dtype, shape)
-            batch = batches.setdefault(key, _Batch(self, group, param.device))
+            tensors, sharded = [param, param.grad, momentum], hasattr(param, "device_mesh")
+            if sharded:  # this rank's rows
+                if not self._share:
+                    raise RuntimeError(f"{type(self).__name__} steps sharded parameters after muon_distributed.share()")
+                if not hasattr(momentum, "device_mesh"):
+                    raise ValueError("momentum_buffer is not sharded as its parameter is")
+                tensors = [t.to_local() for t in tensors]
+            shape = (param.shape[0] // split, math.prod(param.shape[1:]))
+            key = (param.device, param.dtype, param.grad.dtype, shape, sharded and split)
+            batch = batches.setdefault(key, _Batch(self, group, param.device, shape, sharded))
             batch.states.append((state, split))
+            batch.owners.append(self._share.owner[param] if self._share else 0)
             for tensor, views in zip(tensors, (batch.params, batch.grads, batch.momenta), strict=True):
-                views += tensor.chunk(split)
+                views += tensor.flatten(1).chunk(1 if sharded else split)
         for batch in batches.values():
             batch.widen()
         return list(batches.values())
@@ -245,7 +262,8 @@ class WhitenedMuon(Muon):
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
         for batch, group in batches:
-            self._update_factors(batch, group, roots=True, scale=scale)
+            if complete := self._share.complete(batch) if self._share else batch:
+                self._update_factors(complete, group, roots=True, scale=scale)
 
     def _direction(self, moved: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         if group["source"] == "gradient":
@@ -408,11 +426,16 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class _Batch:
     """Matrices of one shape, device and dtype: what one batch of products takes.
 
-    params, grads, momenta: lists of (rows, columns), views of the parameters', in float32 or better.
-    states: (state, number of matrices) of every parameter.
+    params, grads, momenta: lists of (rows, columns), views of the parameters', in float32 or better. Of parameters that
+    are sharded, the rows of this rank.
+    states: (state, number of matrices) of every parameter. owners: the ranks that compute their updates.
+    shape: (rows, columns) of a matrix. sharded: whether the parameters are.
     """
 
-    def __init__(self, optimizer: Muon, group: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, optimizer: Muon, group: dict[str, Any], device: torch.device, shape: tuple[int, int], sharded: bool
+    ) -> None:
+        self.shape, self.sharded, self.owners = shape, sharded, list[int]()
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.momenta: list[Tensor] = []
