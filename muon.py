@@ -318,21 +318,24 @@ class WhitenedMuon(Muon):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which casts states to the parameter's dtype; factors and roots keep theirs."""
-        loaded = state_dict
+        factors: dict[int, dict[str, Tensor]] = {}
 
-        def remember(_: Optimizer, after_hooks: dict[str, Any]) -> None:
-            nonlocal loaded
-            loaded = after_hooks
+        def take_out(_: Optimizer, after_hooks: dict[str, Any]) -> dict[str, Any]:
+            states = {}
+            for number, state in after_hooks["state"].items():
+                factors[number] = {k: v for k, v in state.items() if k.endswith(("_factor", "_root"))}
+                states[number] = {k: v for k, v in state.items() if k not in factors[number]}
+            numbers.extend(number for group in after_hooks["param_groups"] for number in group["params"])
+            return {**after_hooks, "state": states}
 
-        handle = self.register_load_state_dict_pre_hook(remember)  # the last one
+        numbers: list[int] = []
+        handle = self.register_load_state_dict_pre_hook(take_out)  # the last one
         super().load_state_dict(state_dict)
         handle.remove()
-        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers, params, strict=True):
-            for key, value in loaded["state"].get(number, {}).items():
-                if key.endswith(("_factor", "_root")):
-                    self.state[param][key] = value.to(param.device, copy=True)
+            if not self._share or self._share.owner[param] == self._share.rank:
+                self.state[param] |= {k: v.to(param.device, copy=True) for k, v in factors.get(number, {}).items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

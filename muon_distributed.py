@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon import Muon, _Batch, _blocks, _sides, _splits, _stack
+from muon import Muon, _Batch, _blocks, _ns_schedule, _sides, _splits, _stack
 
 __all__ = ["share", "update_flops"]
 
@@ -39,26 +39,17 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
         RuntimeError: for parameters that are sharded otherwise than by fully_shard on dimension 0.
     """
     optimizer._share = _Share(optimizer, process_group)
-    optimizer.register_load_state_dict_post_hook(_forget_what_others_own)
-
-
-def _forget_what_others_own(optimizer: Any) -> None:
-    """After a load of the states of all parameters: factors and roots stay on the owner alone."""
-    for param, state in optimizer.state.items():
-        if optimizer._share.owner[param] != optimizer._share.rank:
-            for key in [key for key in state if key.endswith(("_factor", "_root"))]:
-                del state[key]
 
 
 def update_flops(shape: Sequence[int], split: int, group: dict[str, Any]) -> float:
     """FLOPs a step of a parameter that holds `split` matrices. The owners are chosen by them."""
     rows, columns = shape[0] // split, math.prod(shape[1:])
     size, least = rows * columns, min(rows, columns)
-    flops = group["ns_steps"] * (4.0 * size * least + 2.0 * least**3)
+    flops = len(_ns_schedule(group["ns_coefficients"], group["ns_steps"])) * (4.0 * size * least + 2.0 * least**3)
     for side in _sides(group) if "sides" in group else ():
-        width = rows if side == "left" else columns
-        blocks = _blocks(width, group["max_width"])
-        flops += 6.0 * size * (width // blocks) + _ROOT_PRODUCTS * 2.0 * blocks * (width // blocks) ** 3 / group["interval"]
+        blocks = _blocks(rows if side == "left" else columns, group["max_width"])
+        width = (rows if side == "left" else columns) // blocks
+        flops += 6.0 * size * width + 2.0 * _ROOT_PRODUCTS * blocks * width**3 / group["interval"]
     return split * flops
 
 
@@ -80,18 +71,18 @@ class _Share:
             loads[self.owner[param]] += cost
 
     def updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
-        """Yield every batch with its update: (matrices, rows, columns), of shards (parameters, this rank's rows, columns)."""
+        """Yield every batch with its update: (matrices, rows, columns), or (parameters, rows of this rank, columns)."""
         sent = []
         for batch in batches:
             route, moved = self._route(batch), self._optimizer._moved(batch, group)
             grads = route.to_owners(batch.grads) if group.get("source") == "gradient" else None
             sent.append((batch, route, route.to_owners(moved), grads))
         before = None
-        for batch, route, moved, grads in sent:
-            own, mine = self._own(batch, grads), moved()
+        for batch, route, arriving, grads in sent:
+            own, update = self._own(batch, grads), arriving()
             if own.states:
-                mine = self._optimizer._direction(mine, own, group)
-            after = batch, route.to_all(mine)
+                update = self._optimizer._direction(update, own, group)
+            after = batch, route.to_all(update)
             if before:
                 yield before[0], before[1]()
             before = after

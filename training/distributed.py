@@ -169,6 +169,16 @@ class Distributed:
                 dist.all_gather_object(things, thing, group=self._control)
         return things
 
+    def to_rank0(self, rank, tensor, shape, dtype):
+        """On rank 0 the `tensor` of another `rank`, in host memory; on others None. All ranks know shape and dtype."""
+        received = torch.empty(shape, dtype=dtype) if self.is_rank0 else None
+        with self.waiting():
+            if self.is_rank0:
+                dist.recv(received, rank, group=self._control)
+            elif self.rank == rank:
+                dist.send(tensor.detach().cpu().contiguous(), 0, group=self._control)
+        return received
+
     @contextlib.contextmanager
     def waiting(self, does=True):
         """Around a wait for the other ranks or for the device: this rank is then not the one that they wait for."""

@@ -45,7 +45,7 @@ from training.memory import estimate, largest, memory_of, micro_batch_sizes, sen
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
-from training.sharding import check_sharding, shard, shard_state, total_norm
+from training.sharding import check_sharding, complete_state, shard, shard_state, total_norm
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
 from training.tokenizer import identity as tokenizer_identity
@@ -378,6 +378,8 @@ class Run:
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
+        if self.world.size > 1 or self.config.fsdp:
+            optimizers.share_matrices(optimizer)
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 optimizers.load_state(optimizer, self._resumed["optimizer"])
@@ -598,11 +600,12 @@ class Run:
     def _save(self, step, is_best=False):
         """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
         rng = self.world.gather(self.world.rng_state())
+        optimizer = complete_state(self.optimizer.state_dict(), self.world)
         if not self.world.is_rank0 and not self.config.fsdp:
             return
         checkpoint = {
             "model": self.model.state_dict(keep_vars=True),  # keeps the tied matrix one object
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self._train_step.scaler.state_dict(),
             "step": step,
             "sequences_seen": self._batches.sequences_before(step),

@@ -18,11 +18,12 @@ def check_sharding(config, world):
     """UserError if a run with `config` cannot be sharded."""
     if not world.distributed:
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
-    if not OPTIMIZERS[config.optimizer_name].shards:
-        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards)
+    shards = OPTIMIZERS[config.optimizer_name].shards
+    if shards is not True:
+        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards is True)
         raise UserError(
-            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True, which splits every parameter "
-            f"over the ranks; use one of {able}, or --fsdp=False."
+            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True: {shards}; use one of {able}, "
+            "or --fsdp=False."
         )
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
@@ -69,6 +70,26 @@ def shard_state(optimizer, state_dict):
 
     state = {n: {key: part(v, parameter[n]) for key, v in s.items()} for n, s in state_dict["state"].items()}
     return {**state_dict, "state": state}
+
+
+def complete_state(state, world):
+    """An optimizer's state_dict that on rank 0 has what only one rank owns, such as Muon's factors. All ranks call it.
+
+    It arrives one tensor at a time, in host memory.
+    """
+    if "state" not in state:
+        return {name: complete_state(part, world) for name, part in state.items()}
+    own = {(number, key): value for number, entry in state["state"].items() for key, value in entry.items()}
+    kinds = [(place, value.shape, value.dtype) for place, value in own.items() if isinstance(value, torch.Tensor)]
+    everyones = world.gather(kinds)
+    known, states = {place for place, *_ in everyones[0]}, {n: dict(entry) for n, entry in state["state"].items()}
+    for rank, kinds in enumerate(everyones):
+        for place, shape, dtype in kinds:
+            if place not in known:
+                known.add(place)
+                tensor = world.to_rank0(rank, own.get(place), shape, dtype)
+                states.setdefault(place[0], {})[place[1]] = tensor
+    return {**state, "state": states}
 
 
 def total_norm(tensors, world):
