@@ -12,7 +12,6 @@ Every matrix has an owner, the rank that computes its update. Factors and roots 
 On GPUs everything travels in bfloat16. The update of one batch travels while that of the next is computed.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon import Muon, _Batch, _blocks, _ns_schedule, _sides, _splits, _stack
+from muon import Muon, _Batch, _blocks, _matrices, _ns_schedule, _rows, _sides, _splits, _stack, _State
 
 __all__ = ["share", "update_flops"]
 
@@ -41,130 +40,165 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
     optimizer._share = _Share(optimizer, process_group)
 
 
-def update_flops(shape: Sequence[int], split: int, group: dict[str, Any]) -> float:
-    """FLOPs a step of a parameter that holds `split` matrices. The owners are chosen by them."""
-    rows, columns = shape[0] // split, math.prod(shape[1:])
-    size, least = rows * columns, min(rows, columns)
-    flops = len(_ns_schedule(group["ns_coefficients"], group["ns_steps"])) * (4.0 * size * least + 2.0 * least**3)
-    for side in _sides(group) if "sides" in group else ():
-        blocks = _blocks(rows if side == "left" else columns, group["max_width"])
-        width = (rows if side == "left" else columns) // blocks
-        flops += 6.0 * size * width + 2.0 * _ROOT_PRODUCTS * blocks * width**3 / group["interval"]
-    return split * flops
+def update_flops(shape: Sequence[int], rows: Sequence[int], group: dict[str, Any]) -> float:
+    """FLOPs a step of a parameter whose matrices have these numbers of rows. The owners are chosen by them."""
+    columns, flops = math.prod(shape[1:]), 0.0
+    for height in rows:
+        size, least = height * columns, min(height, columns)
+        flops += len(_ns_schedule(group["ns_coefficients"], group["ns_steps"])) * (4.0 * size * least + 2.0 * least**3)
+        for side in _sides(group) if "sides" in group else ():
+            blocks = _blocks(height if side == "left" else columns, group["max_width"])
+            width = (height if side == "left" else columns) // blocks
+            flops += 6.0 * size * width + 2.0 * _ROOT_PRODUCTS * blocks * width**3 / group["interval"]
+    return flops
 
 
 class _Share:
-    """Who computes what. owner: {parameter: rank}, the same on all ranks."""
+    """Who computes what. owner: {parameter: rank}, the same on all ranks. rows: {parameter: those of its matrices}."""
 
     def __init__(self, optimizer: Muon, process_group: Any) -> None:
-        self._optimizer, self.process_group = optimizer, process_group
+        self.optimizer, self.process_group = optimizer, process_group
+        self.rows: dict[Tensor, list[int]] = {}
+        self.owner: dict[Tensor, int] = {}
         costs = []
         for group in optimizer.param_groups:
             for param, split in zip(group["params"], _splits(group), strict=True):
-                costs.append((update_flops(param.shape, split, group), param))
+                self.rows[param] = _rows(split, param)
+                costs.append((update_flops(param.shape, self.rows[param], group), param))
                 if hasattr(param, "device_mesh"):
                     self.process_group = _process_group(param)
         self.rank, self.size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-        self.owner, loads = {}, [0.0] * self.size
+        loads = [0.0] * self.size
         for cost, param in sorted(costs, key=lambda pair: -pair[0]):  # each to the rank that has the least so far
             self.owner[param] = loads.index(min(loads))
             loads[self.owner[param]] += cost
 
-    def updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
-        """Yield every batch with its update: (matrices, rows, columns), or (parameters, rows of this rank, columns)."""
-        sent = []
-        for batch in batches:
-            route, moved = self._route(batch), self._optimizer._moved(batch, group)
-            grads = route.to_owners(batch.grads) if group.get("source") == "gradient" else None
-            sent.append((batch, route, route.to_owners(moved), grads))
-        before = None
-        for batch, route, arriving, grads in sent:
-            own, update = self._own(batch, grads), arriving()
-            if own.states:
-                update = self._optimizer._direction(update, own, group)
-            after = batch, route.to_all(update)
-            if before:
-                yield before[0], before[1]()
-            before = after
-        if before:
-            yield before[0], before[1]()
+    def _updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
+        """Yield every batch with its updates: (matrices, rows, columns), of shards (parameters, own rows, columns)."""
 
-    def complete(self, batch: _Batch) -> _Batch | None:
-        """The matrices of a batch that this rank owns, with complete gradients; None if it owns none."""
-        own = self._own(batch, self._route(batch).to_owners(batch.grads))
-        return own if own.states else None
+        def needed(batch: _Batch) -> tuple[Tensor, ...]:
+            return self.optimizer._moved(batch, group)[: 2 if group.get("source") == "gradient" else 1]
 
-    def _own(self, batch: _Batch, grads: Callable[[], Tensor] | None) -> _Batch:
-        own = copy.copy(batch)
-        own.states = [state for state, owner in zip(batch.states, batch.owners, strict=True) if owner == self.rank]
-        own.grads = list(grads()) if grads else []
-        return own
+        sent = [(batch, self._route(batch).to_owners(needed)) for batch in batches]
+        before: list[tuple[_Batch, Callable[[], Tensor]]] = []
+        for batch, received in sent:
+            updates = [self.optimizer._direction(of[0], of[-1], own, group) for own, of in received()]
+            before.append((batch, self._route(batch).to_all(updates)))
+            if len(before) > 1:
+                done, arrived = before.pop(0)
+                yield done, arrived()
+        for done, arrived in before:
+            yield done, arrived()
+
+    def complete(self, batch: _Batch) -> list[tuple[_Batch, Tensor]]:
+        """The batches of matrices in `batch` that this rank owns, with complete gradients."""
+        received = self._route(batch).to_owners(lambda batch: (_stack(batch.grads),))
+        return [(own, grads) for own, (grads,) in received()]
 
     def _route(self, batch: _Batch) -> "_Copies | _Shards":
-        return _Shards(self, batch) if batch.sharded else _Copies(self, batch)
+        if batch.route is None:
+            sharded = hasattr(batch.members[0][0], "device_mesh")
+            batch.route = _Shards(self, batch) if sharded else _Copies(self, batch)
+        return batch.route
+
+
+_Needed = Callable[[_Batch], tuple[Tensor, ...]]
+_Received = Callable[[], list[tuple[_Batch, tuple[Tensor, ...]]]]
 
 
 class _Copies:
     """The way of a batch whose matrices are complete on every rank. They are in the order of their owners."""
 
-    def __init__(self, ranks: _Share, batch: _Batch) -> None:
-        self._ranks, self._shape = ranks, batch.shape
-        self._counts = [0] * ranks.size  # of matrices
-        for owner, (_, split) in zip(batch.owners, batch.states, strict=True):
-            self._counts[owner] += split
+    def __init__(self, share: _Share, batch: _Batch) -> None:
+        self._share, self._batch, self._own = share, batch, _Batch(batch.longest)
+        self._counts = [0] * share.size  # of matrices
+        for (param, *_), state in zip(batch.members, batch.states, strict=True):
+            self._counts[share.owner[param]] += state.count
+            if share.owner[param] == share.rank:
+                self._own.states.append(state)
 
-    def to_owners(self, matrices: list[Tensor]) -> Callable[[], Tensor]:
-        first = sum(self._counts[: self._ranks.rank])
-        mine = matrices[first : first + self._counts[self._ranks.rank]]
-        return lambda: _stack(mine) if mine else _stack(matrices[:1])[:0]
+    def to_owners(self, needed: _Needed) -> _Received:
+        first, own = sum(self._counts[: self._share.rank]), self._own
+        mine = slice(first, first + self._counts[self._share.rank])
+        own.params, own.momenta, own.grads = (getattr(self._batch, k)[mine] for k in ("params", "momenta", "grads"))
+        own.skip = self._batch.skip
+        return lambda: [(own, needed(own))] if own.states else []
 
-    def to_all(self, update: Tensor) -> Callable[[], Tensor]:
-        mine = update.new_empty(max(self._counts), *self._shape)  # an all-gather wants as much from every rank
-        mine[: len(update)] = update
-        everyones = update.new_empty(self._ranks.size * len(mine), *self._shape)
+    def to_all(self, updates: list[Tensor]) -> Callable[[], Tensor]:
+        like = _stack(self._batch.params[:1])
+        mine = like.new_empty(max(self._counts), *like.shape[1:])  # an all-gather wants as much from every rank
+        for update in updates:
+            mine[: len(update)] = update
+        everyones = like.new_empty(self._share.size * len(mine), *like.shape[1:])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch before 2.13
-        work = gather(everyones, mine, self._ranks.process_group, async_op=True)
+        work = gather(everyones, mine, self._share.process_group, async_op=True)
 
-        def gathered() -> Tensor:
+        def arrived() -> Tensor:
             work.wait()
-            parts = everyones.chunk(self._ranks.size)
+            parts = everyones.chunk(self._share.size)
             return torch.cat([part[:count] for part, count in zip(parts, self._counts, strict=True)])
 
-        return gathered
+        return arrived
 
 
 class _Shards:
     """The way of a batch of which every rank has some rows of every parameter, as `fully_shard` leaves them."""
 
-    def __init__(self, ranks: _Share, batch: _Batch) -> None:
-        (height, self._columns), self._split = batch.shape, batch.states[0][1]
-        self._group, rank, self._height = ranks.process_group, ranks.rank, height * self._split
-        most = -(-self._height // ranks.size)
-        self._rows = [min(most, max(0, self._height - other * most)) for other in range(ranks.size)]
-        self._here, self._own, self._all = self._rows[rank], batch.owners.count(rank), len(batch.owners)
+    def __init__(self, share: _Share, batch: _Batch) -> None:
+        self._share, self._batch = share, batch
+        params = [param for param, *_ in batch.members]
+        self._height, self._columns = params[0].shape[0], math.prod(params[0].shape[1:])
+        most = -(-self._height // share.size)
+        self._rows = [min(most, max(0, self._height - rank * most)) for rank in range(share.size)]
+        self._here, owners = self._rows[share.rank], [share.owner[param] for param in params]
+        self._own = owners.count(share.rank)
         self._at_owners = [self._own * rows for rows in self._rows]  # rows of this rank's parameters, by holder
-        self._at_holders = [batch.owners.count(other) * self._here for other in range(ranks.size)]
+        self._at_holders = [owners.count(rank) * self._here for rank in range(share.size)]
+        self._batches: dict[int, _Batch] = {}  # of what this rank owns, by the matrices' numbers of rows
+        self._places: dict[int, list[tuple[int, list[int]]]] = {}
+        for i, param in enumerate(param for param, owner in zip(params, owners, strict=True) if owner == share.rank):
+            rows = share.rows[param]
+            for height in dict.fromkeys(rows):
+                own = self._batches.setdefault(height, _Batch(max(height, self._columns)))
+                own.states.append(_State(share.optimizer.state[param], rows, height))
+                self._places.setdefault(height, []).append((i, rows))
 
-    def to_owners(self, shards: list[Tensor]) -> Callable[[], Tensor]:
-        received = self._exchange(_stack(shards), self._at_holders, self._at_owners)
+    def _matrices(self, stack: Tensor, height: int) -> list[Tensor]:
+        """Views of the matrices of `height` rows in (this rank's parameters, rows, columns)."""
+        return [matrix for i, rows in self._places[height] for matrix in _matrices(stack[i], rows, height)]
 
-        def complete() -> Tensor:
-            parts = [p.view(self._own, rows, self._columns) for p, rows in zip(received(), self._rows, strict=True)]
-            return torch.cat(parts, dim=1).view(self._own * self._split, self._height // self._split, self._columns)
+    def to_owners(self, needed: _Needed) -> _Received:
+        sent = [self._exchange(stack, self._at_holders, self._at_owners) for stack in needed(self._batch)]
 
-        return complete
+        def received() -> list[tuple[_Batch, tuple[Tensor, ...]]]:
+            complete = []
+            for finish in sent:
+                parts = zip(finish(), self._rows, strict=True)
+                complete.append(torch.cat([part.view(self._own, rows, self._columns) for part, rows in parts], dim=1))
+            for own in self._batches.values():
+                own.params, own.skip = self._batch.params, self._batch.skip
+            return [
+                (own, tuple(_stack(self._matrices(stack, height)) for stack in complete))
+                for height, own in self._batches.items()
+            ]
 
-    def to_all(self, update: Tensor) -> Callable[[], Tensor]:
-        parts = update.reshape(self._own, self._height, self._columns).split(self._rows, dim=1)
-        flat = torch.cat([part.flatten() for part in parts])
-        received = self._exchange(flat, self._at_owners, self._at_holders)
-        return lambda: torch.cat(received()).view(self._all, self._here, self._columns)
+        return received
+
+    def to_all(self, updates: list[Tensor]) -> Callable[[], Tensor]:
+        complete = _stack(self._batch.params[:1]).new_empty(self._own, self._height, self._columns)
+        for (height, own), update in zip(self._batches.items(), updates, strict=True):
+            if own.longest != self._batch.longest:
+                update = update * math.sqrt(own.longest / self._batch.longest)
+            torch._foreach_copy_(self._matrices(complete, height), list(update))
+        flat = torch.cat([part.flatten() for part in complete.split(self._rows, dim=1)])
+        finish = self._exchange(flat, self._at_owners, self._at_holders)
+        return lambda: torch.cat(finish()).view(len(self._batch.params), self._here, self._columns)
 
     def _exchange(self, tensor: Tensor, give: list[int], take: list[int]) -> Callable[[], tuple[Tensor, ...]]:
-        """An all-to-all of numbers of rows; the rows from each rank, flat."""
+        """An all-to-all of these numbers of rows; what comes from each rank, flat."""
         give, take = ([rows * self._columns for rows in counts] for counts in (give, take))
-        received = tensor.new_empty(sum(take))
-        work = dist.all_to_all_single(received, tensor.flatten(), take, give, self._group, async_op=True)
+        received, group = tensor.new_empty(sum(take)), self._share.process_group
+        work = dist.all_to_all_single(received, tensor.flatten(), take, give, group, async_op=True)
 
         def finish() -> tuple[Tensor, ...]:
             work.wait()
