@@ -154,6 +154,17 @@ class TrainConfig:
     fsdp: bool = setting(
         False, "split the model and its optimizer over the ranks (FSDP2), instead of a copy on each rank"
     )
+    fsdp_shard: int | None = setting(
+        None,
+        "with fsdp, split over this many ranks in a row (a node's), with copies on the others; default all ranks",
+        at_least=1,
+    )
+    fsdp_keep: str = setting(
+        "gradients",
+        "with fsdp, what is complete on every rank between the micro-batches of a step: nothing costs the least memory, "
+        "all the least communication",
+        choices=("nothing", "gradients", "all"),
+    )
     backend: str = setting(
         "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
@@ -181,6 +192,8 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        if self.fsdp_shard and not self.fsdp:
+            raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
         parse_block_sizes(self.block_size_schedule, self.block_size)
         if self.batch_size == "auto":
             for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):

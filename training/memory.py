@@ -29,7 +29,8 @@ def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
     wide = 2 if config.dtype == "float32" else 1
     per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
     parameters = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
-    left = (1 - FREE) * memory - 16 * parameters / (ranks if config.fsdp else 1)
+    shards = (config.fsdp_shard or ranks) if config.fsdp else 1
+    left = (1 - FREE) * memory - 16 * parameters / shards
     return max(0, int(left / (per_token * config.block_size)))
 
 

@@ -133,7 +133,7 @@ class Run:
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
-            shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
+            shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
         self.model.to(world.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws

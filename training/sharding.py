@@ -1,6 +1,6 @@
 """A model too large for one GPU: parameters, gradients and optimizer state split over the ranks (PyTorch's FSDP2).
 
-    shard(model, world.mesh(), torch.bfloat16, compile=True)             # instead of DistributedDataParallel
+    shard(model, world.mesh(config.fsdp_shard), torch.bfloat16, compile=True)             # instead of DistributedDataParallel
     optimizer.register_load_state_dict_pre_hook(shard_state)             # complete tensors in, each rank keeps its part
     norm = total_norm(gradients, world)
 
@@ -25,6 +25,11 @@ def check_sharding(config, world):
             f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True: {shards}; use one of {able}, "
             "or --fsdp=False."
         )
+    if config.fsdp_shard and world.size % config.fsdp_shard:
+        sizes = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
+        raise UserError(
+            f"fsdp_shard = {config.fsdp_shard} does not divide the {world.size} ranks; it can be one of {sizes}."
+        )
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
         raise UserError(
@@ -34,7 +39,7 @@ def check_sharding(config, world):
 
 
 def shard(model, mesh, dtype, compile):
-    """Split a GPT that is on the CPU over the ranks of `mesh`, block by block. No device ever holds all of it.
+    """Split a GPT that is on the CPU over the last dimension of `mesh`, block by block. No device ever holds all of it.
 
     Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
     autocast rounds them anyway, and their gradients are summed in float32. Embeddings and all LayerNorms are one group,
@@ -97,4 +102,5 @@ def total_norm(tensors, world):
     if not tensors or not hasattr(tensors[0], "to_local"):
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
     parts = torch.nn.utils.get_total_norm([t.to_local() for t in tensors], foreach=True)
-    return world.sum(parts.double().square()).sqrt().float()
+    copies = world.size // tensors[0].device_mesh.size(-1)
+    return world.sum(parts.double().square() / copies).sqrt().float()

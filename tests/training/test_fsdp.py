@@ -129,6 +129,19 @@ def test_a_checkpoint_goes_on_however_it_is_split(corpus, runs, tmp_path, before
     assert losses(out_dir) == pytest.approx(losses(runs / "False"), abs=1e-4)
 
 
+@pytest.mark.parametrize("script", ["train_sophiag.py", pytest.param("train_adam.py", marks=pytest.mark.slow)])
+def test_two_copies_of_two_shards_take_the_same_steps(corpus, tmp_path, script):
+    """fsdp_shard=2 on 4 ranks; its checkpoint goes on with copies alone."""
+    argv = [*RUN, "--max_iters=8", "--batch_size=3", "--keep_checkpoints=2"]
+    argv += ["--hess_bs=12"] if "sophia" in script else ["--optimizer_name=whitened_muon"]
+    for shard in (2, None):
+        train(4, script, corpus, tmp_path / str(shard), *argv, "--fsdp=True", f"--fsdp_shard={shard}")
+    same_run(tmp_path / "2", tmp_path / "None")
+    os.replace(tmp_path / "2" / "ckpt_4.pt", tmp_path / "2" / "ckpt.pt")
+    train(2, script, corpus, tmp_path / "2", *argv, "--init_from=resume")
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "None"), abs=1e-4)
+
+
 @pytest.mark.slow
 def test_adamw_becomes_sophia(corpus, tmp_path):
     for fsdp in (True, False):
@@ -163,12 +176,15 @@ import torch, torch.distributed as dist, train_sophiag
 from training.run import Run
 from training.step import TrainStep
 
-out, exchanges, calls = sys.argv[1], [], []
-name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
-def count(*arguments, exchange=getattr(dist, name), **more):
-    exchanges.append(1)
-    return exchange(*arguments, **more)
-setattr(dist, name, count)
+out, exchanges, gathers, calls = sys.argv[1], [], [], []
+def watch(names, calls):
+    name = next(name for name in names if hasattr(dist, name))  # the second before torch 2.13
+    def counted(*arguments, exchange=getattr(dist, name), **more):
+        calls.append(1)
+        return exchange(*arguments, **more)
+    setattr(dist, name, counted)
+watch(("reduce_scatter_single", "reduce_scatter_tensor"), exchanges)
+watch(("all_gather_single", "all_gather_into_tensor"), gathers)
 
 def poisoned(step, *arguments, loss=TrainStep._loss):
     calls.append(1)
@@ -184,7 +200,7 @@ def watched(run, steps=Run.steps):
     found = {{{{
         "whole": [p.numel() for p in parameters], "parameters": local(parameters),
         "exp_avg": local(s["exp_avg"] for s in states), "hessian": local(s["hessian"] for s in states),
-        "exchanges": len(exchanges), "passes": len(calls),
+        "exchanges": len(exchanges), "gathers": len(gathers), "passes": len(calls),
     }}}}
     open(out + os.environ["RANK"], "w").write(json.dumps(found))
 Run.steps = watched
@@ -192,22 +208,34 @@ train_sophiag.main(sys.argv[2:])
 """
 
 
-def probe(corpus, tmp_path, name, fsdp, poison=None):
+def probe(corpus, tmp_path, name, fsdp, poison=None, keep="gradients"):
     """A 2-rank run of 6 steps; what each rank held at its end. poison: the pass in which rank 1's loss is infinite."""
     (tmp_path / "probe.py").write_text(PROBE.format(poison))
-    argv = [*tiny_words(corpus, tmp_path / name), *SOPHIA, "--max_iters=6", f"--fsdp={fsdp}"]
+    argv = [*tiny_words(corpus, tmp_path / name), *SOPHIA, "--max_iters=6", f"--fsdp={fsdp}", f"--fsdp_keep={keep}"]
     done = torchrun(2, tmp_path / "probe.py", [str(tmp_path / f"{name}."), *argv])
     assert done.returncode == 0, done.stderr
     return [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow  # two further runs of two ranks
-def test_each_rank_holds_its_half_and_exchanges_gradients_once_a_step(corpus, tmp_path):
-    for found in probe(corpus, tmp_path, "sharded", fsdp=True):
-        half = [n // 2 for n in found["whole"]]
-        assert found["parameters"] == found["exp_avg"] == found["hessian"] == half
-        # in 6 steps of 3 passes and 2 curvature estimates of 1: two blocks and the rest, each once a backward()
-        assert found["passes"] == 6 * 3 + 2 and found["exchanges"] == (6 + 2) * 3
+@pytest.mark.slow  # runs of two ranks
+def test_each_rank_holds_its_half_and_fsdp_keep_says_what_is_exchanged(corpus, tmp_path):
+    """6 steps of 3 passes, and 2 curvature estimates of 1. Each time two blocks and the rest are exchanged.
+
+    A pass gathers the blocks before forward and before backward, the rest once. Two evaluations have 11 passes each.
+    """
+    evaluations, all_passes, batches = 2 * 11, 6 * 3 + 2, 6 + 2
+    expected = {
+        "nothing": (all_passes * 3, all_passes * (2 * 2 + 1)),
+        "gradients": (batches * 3, all_passes * (2 * 2 + 1)),
+        "all": (batches * 3, batches * (2 + 1)),
+    }
+    for keep, (exchanges, gathers) in expected.items():
+        for found in probe(corpus, tmp_path, keep, fsdp=True, keep=keep):
+            half = [n // 2 for n in found["whole"]]
+            assert found["parameters"] == found["exp_avg"] == found["hessian"] == half
+            assert found["passes"] == all_passes and found["exchanges"] == exchanges
+            assert found["gathers"] == gathers + evaluations * 3, keep
+        same_run(tmp_path / keep, tmp_path / "nothing")
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_alike(corpus, tmp_path):
@@ -251,6 +279,7 @@ def test_one_process_is_told_of_torchrun(tiny, tmp_path, capsys):
         (train_adam, ["--optimizer_name=soap"], "'soap' does not work .*: its package steps complete matrices; use"),
         (train_sophiag, ["--hess_bs=7"], "hess_bs = 7 is not divisible by the 4 ranks, .* use --hess_bs=4"),
         (train_sophiag, ["--hess_bs=3"], "use --hess_bs=4"),
+        (train_adam, ["--fsdp_shard=3"], "fsdp_shard = 3 does not divide the 4 ranks; it can be one of 1, 2, 4"),
     ],
 )
 def test_what_does_not_work_is_refused(tiny, script, argv, message):
@@ -271,16 +300,19 @@ def test_two_ranks_refuse_once(tiny, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_like_copies(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "script, argv", [("train_sophiag.py", SOPHIA), ("train_adam.py", [*RUN, "--optimizer_name=whitened_muon"])]
+)
+def test_two_gpus_train_like_copies(corpus, tmp_path, script, argv):
     """NCCL, bfloat16, compiled; then the sharded checkpoint goes on in one process."""
     for fsdp in (True, False):
-        argv = [*SOPHIA, "--device=cuda", "--dtype=bfloat16", "--n_embd=256", "--n_layer=4", "--n_head=4"]
+        argv = [*argv, "--device=cuda", "--dtype=bfloat16", "--n_embd=256", "--n_layer=4", "--n_head=4"]
         argv += ["--max_iters=16", "--compile=True", f"--fsdp={fsdp}"]
-        train(2, "train_sophiag.py", corpus, tmp_path / str(fsdp), *argv)
+        train(2, script, corpus, tmp_path / str(fsdp), *argv)
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=0.03)
     argv = [*argv, "--init_from=resume", "--max_iters=20", "--fsdp=False"]
     shutil.copytree(tmp_path / "True", tmp_path / "alone")
     shutil.copytree(tmp_path / "True", tmp_path / "together")
-    train(1, "train_sophiag.py", corpus, tmp_path / "alone", *argv)
-    train(2, "train_sophiag.py", corpus, tmp_path / "together", *argv, "--fsdp=True")
+    train(1, script, corpus, tmp_path / "alone", *argv)
+    train(2, script, corpus, tmp_path / "together", *argv, "--fsdp=True")
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), abs=0.03)
