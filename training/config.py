@@ -161,8 +161,8 @@ class TrainConfig:
     )
     fsdp_keep: str = setting(
         "gradients",
-        "with fsdp, what is complete on every rank between the micro-batches of a step: nothing costs the least memory, "
-        "all the least communication",
+        "with fsdp, what each rank has complete between micro-batches: nothing takes the least memory, all the least "
+        "communication",
         choices=("nothing", "gradients", "all"),
     )
     backend: str = setting(

@@ -1,6 +1,6 @@
 """A model too large for one GPU: parameters, gradients and optimizer state split over the ranks (PyTorch's FSDP2).
 
-    shard(model, world.mesh(config.fsdp_shard), torch.bfloat16, compile=True)             # instead of DistributedDataParallel
+    shard(model, world.mesh(), torch.bfloat16, compile=True)             # instead of DistributedDataParallel
     optimizer.register_load_state_dict_pre_hook(shard_state)             # complete tensors in, each rank keeps its part
     norm = total_norm(gradients, world)
 

@@ -206,7 +206,8 @@ class TrainStep:
     def _accumulate(self, batch, loss):
         """Add up the gradients of `loss(logits, targets)` over the batch; return this rank's part of its mean.
 
-        The ranks exchange gradients once, in the last micro-batch, but for fsdp_keep = "nothing". fp16's are computed scaled and left unscaled.
+        The ranks exchange gradients once, in the last micro-batch, unless fsdp_keep = "nothing". fp16's are computed
+        scaled and left unscaled.
         """
         if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
             self._compile(batch[0], loss)
