@@ -40,7 +40,7 @@ from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
 from training.hf import load_optimizer_state, start_from
-from training.lock import RunLock
+from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
@@ -90,7 +90,9 @@ class Run:
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
-        world.on_rank0(self._claim_out_dir)
+        owner = world.on_rank0(self._claim_out_dir)
+        if owner and not world.one_machine:
+            world.local_rank0_first(lambda: check_shared(config.out_dir, owner))
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
@@ -218,11 +220,12 @@ class Run:
         return sentence(error, self.config, world.device_name, memory, world.size, rows)
 
     def _claim_out_dir(self):
-        """Take the lock of out_dir, before anything in it is read or removed."""
+        """Take the lock of out_dir, before anything in it is read or removed. Returns its owner."""
         if not self.config.eval_only:
             try:
                 Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
                 self._lock = RunLock(self.config.out_dir)
+                return self._lock.owner
             except OSError as error:
                 raise UserError(
                     f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
