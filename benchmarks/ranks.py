@@ -15,7 +15,6 @@ import time
 import torch
 
 from benchmarks.train import Ours
-from training.optimizers import SECOND_ORDER
 
 
 def tokens_per_second(contender, total_bs, steps):
@@ -36,8 +35,7 @@ def tokens_per_second(contender, total_bs, steps):
 def measure(job, which, out_dir):
     """{name of passes: tokens/s}, and the peak memory in GiB. which: 0 for a rank alone, 1 for all ranks."""
     batches = {name: totals[which] for name, totals in job["passes"].items()}
-    argv = [*job["argv"], f"--optimizer_name={job['optimizer']}", f"--total_bs={max(batches.values())}"]
-    contender = Ours(argv, out_dir, job["optimizer"] in SECOND_ORDER)
+    contender = Ours([*job["argv"], f"--total_bs={max(batches.values())}"], out_dir, job["optimizer"])
     found = {name: tokens_per_second(contender, total_bs, job["steps"]) for name, total_bs in batches.items()}
     if torch.cuda.is_available():
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
