@@ -44,6 +44,9 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from training.errors import Parser, UserError, command  # first: Ctrl-C during the other imports is then quiet
+
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -53,7 +56,6 @@ from analysis.runs import label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
-from training.errors import Parser, UserError, command
 from training.foreign import is_plain_name
 from training.metrics import METRICS, STATE, read_metrics
 from training.terminal import warn

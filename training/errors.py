@@ -7,12 +7,13 @@ if __name__ == "__main__":
 import argparse
 import errno
 import os
+import signal
 import sys
 
+from training import INTERRUPTED, interrupted
 from training.terminal import open_streams, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-INTERRUPTED = 130  # exit code after Ctrl-C, as of a program that SIGINT ends
 
 
 class UserError(Exception):
@@ -55,6 +56,8 @@ def command(main, goes_on=False):
     `open_streams`.
     """
     open_streams(goes_on)
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
