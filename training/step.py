@@ -90,7 +90,8 @@ class Batches:
         return tensor.pin_memory() if self.world.device.type == "cuda" else tensor
 
     def to_device(self, tensor):
-        return tensor.to(self.world.device, non_blocking=True)
+        on_gpu = self.world.device.type == "cuda"  # elsewhere memory is not pinned, and mps may read it too late
+        return tensor.to(self.world.device, non_blocking=on_gpu)
 
 
 class TrainStep:
