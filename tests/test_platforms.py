@@ -24,7 +24,8 @@ for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGALRM", "SIGPIPE"):
         delattr(signal, name)
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None
-del os.sched_getaffinity
+for name in ("sched_getaffinity", "pread", "pwrite", "sysconf", "statvfs", "getuid", "mkfifo", "killpg", "fork"):
+    delattr(os, name)
 import bench, compare, evaluate, export_hf, sample, sweep, train_adam, train_sophiag
 import data.corpus, data.sources, experiments.collect, experiments.results
 from training.errors import command
