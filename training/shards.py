@@ -374,6 +374,8 @@ def put(content, path, thing):
     *keys, last = path.split("/")
     for key in keys:
         content = content.setdefault(key, {})
+    if not isinstance(content, dict):
+        raise TypeError
     content[last] = thing
 
 
@@ -402,16 +404,12 @@ def read_part(checkpoint, part, target=lambda path, meta: torch.empty_like(meta,
         def read_metadata(self, *arguments, **settings):
             return _metadata(manifest)  # never from .metadata, a pickle
 
+    targets = {path.replace("/", "."): tensor for path, tensor in targets.items() if _local(tensor).numel()}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the ranks do not read together
         try:
-            dcp.load(
-                {path: t for path, t in targets.items() if _local(t).numel()},
-                storage_reader=Reader(folder),
-                planner=planner,
-                no_dist=True,
-            )
+            dcp.load(targets, storage_reader=Reader(folder), planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
             ((reason, _),) = error.failures.values()
             raise UserError(f"{folder} cannot be read ({reason}); name another checkpoint.") from None
@@ -425,15 +423,15 @@ def _metadata(manifest):
     """The manifest in torch.distributed.checkpoint's form."""
     from torch.distributed.checkpoint import filesystem, metadata
 
-    tensors, places = {}, {}
+    tensors, places, keys = {}, {}, {}
     for path, about in manifest["tensors"].items():
-        chunks = []
+        chunks, name = [], path.replace("/", ".")
         for chunk in about["chunks"]:
             offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
             chunks.append(metadata.ChunkStorageMetadata(offsets, sizes))
             place = filesystem._StorageInfo(chunk["file"], chunk["start"], chunk["bytes"])
-            places[metadata.MetadataIndex(path, offsets)] = place
+            places[metadata.MetadataIndex(name, offsets)] = place
         properties = metadata.TensorProperties(_dtype(about))
-        tensors[path] = metadata.TensorStorageMetadata(properties, torch.Size(about["shape"]), chunks)
-    planner_data = {path: tuple(path.split("/")) for path in tensors}
-    return metadata.Metadata(tensors, planner_data, places)
+        tensors[name] = metadata.TensorStorageMetadata(properties, torch.Size(about["shape"]), chunks)
+        keys[name] = tuple(path.split("/"))
+    return metadata.Metadata(tensors, keys, places)
