@@ -15,7 +15,7 @@ from tests.conftest import ROOT, tiny_words, torchrun
 from tests.test_crash import kill_all, ranks_of, same_end, wait_for_step
 from tests.test_ranks import ended, script
 
-RUN = ["--max_iters=60", "--eval_interval=10", "--batch_size=2", "--dropout=0.1", "--init_from=auto", "--nccl_timeout=60"]
+RUN = ["--max_iters=60", "--eval_interval=10", "--batch_size=2", "--dropout=0.1", "--init_from=auto"]
 
 
 def free_port():
@@ -73,7 +73,7 @@ def test_without_restarts_the_dead_rank_is_named_and_the_next_start_goes_on(corp
     """The other agent learns of it by its own ranks."""
     outputs, out_dir = rehearse(corpus, tmp_path, kill_rank)
     for output in outputs:
-        assert "error: rank" in output and "because rank 3 died" in output and "Traceback" not in output.split("elastic")[0]
+        assert "because rank 3 died" in output and "Traceback" not in output.split("elastic")[0], output
     rehearse(corpus, tmp_path, lambda port, words, nodes: None)
     same_end(undisturbed, out_dir)
 
