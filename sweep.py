@@ -52,7 +52,7 @@ from analysis.figures import draw_sweep
 from analysis.runs import label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import load_config
+from training.config import load_config, run_file
 from training.errors import Parser, UserError, command
 from training.foreign import is_plain_name
 from training.metrics import METRICS, STATE, read_metrics
@@ -181,17 +181,6 @@ def boolean(text):
     if text not in ("True", "False"):
         raise ValueError(text)
     return text == "True"
-
-
-def run_file(path, function, *arguments, **options):
-    """The result of `function`, which runs code of the sweep file `path`: its exceptions become UserErrors."""
-    try:
-        open(path).close()
-        return function(*arguments, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this sweep file ({error.strerror}).") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: running this sweep file raised {type(error).__name__}: {error}.") from None
 
 
 def check_definition(names, path):
