@@ -56,7 +56,7 @@ def write_sources(folder):
     texts, size = {}, 0
     for path in python._python_files([sysconfig.get_path("stdlib")]):
         content = path.read_bytes()
-        if size < TEXT_BYTES and len(content) <= python.MAX_BYTES and content.strip() and python._is_utf8(content):
+        if size < TEXT_BYTES and len(content) <= python.MAX_BYTES and content.strip() and python.is_utf8(content):
             texts[content.decode("utf-8-sig")] = content
             size += len(content)
     for i, content in enumerate(texts.values()):

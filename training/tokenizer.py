@@ -102,7 +102,7 @@ class Tokenizer:
     def pieces(self, text):
         """Cut a text (a str, or an iterable of its parts) into pieces whose encodings, joined, are its encoding."""
         waiting = ""
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             text, start = waiting + part, 0
             while len(text) - start > PIECE:
                 if match := self._cut.search(text, start + PIECE, start + LONGEST_PIECE):
@@ -288,6 +288,11 @@ class IdTokenizer(Tokenizer):
 _LAST_BLANK = re.compile(r"[^\S\x1c-\x1f](?=\S)")  # what is blank to Python and to tiktoken alike
 
 
+def parts_of(text):
+    """An iterator over the parts of a text, a str or an iterable of its parts."""
+    return iter([text] if isinstance(text, str) else text)
+
+
 def _code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
@@ -296,7 +301,7 @@ def characters_of(texts):
     """The characters of all `texts`, each once, in the order of their code points."""
     seen = np.zeros(0x110000, bool)
     for text in texts:
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             seen[_code_points(part)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 

