@@ -53,7 +53,7 @@ from analysis.runs import label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config, run_file
-from training.errors import Parser, UserError, command
+from training.errors import Parser, UserError, command, file_errors
 from training.foreign import is_plain_name
 from training.metrics import METRICS, STATE, read_metrics
 from training.terminal import warn
@@ -295,17 +295,18 @@ def best_again(trials, seeds, out_dir):
 
 def locked(out_dir):
     """An open file, locked until this process and its runs, which inherit it, have ended."""
-    try:
+    with file_errors(out_dir, "name another --out_dir"):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
         if fcntl is None:
             warn(f"no locks on this system: start no second sweep in {out_dir}.")
-        else:
+            return lock
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it.") from None
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); name another one.") from None
+        except BlockingIOError:
+            raise UserError(
+                f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it."
+            ) from None
     return lock
 
 

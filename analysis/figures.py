@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import loss_unit, size_name
-from training.errors import UserError
+from training.errors import UserError, file_errors
 from training.terminal import printable
 
 COLOURS = (  # that colour-blind readers can tell apart
@@ -34,11 +34,9 @@ METERS = {  # metric -> label of its axis
 
 
 def new_figure(rows, columns, width=11, height=4.4):
-    """(figure, array of its panels). UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot no window opens
-    except ImportError:
-        raise UserError("a figure needs matplotlib: pip install matplotlib, or run without --out.") from None
+    """(figure, array of its panels)."""
+    from matplotlib.figure import Figure  # without pyplot no window opens
+
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
@@ -57,13 +55,10 @@ def save(figure, prefix):
     """Write PREFIX.png and PREFIX.svg; returns the name of the PNG."""
     from matplotlib import rc_context
 
-    try:
+    with file_errors(prefix, "name another --out"), rc_context({"svg.hashsalt": "sophia"}):  # the same file each time
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "sophia"}):  # the same runs give the same file
-            figure.savefig(f"{prefix}.png", dpi=150)
-            figure.savefig(f"{prefix}.svg", metadata={"Date": None})
-    except OSError as error:
-        raise UserError(f"--out={prefix}: cannot write there ({error.strerror}); name another prefix.") from None
+        figure.savefig(f"{prefix}.png", dpi=150)
+        figure.savefig(f"{prefix}.svg", metadata={"Date": None})
     return f"{prefix}.png"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from training.errors import UserError
+from training.errors import UserError, file_errors
 from training.foreign import read_json
 from training.tracking import write_atomically
 
@@ -47,11 +47,9 @@ class Report:
         self.write()
 
     def write(self):
-        try:
+        with file_errors(self.path, "name another file with --out"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out={self.path} cannot be written ({error.strerror}); name another file.") from None
 
     def value(self, contender, model, metric):
         rows = self.content["rows"]

@@ -332,10 +332,8 @@ def load_from_hub(name, config=None):
     except (OSError, ValueError) as error:
         if not isinstance(error, urllib.error.HTTPError) and not isinstance(getattr(error, "reason", 0), ssl.SSLError):
             os.environ["HF_HUB_OFFLINE"] = "1"  # a copy in the local cache will do
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{name} needs `pip install datasets`, or its files, named with --source") from error
+    import datasets
+
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:
@@ -370,15 +368,9 @@ def _open(path):
 
 
 def _open_zst(file):
-    return io.BufferedReader(_pyarrow("a .zst file").CompressedInputStream(file, "zstd"), BLOCK)
+    import pyarrow
 
-
-def _pyarrow(what):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"reading {what} needs pyarrow: pip install pyarrow") from error
-    return pyarrow
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), BLOCK)
 
 
 # A reader yields texts, and a UserError for each record that cannot be read.
@@ -531,7 +523,9 @@ def _read_csv(path, stream, field, separator):
 
 
 def _read_parquet(path, stream, field, separator):
-    pyarrow, row = _pyarrow(path), 0
+    import pyarrow.parquet
+
+    row = 0
     with tempfile.TemporaryFile() as unpacked:
         is_packed = path.suffix.lower() in COMPRESSED
         if is_packed:  # parquet is read from its end

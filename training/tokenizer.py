@@ -187,10 +187,8 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, spec):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise UserError("a tokenizer.json needs `pip install tokenizers`") from error
+        import tokenizers
+
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(spec["json"])
         except Exception as error:  # the package raises nothing more special
