@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
+from training.config import ModelSource, load_config, setting
 from training.errors import UserError, command, file_errors
 from training.hf import load_model, quiet, to_hf
 from training.terminal import warn
@@ -24,16 +24,13 @@ from training.tokenizer import gpt2_files
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(ModelSource):
     """The settings of export_hf.py."""
 
-    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
-    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
-        check_checkpoint(self)
+        super().check()
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 

@@ -15,12 +15,8 @@ from training.foreign import read_json
 from training.tracking import write_atomically
 
 GPT2_SIZES = {  # layers, heads, width
-    "30M": (6, 6, 384),
-    "124M": (12, 12, 768),
-    "355M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1.5B": (48, 25, 1600),
-}
+    "30M": (6, 6, 384), "124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1.5B": (48, 25, 1600)
+}  # fmt: skip
 
 
 class Report:
@@ -90,7 +86,7 @@ def alternate(functions, rounds, calls, device, failed=None):
             except Exception as error:  # one contender's failure must not cost the others their rows
                 times[name] = None
                 if failed is not None:
-                    failed(name, error)
+                    failed(name, error=error)
     return {name: statistics.median(values) for name, values in times.items() if values}
 
 

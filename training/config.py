@@ -120,7 +120,7 @@ class TrainConfig:
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
-        check_checkpoint(self)
+        ModelSource.check(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
         if self.lr_decay_iters is None:
@@ -148,13 +148,19 @@ class TrainConfig:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
-def check_checkpoint(config):
-    """UserError if a checkpoint is named that would not be read."""
-    if config.checkpoint != "newest" and config.init_from != "resume":
-        raise UserError(
-            f"checkpoint = {config.checkpoint!r} goes with --init_from=resume, this is {config.init_from!r}; use that, "
-            "or --init_from=ckpt:PATH to start new from its weights."
-        )
+@dataclass
+class ModelSource:
+    """The settings of a script that reads a model."""
+
+    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
+
+    def check(self):
+        """UserError if a checkpoint is named that would not be read."""
+        if self.checkpoint != "newest" and self.init_from != "resume":
+            other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
+            raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")
 
 
 def load_config(cls, argv=None):
