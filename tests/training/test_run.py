@@ -296,7 +296,7 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
     monkeypatch.setattr(Run, "optimizer_step", change)
     argv = tiny_words(folder, tmp_path / "out")
     error = refused(capsys, train_adam.main, argv)
-    assert ("was changed while" if how == "replaced" else "was cut short") in error
+    assert ("was changed during" if how == "replaced" else "was cut short") in error
     # At the evaluation, and at the first step that was not read already when the file was cut.
     assert change.calls == 10 if how == "replaced" else change.calls in (5, 6)
 
