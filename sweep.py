@@ -55,14 +55,9 @@ from train_sophiag import SophiaConfig
 from training.config import load_config, run_file
 from training.errors import Parser, UserError, command, file_errors
 from training.foreign import is_plain_name
+from training.lock import lock_file
 from training.metrics import METRICS, STATE, read_metrics
-from training.terminal import warn
 from training.tracking import SHARED, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
@@ -101,7 +96,8 @@ class Trial:
         command = [sys.executable, *self.argv, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else (), **streams), log
+        inherited = [lock.fileno()] if os.name == "posix" else ()
+        return subprocess.Popen(command, env=environment, pass_fds=inherited, **streams), log
 
 
 def main(argv=None):
@@ -243,9 +239,7 @@ def grid(definition, out_dir, known=()):
         if len(tokens) != len(reference) and "runs" not in definition:
             raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
         if odd := [n for n in tokens if n != reference[0]]:
-            raise UserError(
-                f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."
-            )
+            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, not {reference[0]:,}; make them equal.")
     return list(draw(trials, definition["runs"], set(names.values()))) if "runs" in definition else trials
 
 
@@ -298,15 +292,8 @@ def locked(out_dir):
     with file_errors(out_dir, "name another --out_dir"):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
-        if fcntl is None:
-            warn(f"no locks on this system: start no second sweep in {out_dir}.")
-            return lock
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it."
-            ) from None
+        taken = f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it."
+        lock_file(lock, taken, f"start no second sweep in {out_dir}.")
     return lock
 
 

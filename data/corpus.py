@@ -10,7 +10,6 @@ are in memory, or one str where that is larger.
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -24,17 +23,11 @@ import numpy as np
 
 from training.errors import Parser, UserError
 from training.foreign import is_plain_name, read_json
-from training.terminal import warn
+from training.lock import lock_file
 from training.tokenizer import get_tokenizer, identity, parts_of
 from training.tracking import write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE
 
 
 class EmptySplit(UserError):
@@ -136,17 +129,12 @@ class _Bin:
         self.path, self.temporary, self._itemsize = path, path.with_name(path.name + ".tmp"), dtype.itemsize
         self.tokens, self.sha256, self.is_mine = 0, hashlib.sha256(), False
         self.file = open(self.temporary, "ab")
+        taken = f"another prepare.py is writing {path}: wait for it or choose another --out_dir"
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOLCK, "not on this system")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another prepare.py is writing {path}: wait for it or choose another --out_dir") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                self.temporary.unlink()
-                raise
-            warn(f"no locks here ({error.strerror}): let no other prepare.py write {path}")
+            lock_file(self.file, taken, f"let no other prepare.py write {path}")
+        except OSError:
+            self.temporary.unlink()
+            raise
         self.is_mine = True
         self.file.truncate(0)  # what a killed run left
 
