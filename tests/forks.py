@@ -18,7 +18,7 @@ PATIENCE = 30  # seconds that the other ranks have to notice that one has failed
 
 
 def run_ranks(ranks, script, words, timeout):
-    """Run a script on `ranks` processes; (returncode, stdout, stderr) of them together. TimeoutError after `timeout` s."""
+    """Run a script on `ranks` processes; their returncode, stdout and stderr. TimeoutError after `timeout` seconds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
