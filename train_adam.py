@@ -18,7 +18,9 @@ class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
     optimizer_name: str = setting("adamw", "which optimizer", choices=FIRST_ORDER)
-    momentum: float = setting(0.95, "sgd, muon, whitened_muon: Nesterov momentum", at_least=0.0, below=1.0)
+    momentum: float = setting(
+        0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))
+    )
 
 
 def main(argv=None):

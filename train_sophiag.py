@@ -11,6 +11,9 @@ from training.errors import UserError, command
 from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
 from training.run import Run
 
+SOPHIA = ("optimizer_name", ("sophiag", "sophiah"))
+ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
+
 
 @dataclass
 class SophiaConfig(TrainConfig):
@@ -24,20 +27,24 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(None, "clipping threshold (the paper's gamma); default 0.05, sophiah 0.01", above=0.0)
+    rho: float | None = setting(
+        None, "clipping threshold (the paper's gamma); default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA
+    )
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, for sophiah 32", at_least=1)
-    bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
-    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average")
+    bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)
+    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient, m the new gradient average", needs=SOPHIA)
     eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
     spectral: bool = setting(False, "with eigenbasis, orthogonalize the whitened step; takes Muon's learning rates")
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
-        choices=("none", "embeddings", "scalars", "embeddings+scalars"),
+        choices=ADAMW_FOR,
         former={"vectors": "scalars", "embeddings+vectors": "embeddings+scalars"},
     )
-    adamw_lr: float | None = setting(None, "AdamW's peak rate for these groups; default learning_rate", above=0.0)
+    adamw_lr: float | None = setting(
+        None, "AdamW's peak rate for these groups; default learning_rate", above=0.0, needs=("adamw_for", ADAMW_FOR[1:])
+    )
     sophia_start_iter: int = setting(0, "AdamW (betas 0.9, 0.95) before this step, then Sophia", at_least=0)
     hess_warmup: int = setting(10, "curvature estimates at sophia_start_iter, before Sophia's first step", at_least=0)
 
