@@ -125,8 +125,9 @@ class Distributed:
             raise UserError(f"device = {name!r} is no device; allowed: auto, cuda, cuda:N, mps, cpu.") from None
         if device.type not in ("cuda", "mps", "cpu"):
             raise UserError(f"device = {name!r} is not supported; allowed: auto, cuda, cuda:N, mps, cpu.")
-        if device.type == "mps" and not torch.backends.mps.is_available():
-            raise UserError("device = 'mps' is not available on this machine; use --device=cpu.")
+        if device.type == "mps" and ("RANK" in os.environ or not torch.backends.mps.is_available()):
+            problem = "works in one process" if "RANK" in os.environ else "is not available on this machine"
+            raise UserError(f"device = 'mps' {problem}; use --device=cpu.")
         if device.type == "cuda":
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1

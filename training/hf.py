@@ -8,6 +8,7 @@ to_hf(model).save_pretrained("exported")                               # transfo
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -183,6 +184,17 @@ def start_from(config):
     left = f" (the state of its {name} is of no use to {config.optimizer_name})" if name and not continues else ""
     checkpoint["summary"] = f"from {config.init_from}: {taken}{left}; {shape}"
     return checkpoint
+
+
+def sha256_of(checkpoint):
+    """The SHA-256 of the weights and optimizer states of a start_from checkpoint."""
+    digest, (_, states) = hashlib.sha256(), checkpoint["optimizer"] or (None, {})
+    for name, tensors in sorted({"": checkpoint["model"], **states}.items()):
+        for key, tensor in sorted(tensors.items()):
+            tensor = torch.as_tensor(tensor)
+            digest.update(f"{name} {key} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_optimizer_state(optimizer, model, states):

@@ -42,7 +42,7 @@ from training.errors import RunError, UserError, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
-from training.hf import load_optimizer_state, start_from
+from training.hf import load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
@@ -99,9 +99,7 @@ class Run:
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
         if config.init_from != "scratch":
-            checkpoint, origin = (
-                self._load_checkpoint() if resume else (world.local_rank0_first(lambda: start_from(config)), None)
-            )
+            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
         if resume:
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
@@ -258,6 +256,18 @@ class Run:
             "out_dir must be one folder that all machines see",
         )
         return checkpoint, path
+
+    def _load_weights(self):
+        """The checkpoint of init_from, other than "resume". All ranks check that they read the same."""
+        config, world = self.config, self.world
+        checkpoint = world.local_rank0_first(lambda: start_from(config))
+        if world.size > 1:
+            world.assert_same_on_all_ranks(
+                {"step": checkpoint["step"], "SHA-256": sha256_of(checkpoint)},
+                f"read different weights from {config.init_from}, with another",
+                "all machines must see the same files",
+            )
+        return checkpoint
 
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
