@@ -10,6 +10,8 @@ import os
 import torch
 
 from model import GPTConfig
+from muon import _blocks
+from training.exchange import MUON_TRIPS
 
 FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
 
@@ -28,10 +30,37 @@ def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
     layers = 2 * config.n_layer + 68 if config.activation_checkpointing else 34 * config.n_layer
     wide = 2 if config.dtype == "float32" else 1
     per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
-    parameters = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
-    shards = (config.fsdp_shard or ranks) if config.fsdp else 1
-    left = (1 - FREE) * memory - 16 * parameters / shards
+    left = (1 - FREE) * memory - state_bytes(config, ranks, vocab_size)
     return max(0, int(left / (per_token * config.block_size)))
+
+
+def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
+    """Bytes on a GPU of parameters, gradients and the optimizer's state, 16 a parameter without fsdp and Muon.
+
+    Muon has one average of a matrix, and of the whitening factors (float32) and roots (bfloat16) the rank's share.
+    """
+    parameters, matrices = sizes(config, vocab_size)
+    muon = config.optimizer_name in MUON_TRIPS
+    shards = (config.fsdp_shard or ranks) if config.fsdp else 1
+    state = (16 * parameters - 4 * matrices * muon) / shards
+    if config.fsdp and (config.gradient_accumulation_steps or 1) > 1:
+        state += {"nothing": 0, "gradients": 4, "all": 6}[config.fsdp_keep] * parameters
+    if muon and config.optimizer_name != "muon":
+        state += 6 * _factors(config) / (shards if config.fsdp else ranks)
+    return state
+
+
+def sizes(config, vocab_size=GPTConfig.vocab_size):
+    """(numbers in the model's parameters, those in its hidden matrices)."""
+    matrices = 12 * config.n_layer * config.n_embd**2
+    return matrices + (vocab_size + config.block_size) * config.n_embd, matrices
+
+
+def _factors(config):
+    """Numbers in the whitening factors of all matrices."""
+    narrow, wide = (blocks * (width // blocks) ** 2 for width in (config.n_embd, 4 * config.n_embd)
+                    for blocks in [_blocks(width, config.whiten_max_width)])  # fmt: skip
+    return config.n_layer * (5 * narrow + wide) * (2 if config.whiten_sides == "both" else 1)
 
 
 def largest(sizes, fits, guess):
