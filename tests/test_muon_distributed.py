@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import math
 import socket
 
 import pytest
@@ -97,11 +98,20 @@ def rank_main(rank, ranks, port, saved, results):
 
     mesh = init_device_mesh("cpu", (ranks,))
     wraps = {"copies": nn.parallel.DistributedDataParallel, "shards": lambda model: fully_shard(model, mesh=mesh)}
+    exchange, sent = dist.all_to_all_single, []
+
+    def counted(received, tensor, take, give, *arguments, **more):
+        sent.append(sum(give) - give[rank])
+        return exchange(received, tensor, take, give, *arguments, **more)
+
+    dist.all_to_all_single = counted
     for how, wrap in wraps.items():
         for name in OPTIMIZERS:
             model, optimizer = make(name, wrap)
             share(optimizer)
+            sent.clear()
             train(model, optimizer, range(5), rank, ranks)
+            results[how, name, rank, "sent"] = sum(sent) / 5
             half = collected(optimizer)
             train(model, optimizer, range(5, 9), rank, ranks)
             factors = numbers_in_factors(optimizer.state)
@@ -160,6 +170,9 @@ def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
                 assert ours[i].keys() == state.keys()
                 for key, value in state.items():
                     torch.testing.assert_close(ours[i][key], value, rtol=1e-3, atol=1e-4)
+            sent = sum(results[how, name, rank, "sent"] for rank in range(ranks))
+            trips = {"muon": 2, "whitened": 3, "sampled": 2 + 3 / 5}[name] if how == "shards" else 0
+            assert sent == pytest.approx(trips * sum(map(math.prod, SHAPES)) * (ranks - 1) / ranks, rel=0.1)
             if name != "muon":
                 shares = [results[how, name, rank][1] for rank in range(ranks)]
                 assert sum(shares) == numbers_in_factors(theirs), "each factor once"
