@@ -13,6 +13,7 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +45,19 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
     model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
+    existed = folder.exists()
     try:
         export(model, tokenizer, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); name another one.") from None
-    except ImportError as error:
-        raise UserError(f"exporting needs the package {error.name}: pip install {error.name}.") from None
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)  # no part of it stays
+        if existed:
+            folder.mkdir(exist_ok=True)
+        if isinstance(error, ImportError):
+            raise UserError(f"exporting needs the package {error.name}: pip install {error.name}.") from None
+        if isinstance(error, OSError) or "(os error " in str(error):  # of safetensors and tokenizers
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{folder} cannot be written ({reason}); name another one.") from None
+        raise
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
