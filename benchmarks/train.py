@@ -29,7 +29,7 @@ from training.config import load_config
 from training.errors import UserError
 from training.flops import peak_flops
 from training.metrics import METRICS, read_metrics
-from training.optimizers import make_optimizer
+from training.optimizers import SECOND_ORDER, OptimizerContainer, make_optimizer
 from training.run import Run
 
 # Sequences. At 124M on an H200 nanoGPT was fastest at 64 of 12, 32 and 64, and ours as fast at 128. 355M: only 32 ran.
@@ -54,7 +54,8 @@ def add_arguments(parser):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: try it out with --device cpu.")
-    parts = {"speed": speed, "curvature": curvature, "checkpointing": checkpointing, "scaling": scaling, "fsdp": fsdp}
+    parts = {"speed": speed, "curvature": curvature, "muon": muon, "checkpointing": checkpointing}
+    parts |= {"scaling": scaling, "fsdp": fsdp}
     chosen = args.parts.split(",")
     if unknown := sorted(set(chosen) - set(parts)):
         raise UserError(f"--parts {','.join(unknown)}: expected some of {','.join(parts)}.")
@@ -90,12 +91,14 @@ def settings(model, args, micro_batch, **more):
 
 
 class Ours:
-    """A run of train_adam.py or train_sophiag.py whose steps are taken one by one."""
+    """A run of train_adam.py or train_sophiag.py whose steps are taken one by one. torch_muon: torch.optim.Muon."""
 
-    def __init__(self, argv, out_dir, sophia=False):
-        self.config = load_config(SophiaConfig if sophia else AdamConfig, [*argv, f"--out_dir={out_dir}"])
-        self.run, self.sophia = Run(self.config), sophia
-        self.run.set_optimizer(make_optimizer)
+    def __init__(self, argv, out_dir, optimizer="adamw"):
+        self.sophia, torchs = optimizer in SECOND_ORDER, optimizer == "torch_muon"
+        argv = [*argv, f"--out_dir={out_dir}", f"--optimizer_name={'muon' if torchs else optimizer}"]
+        self.config = load_config(SophiaConfig if self.sophia else AdamConfig, argv)
+        self.run = Run(self.config)
+        self.run.set_optimizer(make_torch_muon if torchs else make_optimizer)
         self.steps = self.run.steps()
 
     def __call__(self):
@@ -108,6 +111,14 @@ class Ours:
     def close(self):
         self.steps.close()
         self.run.__exit__(None, None, None)
+
+
+def make_torch_muon(config, groups, device):
+    """torch.optim.Muon for the hidden matrices, query, key and value as one, and AdamW for the rest."""
+    matrices = next(group for group in groups if group["name"] == "matrices")
+    others = [group for group in groups if group is not matrices]
+    muon = torch.optim.Muon(matrices["params"], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, fused=device.type == "cuda"))
 
 
 class Peer:
@@ -123,15 +134,9 @@ class Peer:
     def fetch(self):
         rows, length = self.shape
         starts = torch.randint(len(self.tokens) - length, (rows,)).tolist()
-        pair = (
-            torch.stack(
-                [torch.from_numpy(self.tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
-            )
-            for shift in (0, 1)
-        )
-        if self.device == "cuda":
-            return [batch.pin_memory().to("cuda", non_blocking=True) for batch in pair]
-        return list(pair)
+        windows = torch.from_numpy(np.stack([self.tokens[i : i + length + 1] for i in starts]).astype(np.int64))
+        pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return [b.pin_memory().to("cuda", non_blocking=True) for b in pair] if self.device == "cuda" else pair
 
     def __call__(self):
         with self.autocast:
@@ -176,23 +181,22 @@ def make_official(model, args):
 def start(report, name, model, make, args):
     """A contender after its first steps, or None if it failed. Report its compilation time and memory."""
     gc.collect()
-    base = 0
-    if args.device == "cuda":
+    on_gpu, contender = args.device == "cuda", None
+    synchronize = torch.cuda.synchronize if on_gpu else torch.cpu.synchronize
+    if on_gpu:
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
-    contender = None
     try:
         contender = make()
-        if args.device == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         report.add(name, model, "compile_seconds", time.perf_counter() - begun, "s")
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        if on_gpu:
+            synchronize()
             report.add(name, model, "peak_gib", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
         return contender
     except Exception as error:  # one contender's failure must not cost the others their rows
@@ -217,9 +221,8 @@ def started(report, model, makers, args):
 
 def compare(report, model, contenders, tokens, args):
     """{name: milliseconds of a step}; tokens/s and MFU are reported. tokens: {name: tokens in a step}."""
-    times = alternate(
-        contenders, args.rounds, args.steps, args.device, lambda name, error: report.error(name, model, "step", error)
-    )
+    failed = partial(report.error, model=model, metric="step")
+    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
     layers, heads, width = GPT2_SIZES[model]
     with torch.device("meta"):
         gpt = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=args.block_size))
@@ -247,29 +250,39 @@ def speed(report, model, args):
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
     for name in ("nanogpt", "official", "ours_fp8"):
-        metrics = ("tokens_per_second", "peak_gib")
-        ratios = [
-            (metric, report.value("ours", model, metric), report.value(name, model, metric)) for metric in metrics
-        ]
-        text = ", ".join(f"{metric} {ours / peers:.3f}" for metric, ours, peers in ratios if ours and peers)
-        if text:
-            print(f"{model:>6}  ours over {name}: {text}", flush=True)
+        for metric in ("tokens_per_second", "peak_gib"):
+            ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
+            if ours and peers:
+                print(f"{model:>6}  {metric}: ours over {name} {ours / peers:.3f}", flush=True)
 
 
 def curvature(report, model, args):
     """Sophia's extra time over AdamW's, estimates every 10 steps included, as a share of AdamW's time."""
-    micro = MICRO_BATCH[model]
-    argv = settings(model, args, micro, total_bs=ACCUMULATION * micro)
-    out_dir = args.folder / f"curvature_{model}"
-    makers = {"ours_adamw": lambda: Ours(argv, f"{out_dir}_adamw")}
-    for name in ("sophiag", "sophiah"):
-        makers[f"ours_{name}"] = partial(Ours, [*argv, f"--optimizer_name={name}"], f"{out_dir}_{name}", sophia=True)
+    over_adamw(report, model, args, ("sophiag", "sophiah"), ACCUMULATION * MICRO_BATCH[model], "curvature_overhead")
+
+
+def muon(report, model, args):
+    """The extra time of Muon, whitened Muon and torch's Muon over AdamW's, as a share of AdamW's time.
+
+    A step has 128 sequences. A turn of 10 steps has one computation of the inverse roots.
+    """
+    over_adamw(report, model, args, ("muon", "whitened_muon", "torch_muon"), 128, "muon_overhead")
+
+
+def over_adamw(report, model, args, optimizers, total_bs, metric):
+    micro = min(MICRO_BATCH[model], total_bs)
+    argv = settings(model, args, micro, total_bs=total_bs)
+    makers = {
+        f"ours_{name}": partial(Ours, argv, args.folder / f"{metric}_{model}_{name}", name)
+        for name in ("adamw", *optimizers)
+    }
     with started(report, model, makers, args) as contenders:
         steps = {**vars(args), "steps": 10}  # one estimate in each turn
-        tokens = ACCUMULATION * micro * args.block_size
+        tokens = total_bs * args.block_size
         times = compare(report, model, contenders, dict.fromkeys(contenders, tokens), type(args)(**steps))
     for name in set(times) - {"ours_adamw"} if "ours_adamw" in times else ():
-        report.add(name, model, "curvature_overhead", times[name] / times["ours_adamw"] - 1, "share")
+        report.add(name, model, metric, times[name] / times["ours_adamw"] - 1, "share")
+        report.add(name, model, "step_ms_over_adamw", times[name] - times["ours_adamw"], "ms")
 
 
 def checkpointing(report, model, args):
@@ -284,9 +297,8 @@ def ended_run(ranks, script, argv, out_dir, gpu=None):
     """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use; None: any."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    done = subprocess.run(
-        [*command, str(ROOT / script), *argv, f"--out_dir={out_dir}"], capture_output=True, text=True, env=environment
-    )
+    command += [str(ROOT / script), *argv, f"--out_dir={out_dir}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))

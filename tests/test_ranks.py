@@ -154,7 +154,7 @@ def test_ranks_wait_for_slow_files_and_a_write_is_finished_after_a_rank_died(cor
         "def slow_save(*arguments):\n    print('writing', flush=True); time.sleep(6); save(*arguments)\n"
         "checkpoint.save_checkpoint = slow_save\n"
         "def slow_load(*arguments, **settings):\n"
-        "    time.sleep(6 * ('mmap' not in settings)); return load(*arguments, **settings)\n"
+        "    time.sleep(6 * (not settings.get('mmap'))); return load(*arguments, **settings)\n"
         "checkpoint.load_checkpoint.__globals__['torch'].load = slow_load",
     )
     words = [*tiny_words(corpus, tmp_path / "out"), "--batch_size=4", "--eval_interval=1000", "--nccl_timeout=2"]

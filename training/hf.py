@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model import EMBEDDINGS, GPT, GPTConfig
-from training.checkpoint import load_checkpoint, read_checkpoint
+from training.checkpoint import MANIFEST, load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.foreign import check_weights, load_tensors, restoring
@@ -50,7 +50,7 @@ def load_model(init_from, out_dir, which="newest"):
     Raises UserError if there is nothing to load, or if model and tokenizer do not fit.
     """
     if init_from == "resume":
-        checkpoint, origin = load_checkpoint(out_dir, which=which)
+        checkpoint, origin = load_checkpoint(out_dir, which, parts=("model",))
     else:
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
@@ -215,7 +215,8 @@ def load_pretrained(init_from):
     if kind == "import":
         checkpoint |= _read_import(path)
     elif kind == "ckpt":
-        own = load_checkpoint(path)[0] if Path(path).is_dir() else read_checkpoint(path)
+        is_run = Path(path).is_dir() and not (Path(path) / MANIFEST).exists()
+        own = load_checkpoint(path, parts=("model",))[0] if is_run else read_checkpoint(path, parts=("model",))
         checkpoint |= {key: own[key] for key in ("model", "model_args", "tokenizer", "config")}
     else:
         try:

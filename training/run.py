@@ -8,6 +8,7 @@ with Run(config) as run:
 """
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import math
@@ -23,19 +24,21 @@ import torch
 from model import GPT, GPTConfig
 from training import data, optimizers
 from training.checkpoint import (
+    PARTS,
     PREVIOUS,
+    TEMPORARY,
     CheckpointWriter,
     all_checkpoints,
     checkpoint_sha256,
-    copy_to_host,
     load_checkpoint,
     make_newest,
     read_checkpoint,
+    remove,
     set_aside_unreadable,
 )
 from training.config import with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError, is_out_of_memory
+from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
@@ -45,7 +48,8 @@ from training.memory import estimate, largest, memory_of, micro_batch_sizes, sen
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import learning_rate, sequence_length
-from training.sharding import check_sharding, shard, shard_state, total_norm
+from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
+from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
 from training.tokenizer import identity as tokenizer_identity
@@ -94,9 +98,10 @@ class Run:
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
-        if config.init_from != "scratch":
-            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
+        if not resume and config.init_from != "scratch":
+            checkpoint = self._load_weights()
         if resume:
+            checkpoint, origin = self._load_checkpoint()
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
@@ -125,14 +130,19 @@ class Run:
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        self.model = GPT(model_config)
-        if checkpoint:
+        in_parts = config.fsdp and checkpoint
+        with torch.device("meta") if in_parts else contextlib.nullcontext():
+            self.model = GPT(model_config)
+        if checkpoint and not in_parts:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
             shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
+        if in_parts:
+            world.on_all_ranks(lambda: load_weights(self.model, checkpoint, world.device))
         self.model.to(world.device)
+        self._names = {p: name for name, p in self.model.named_parameters()}
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
@@ -158,24 +168,23 @@ class Run:
         self._flops_before = 0 if before is None else before - self._flops(self.step)
 
         def open_files():
-            if not resume or elsewhere:
-                for path in _run_files(config.out_dir):
-                    try:
-                        path.unlink(missing_ok=True)
-                    except OSError as error:
-                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
-            if resume and origin.name == PREVIOUS and config.checkpoint == "newest":
+            for path in _run_files(config.out_dir) if not resume or elsewhere else ():
+                with file_errors(path, "remove it"):
+                    remove(path)
+            if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
                 make_newest(origin, config.out_dir)
             if elsewhere and (origin.parent / METRICS).exists():
                 shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
-            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
-            world.finish = self._writer.wait
+            before = self.step if resume else None
+            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, before, world)
 
         if not config.eval_only:
             world.on_rank0(open_files)
+            self._writer = self._writer or PartWriter(Path(config.out_dir) / TEMPORARY, world)
+            world.finish = self._writer.wait
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
@@ -218,25 +227,29 @@ class Run:
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
         if not self.config.eval_only:
-            try:
-                Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-                self._lock = RunLock(self.config.out_dir)
-            except OSError as error:
-                raise UserError(
-                    f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
-                ) from None
+            folder = Path(self.config.out_dir)
+            with file_errors(folder, "name another --out_dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(folder)
+                probe = folder / f".probe.{os.getpid()}"
+                try:
+                    probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
+                finally:
+                    probe.unlink(missing_ok=True)
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
         config, world, chosen = self.config, self.world, []
+        parts = () if config.fsdp else PARTS  # the tensors are read into the sharded model and optimizer
 
         def choose():
-            checkpoint, path = load_checkpoint(config.out_dir, which=config.checkpoint)
+            checkpoint, path = load_checkpoint(config.out_dir, config.checkpoint, parts)
             chosen.append(checkpoint)
             return path
 
         path = world.on_rank0(choose)
-        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path))
+        verify = world.local_rank == 0  # once on each machine
+        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path, parts, verify))
         world.assert_same_on_all_ranks(
             {"step": checkpoint["step"], "SHA-256": checkpoint_sha256(path)},
             f"read different checkpoints from {path}, with another",
@@ -362,13 +375,9 @@ class Run:
             raise explained from error
 
     def _close_files(self):
-        for close in (
-            self._writer and self._writer.wait,
-            self._tracker and self._tracker.close,
-            self._lock and self._lock.release,
-        ):
-            if close:
-                close()
+        for part, close in ((self._writer, "wait"), (self._tracker, "close"), (self._lock, "release")):
+            if part:
+                getattr(part, close)()
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -390,7 +399,9 @@ class Run:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
-                optimizers.load_state(optimizer, self._resumed["optimizer"])
+                if self.config.fsdp and self._resumed.manifest:
+                    self.world.on_all_ranks(lambda: read_state(self._resumed, self._names))
+                optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])
                 self.world.set_rng_state(self._resumed["rng"])
@@ -444,9 +455,7 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(
-                        f"torchrun is gone and step {step} is checkpointed; go on with torchrun and --init_from=auto."
-                    )
+                    raise RunError(f"torchrun is gone, step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
@@ -458,7 +467,7 @@ class Run:
                         self._best = metrics["val/loss"]
                     if step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step, improved)
-                    elif improved and self._writer:
+                    elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
@@ -485,6 +494,8 @@ class Run:
 
         try:
             self.world.on_rank0(finish)
+            if self._writer:
+                self._writer.wait()
         except UserError as error:
             remedy = f"make {self.config.out_dir} writable, with free space, and resume from the one before"
             raise RunError(f"{error}; {remedy}.") from None
@@ -580,10 +591,8 @@ class Run:
                 metrics["mfu"] = speed * flops / self._peak_flops / world.size
         if world.size > 1:
             busy, self._busy = world.gather(self._busy), 0.0
-            metrics |= {
-                "slowest_rank": busy.index(max(busy)),
-                "seconds_behind": max(busy) - statistics.median_low(busy),
-            }
+            metrics["slowest_rank"] = busy.index(max(busy))
+            metrics["seconds_behind"] = max(busy) - statistics.median_low(busy)
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)
@@ -606,13 +615,15 @@ class Run:
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
     def _save(self, step, is_best=False):
-        """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
+        """Write the checkpoint after `step` updates. All ranks call it; rank 0 writes, or each rank its part."""
         rng = self.world.gather(self.world.rng_state())
-        if not self.world.is_rank0 and not self.config.fsdp:
+        in_parts = self.config.fsdp or optimizers.has_parts(self.optimizer)
+        if not self.world.is_rank0 and not in_parts:
             return
+        state = optimizers.named_state(self.optimizer, self._names) if in_parts else self.optimizer.state_dict()
         checkpoint = {
             "model": self.model.state_dict(keep_vars=True),  # keeps the tied matrix one object
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state,
             "scaler": self._train_step.scaler.state_dict(),
             "step": step,
             "sequences_seen": self._batches.sequences_before(step),
@@ -633,10 +644,7 @@ class Run:
         }
         if self._tracker:
             self._tracker.check()
-        if self._writer:
-            self._writer.save(checkpoint)
-        else:
-            copy_to_host(checkpoint, keep=False)  # rank 0 gathers this rank's shards
+        self._writer.save(checkpoint, in_parts)
 
 
 def _warn_of_separate_tasks():
@@ -653,9 +661,7 @@ def _warn_of_separate_tasks():
 def _resolve_dtype(dtype, device):
     if dtype != "auto":
         if dtype == "float16" and device.type != "cuda":
-            raise UserError(
-                f"dtype = 'float16' needs a cuda device, this is {device}; use --dtype=bfloat16 or float32."
-            )
+            raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
         return dtype
     if device.type != "cuda":
         return "float32"
@@ -712,7 +718,7 @@ def _check_empty(config):
 
 
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run or cannot be written."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
@@ -722,16 +728,4 @@ def _check_out_dir(config):
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
             "or name another --out_dir."
         )
-    if config.eval_only:
-        return init_from  # writes nothing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
-        finally:
-            probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"out_dir = {config.out_dir!r:.300} cannot be written ({reason}); name another one.") from None
     return init_from
