@@ -13,6 +13,7 @@ PreTrainedTokenizerFast with one token for each character. As always in transfor
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,15 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
     model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
-    with file_errors(folder, "name another folder"):
-        export(model, tokenizer, folder)
+    existed = folder.exists()
+    try:
+        with file_errors(folder, "name another folder"):
+            export(model, tokenizer, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # no part of it stays
+        if existed:
+            folder.mkdir(exist_ok=True)
+        raise
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
