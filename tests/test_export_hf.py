@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import export_hf
+from sample import generate
 from tests.conftest import ROOT
 from tests.test_sample import CHARACTERS, write_run
 from training.errors import command
@@ -60,7 +61,7 @@ def test_its_greedy_text_is_ours(tmp_path):
     hf_model, hf_tokenizer = export(tmp_path)
     inputs = hf_tokenizer("To be", return_tensors="pt")
     text = hf_model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
-    assert torch.equal(text, model.generate(inputs["input_ids"], 10, temperature=0, vocab_size=50257))
+    assert torch.equal(text, generate(model, inputs["input_ids"], 10, temperature=0, vocab_size=50257))
 
 
 def test_its_tokenizer_encodes_like_tiktoken(tmp_path):
