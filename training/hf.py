@@ -146,7 +146,8 @@ def assign(model, weights, dtype):
     """Give a model that was built on the meta device copies of `weights`, and tie its output matrix."""
     copies = {k: v.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for k, v in weights.items()}
     model.load_state_dict(copies, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
+    if getattr(model.config, "tie_embeddings", True):
+        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
@@ -161,8 +162,9 @@ def start_from(config):
     """
     checkpoint = load_pretrained(config.init_from)
     args, weights = checkpoint["model_args"], checkpoint["model"]
+    args |= dataclasses.asdict(GPTConfig(**args))  # older ones lack the settings of today
     block_size, positions = config.block_size, "transformer.wpe.weight"
-    if args["block_size"] < block_size:
+    if args["position"] == "learned" and args["block_size"] < block_size:
         most = args["block_size"]
         raise UserError(f"block_size = {block_size} is beyond the {most} positions of {config.init_from}; lower it.")
     name, states = checkpoint["optimizer"] or (None, {})
@@ -172,9 +174,10 @@ def start_from(config):
     elif checkpoint["step"] >= config.max_iters:
         done = f"the {checkpoint['step']} steps that {config.init_from} has done"
         raise UserError(f"max_iters = {config.max_iters} is not beyond {done}; raise it.")
-    state = {key: value[:block_size] for key, value in states.get(positions, {}).items() if key != "step"}
-    states[positions] = states.get(positions, {}) | state
-    weights[positions] = weights[positions][:block_size]
+    if args["position"] == "learned":
+        state = {key: value[:block_size] for key, value in states.get(positions, {}).items() if key != "step"}
+        states[positions] = states.get(positions, {}) | state
+        weights[positions] = weights[positions][:block_size]
     args["block_size"] = block_size
     for key in MODEL_SETTINGS:
         setattr(config, key, args[key])
