@@ -196,7 +196,7 @@ def test_on_a_gpu_as_on_the_cpu():
 
 @pytest.mark.parametrize("cls", [EigenbasisSophiaG, SpectralSophiaG])
 def test_blocks_of_unequal_rows_are_as_many_matrices(cls):
-    """Query, key and value with fewer heads of keys: a resumed run of the fused matrices against three matrices each."""
+    """Query, key and value with fewer heads of keys: a resumed run of the fused matrices against three each."""
     rows, generator = (8, 4, 4), torch.Generator().manual_seed(0)
     drawn = [[draw((16, 8), generator) for _ in range(2)] for _ in range(9)]
     fused = [nn.Parameter(p.clone()) for p in drawn[0]]
@@ -205,8 +205,8 @@ def test_blocks_of_unequal_rows_are_as_many_matrices(cls):
     for step, gradients in enumerate(drawn[1:]):
         for p, g in zip(fused, gradients, strict=True):
             p.grad = g.clone()
-        for p, g in zip(parts, [part for g in gradients for part in g.split(rows)], strict=True):
-            p.grad = g.clone()
+        for p, part in zip(parts, [part for g in gradients for part in g.split(rows)], strict=True):
+            p.grad = part.clone()
         for optimizer in optimizers:
             if step % 2 == 0:
                 optimizer.update_hessian()

@@ -309,12 +309,12 @@ class Run:
         if not checkpoint:
             return wanted
         args, differing = vars(GPTConfig(**checkpoint["model_args"])), list(differing)  # older ones lack new settings
-        defaults = vars(GPTConfig(**{**args, **{name: 0 for name in ("n_kv_head", "mlp_hidden", "rope_dim")}}))
+        derived = dict.fromkeys(("n_kv_head", "mlp_hidden", "rope_dim"), 0)
+        defaults = vars(GPTConfig(**{**args, **derived}))
         for name, value in args.items():
-            now = getattr(wanted, name)
-            by_default = getattr(config, name, now) == 0 and value == defaults[name]  # it follows from the others
-            if name != "dropout" and value != now and not by_default:
-                differing.append((name, value, now))
+            follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
+            if name != "dropout" and value != getattr(wanted, name) and not follows:
+                differing.append((name, value, getattr(wanted, name)))
         said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
