@@ -131,8 +131,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, v
     generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
     training = model.training
     model.eval()
-    block_size, caches = model.config.block_size, [Cache(model.config.block_size) for _ in model.transformer.h]
+    block_size = model.config.block_size
     new = idx = idx[:, -block_size:]
+    caches = [Cache(min(block_size, idx.size(1) + max_new_tokens)) for _ in model.transformer.h]
     try:
         for _ in range(max_new_tokens):
             if idx.size(1) <= block_size or model.config.position == "rope":

@@ -1,6 +1,7 @@
 """model.py against numbers counted by hand, PyTorch's own counts and what sampling must do."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def randomize(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + ("ln_" in name and name.endswith("weight")))
+            gain = re.search(r"ln_|norm", name) and name.endswith("weight")
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (1 if gain else 0))
     return model.eval()
 
 
