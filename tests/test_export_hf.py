@@ -118,7 +118,7 @@ def test_a_run_on_characters(tmp_path):
         (["--to="], "give the folder to write as --to=DIR"),
         (["--to={folder}/run"], "run is not an empty folder"),
         (["--out_dir={folder}/none"], "none holds no checkpoint"),
-        (["--to=/proc/self/hf"], "cannot be written"),
+        (["--to=/proc/self/hf"], "cannot be read or written"),
         (["--out_dir={folder}/relu2"], "the nearest, GPT2, cannot have mlp='relu2'"),
     ],
 )
