@@ -5,6 +5,7 @@ check_comparable(runs)
 groups = group(runs)               # groups[0], the group of the first run, is the baseline
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.config import TrainConfig
 from training.errors import UserError
 from training.foreign import is_plain_name, read_json
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
@@ -30,6 +32,7 @@ HARMLESS = NOT_SETTINGS - {"seed"} | {
 }  # fmt: skip
 SPEED = {"world_size", "device_name", "activation_checkpointing"}  # but its seconds are then of two kinds
 TOKENIZER = str | dict | None
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # what runs without them did
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
 FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # a label leaves these out where the other differs
 
@@ -272,8 +275,10 @@ def group(runs):
     A run whose settings changed at a resume is a group of its own.
     """
     groups, settings, labels = {}, {}, set()
+    newer = {key for run in runs for key in run.config if any(key not in other.config for other in runs)}
     for run in runs:
         used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
+        used = {k: v for k, v in used.items() if k not in newer or v != DEFAULTS.get(k)}
         own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
         key = json.dumps([own, run.conditions, run.changed and run.name], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:

@@ -36,13 +36,13 @@ from training.checkpoint import (
     remove,
     set_aside_unreadable,
 )
-from training.config import with_current_values
+from training.config import model_config, with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
-from training.hf import load_optimizer_state, sha256_of, start_from
+from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
@@ -276,6 +276,7 @@ class Run:
         before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
         now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
         changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        changed = {key: pair for key, pair in changed.items() if key not in MODEL_SETTINGS}  # 0 and what it stands for
         facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
@@ -324,20 +325,19 @@ class Run:
 
         differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
         """
-        names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
         config = self.config
-        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
         rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
-        try:
-            wanted = GPTConfig(vocab_size=rows, **shape)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        wanted = model_config(config, rows)
         if not checkpoint:
             return wanted
-        args, differing = checkpoint["model_args"], list(differing)
-        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
-        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        args, differing = vars(GPTConfig(**checkpoint["model_args"])), list(differing)  # older ones lack new settings
+        derived = dict.fromkeys(("n_kv_head", "mlp_hidden", "rope_dim"), 0)
+        defaults = vars(GPTConfig(**{**args, **derived}))
+        for name, value in args.items():
+            follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
+            if name != "dropout" and value != getattr(wanted, name) and not follows:
+                differing.append((name, value, getattr(wanted, name)))
         said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []

@@ -95,7 +95,7 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--compile"], "--compile=VALUE"),
         (["--optimizer_name=adam"], "sophiag"),
         (["--rho=0"], "above 0.0"),
-        (["--n_embd=100", "--n_head=3"], "not divisible by n_head"),
+        (["--n_embd=100", "--n_head=3"], "n_embd=100 and n_head=3; change one of them"),
         (["--warmup_iters=10", "--max_iters=5"], "warmup_iters"),
         (["--hess_bs=481"], "total_bs = 480"),
         (["--init_from=import:ckpt.pt", "--sophia_start_iter=5"], "sophia_start_iter at 0"),
