@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import UserError
-from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
+from training.schedule import SCHEDULES, TO_ZERO, stages
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 PRETRAINED = (
@@ -73,9 +73,8 @@ class TrainConfig:
         None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
     )
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
-
     block_size_schedule: str = setting(
-        "", "shorter sequences from a step on, e.g. 0:128,2000:256 (STEP:LENGTH,...); tokens per step stay the same"
+        "", "shorter sequences from a step on, e.g. 0:128,2000:256 (STEP:LENGTH,...); steps keep their tokens"
     )
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
@@ -121,9 +120,9 @@ class TrainConfig:
     wsd_decay: float = setting(
         0.2, "wsd: share of lr_decay_iters in which the learning rate falls", above=0.0, at_most=1.0
     )
-    restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period", at_least=1)
+    restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period (torch's T_0)", at_least=1)
     restart_multiplier: float = setting(
-        2.0, "cosine_restarts: steps of a period over steps of the one before", at_least=1.0
+        2.0, "cosine_restarts: steps of a period over steps of the one before (torch's T_mult)", at_least=1.0
     )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
@@ -181,7 +180,7 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
-        parse_block_sizes(self.block_size_schedule, self.block_size)
+        stages(self)
         if self.batch_size == "auto":
             for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
                 if getattr(self, name):
