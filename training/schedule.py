@@ -1,5 +1,6 @@
 """Learning rate and sequence length, as pure functions of the step."""
 
+import bisect
 import functools
 import itertools
 import math
@@ -48,7 +49,8 @@ def learning_rate(step, config):
 
 def sequence_length(step, config):
     """Tokens in a training sequence at `step`: block_size, or the length that `block_size_schedule` gives."""
-    return [length for start, length in stages(config) if start <= step][-1]
+    found = stages(config)
+    return found[bisect.bisect_right(found, (step, math.inf)) - 1][1]
 
 
 def stages(config):
