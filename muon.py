@@ -43,7 +43,7 @@ class Muon(Optimizer):
         nesterov: orthogonalize momentum m + (1 - momentum) grad, with the new m.
         cautious: decay only the coordinates that the update moves towards 0 (arXiv:2510.12402).
         split: how many matrices a parameter holds, one below the other; 3 for a fused query-key-value matrix. A number
-            for the whole group, or a list with one for each parameter.
+            for the whole group, or a list with an entry for each parameter: a number, or the matrices' numbers of rows.
         flatten: take a tensor of more dimensions, such as a convolution's weight, as (first dimension, all others).
         ns_coefficients: (a, b, c) of the Newton-Schulz steps, or a list of such triples, one a step.
         ns_steps: number of steps where ns_coefficients is one triple.
@@ -69,7 +69,7 @@ class Muon(Optimizer):
         *,
         nesterov: bool = True,
         cautious: bool = False,
-        split: int | Sequence[int] = 1,
+        split: int | Sequence[int | Sequence[int]] = 1,
         flatten: bool = False,
         ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
         ns_steps: int = 5,
@@ -80,6 +80,7 @@ class Muon(Optimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "cautious": cautious,
             "split": split, "flatten": flatten, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "eps": eps,
         }  # fmt: skip
+        self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults | (_whitening or {}))
 
     @torch.no_grad()
@@ -95,19 +96,26 @@ class Muon(Optimizer):
     def _step(self, batch: "_Batch", group: dict[str, Any]) -> None:
         lr, weight = batch.lr, 1 - group["momentum"]
         torch._foreach_lerp_(batch.momenta, batch.grads, weight)
-        moved = torch._foreach_lerp(batch.momenta, batch.grads, weight) if group["nesterov"] else batch.momenta
-        update = self._direction(_stack(moved), batch, group)  # (matrices, rows, columns)
-        updates = list(update.to(batch.dtype) * (lr * 0.2 * math.sqrt(max(update.shape[1:]))))
+        moved, grads = _stack(batch.momenta), _stack(batch.grads)  # (matrices, rows, columns)
+        if group["nesterov"]:
+            moved.lerp_(grads, weight)
+        update = self._direction(moved, grads, batch, group).to(batch.params[0].dtype)
+        scale = 0.2 * math.sqrt(max(update.shape[1:])) * lr
+        updates = list(update * scale if isinstance(scale, Tensor) else update)
         decay = lr * group["weight_decay"]
         if group["cautious"]:
-            decays = [(u * p > 0).to(p.dtype) * decay for u, p in zip(updates, batch.params, strict=True)]
-            torch._foreach_mul_(batch.params, [1 - d for d in decays])
+            towards_0 = torch._foreach_mul(updates, batch.params)
+            torch._foreach_sign_(towards_0)
+            torch._foreach_clamp_min_(towards_0, 0)
+            torch._foreach_mul_(towards_0, -decay)
+            torch._foreach_add_(towards_0, 1)
+            torch._foreach_mul_(batch.params, towards_0)
         else:
             torch._foreach_mul_(batch.params, 1 - decay)
-        torch._foreach_sub_(batch.params, updates)
+        torch._foreach_add_(batch.params, updates, alpha=-1 if isinstance(scale, Tensor) else -scale)
         batch.write_back()
 
-    def _direction(self, moved: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
+    def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         return orthogonalize(moved, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
     # ----- plumbing
@@ -142,14 +150,18 @@ class Muon(Optimizer):
                     f"{type(self).__name__} steps matrices, and a parameter has the shape {tuple(param.shape)}: leave "
                     "it to another optimizer, or set flatten=True for the weight of a convolution"
                 )
-            if split < 1 or param.shape[0] % split:
+            if min(rows := _rows(split, param), default=0) < 1 or sum(rows) != param.shape[0]:
                 raise ValueError(
                     f"split = {split} does not divide the rows of a parameter of shape {tuple(param.shape)}"
                 )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+
     def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
         """Everything in the group that has a gradient, by device, dtype and shape of its matrices."""
-        batches: dict[Any, _Batch] = {}
+        members = []
         for param, split in zip(group["params"], _splits(group), strict=True):
             if param.grad is None or not param.numel():
                 continue
@@ -164,16 +176,15 @@ class Muon(Optimizer):
                     f"a momentum_buffer of shape {tuple(momentum.shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}: the state is of another model"
                 )
-            tensors = [t.flatten(1) for t in (param, param.grad, momentum)]
-            shape = (param.shape[0] // split, tensors[0].shape[1])
-            key = (param.device, param.dtype, param.grad.dtype, shape)
-            batch = batches.setdefault(key, _Batch(self, group, param.device))
-            batch.states.append((state, split))
-            for tensor, views in zip(tensors, (batch.params, batch.grads, batch.momenta), strict=True):
-                views += tensor.chunk(split)
-        for batch in batches.values():
-            batch.widen()
-        return list(batches.values())
+            if param.ndim > 2 and not param.is_contiguous():
+                raise RuntimeError(f"{type(self).__name__} takes convolutions in torch.contiguous_format only")
+            members.append((param, param.grad.dtype, state, _rows(split, param)))
+        plan = self._plans.get(id(group))
+        if plan is None or not plan.fits(members):
+            plan = self._plans[id(group)] = _Plan(members)
+        for batch in plan.batches:
+            batch.begin(self, group)
+        return plan.batches
 
 
 class WhitenedMuon(Muon):
@@ -197,8 +208,10 @@ class WhitenedMuon(Muon):
             P_l and P_r too, and interval has no meaning.
         max_width: a side that is wider is whitened in diagonal blocks, the fewest of equal width that are not wider.
 
-    State of a parameter, beside Muon's: "left_factor", "left_root", "right_factor", "right_root", float32 or float64 of
-    the shape (split, blocks, width, width), for the sides that are whitened. A group counts its steps in "step".
+    State of a parameter, beside Muon's, for the sides that are whitened: "left_factor" and "right_factor", float32 or
+    float64 of the shape (matrices, blocks, width, width), and "left_root" and "right_root", on GPUs in bfloat16. Where
+    the matrices of a parameter have unlike numbers of rows, each number has its own, as in "left_root_256". A group
+    counts its steps in "step".
     """
 
     def __init__(
@@ -245,44 +258,42 @@ class WhitenedMuon(Muon):
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
         for batch, group in batches:
-            self._update_factors(batch, group, roots=True, scale=scale)
+            self._update_factors(_stack(batch.grads), batch, group, roots=True, scale=scale)
 
-    def _direction(self, moved: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
+    def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         if group["source"] == "gradient":
-            self._update_factors(batch, group, roots=group["step"] % group["interval"] == 0)
-        keys = [f"{side}_root" for side in _sides(group)]
-        if any(key not in state for key in keys for state, _ in batch.states):
+            self._update_factors(grads, batch, group, roots=group["step"] % group["interval"] == 0)
+        sides = _sides(group)
+        if any(f"{side}_root" not in state for side in sides for state in batch.states):
             warnings.warn("update_factors() was not called yet, so this step is Muon's", stacklevel=4)
-            return super()._direction(moved, batch, group)
-        roots = [_stack([root for state, _ in batch.states for root in state[key]]) for key in keys]
-        orthogonal = super()._direction(self._whiten(moved, roots, group), batch, group)
-        update = self._whiten(orthogonal, roots, group)
-        length, new = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (orthogonal, update))
-        return update * (length / (new + _TINY))
+            sides = []
+        if not sides:
+            return super()._direction(moved, grads, batch, group)
+        roots = {side: batch.stacked(f"{side}_root") for side in sides}
+        orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
+        update = _whiten(orthogonal, roots)
+        lengths = [
+            torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=batch.dtype) for x in (orthogonal, update)
+        ]
+        return update * (lengths[0] / (lengths[1] + _TINY))
 
-    def _whiten(self, x: Tensor, roots: list[Any], group: dict[str, Any]) -> Tensor:
-        for side, root in zip(_sides(group), roots, strict=True):
-            root = root.to(x.dtype)
-            if side == "left":
-                x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
-            else:
-                x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
-        return x
-
-    def _update_factors(self, batch: "_Batch", group: dict[str, Any], roots: bool, scale: float = 1.0) -> None:
-        grads = _stack(batch.grads)
+    def _update_factors(
+        self, grads: Tensor, batch: "_Batch", group: dict[str, Any], roots: bool, scale: float = 1.0
+    ) -> None:
         for side in _sides(group):
             x = grads if side == "left" else grads.mT
             blocks = _blocks(x.shape[1], group["max_width"])
             x = x.unflatten(1, (blocks, -1))  # (matrices, blocks, width, others)
-            factors = batch.collect(f"{side}_factor", (*x.shape[1:3], x.shape[2]))
-            moments = _product(x, x.mT, batch.dtype) * scale
+            shape = *x.shape[1:3], x.shape[2]
+            factors = batch.collect(f"{side}_factor", shape, batch.dtype)
+            moments = _product(x, x.mT, batch.dtype)
+            moments = moments if scale == 1 else moments * scale
             torch._foreach_lerp_(factors, batch.for_states(moments, factors), 1 - group["decay"])
-            known = all(f"{side}_root" in state for state, _ in batch.states)
+            known = all(f"{side}_root" in state for state in batch.states)
             if roots or not known:
-                old = batch.collect(f"{side}_root", (*x.shape[1:3], x.shape[2]), identity=not known)
+                old = batch.collect(f"{side}_root", shape, grads.dtype, identity=True)
                 inverse = inverse_root(torch.cat(factors), group["exponent"], group["ridge"])
-                torch._foreach_copy_(old, batch.for_states(inverse, old))
+                torch._foreach_copy_(old, batch.for_states(inverse.to(grads.dtype), old))
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
@@ -313,7 +324,7 @@ class WhitenedMuon(Muon):
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers, params, strict=True):
             for key, value in loaded["state"].get(number, {}).items():
-                if key.endswith(("_factor", "_root")):
+                if "_factor" in key or "_root" in key:
                     self.state[param][key] = value.to(param.device, copy=True)
 
 
@@ -333,16 +344,23 @@ def orthogonalize(
     The default coefficients bring singular values above 0.0015 of the Frobenius norm to 0.68 to 1.21 (K. Jordan, 2024).
     On GPUs the products are in bfloat16, else in the matrices' dtype; the result has the matrices' dtype.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_opmath_dtype(x)).clamp(min=eps)
-    x = x.bfloat16() if x.is_cuda else x
+    x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
+    x = x.bfloat16() if x.is_cuda else x.to(_opmath_dtype(x))
+    tall = x.shape[1] > x.shape[2]
     with torch.autocast(x.device.type, enabled=False):
-        for a, b, c in _ns_schedule(coefficients, steps):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.to(matrices.dtype).unflatten(0, matrices.shape[:-2]) if matrices.ndim > 2 else x.to(matrices.dtype)[0]
-    return x.mT if tall else x
+        for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
+            gram = x.mT @ x if tall else x @ x.mT
+            if step == 0:  # of x / norm; dividing the squares costs less
+                norm = (
+                    gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
+                )
+                gram = (gram / norm**2).to(x.dtype)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            polynomial.diagonal(dim1=1, dim2=2).add_(a)
+            if step == 0:
+                polynomial = (polynomial / norm).to(x.dtype)
+            x = x @ polynomial if tall else polynomial @ x
+    return x.to(matrices.dtype).view(matrices.shape)
 
 
 # (a, b, c) of the steps of the coupled iteration below, for eigenvalues from 1e-4 to 1. With t the p-th root of an
@@ -361,34 +379,51 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     """(A / mean eigenvalue + ridge)^-exponent of every symmetric positive semi-definite A in (..., width, width).
 
     For 1/2, 1/4 and 1/8 and a ridge of at least 1e-3 it takes matrix products alone: the coupled iteration
-    M <- T^p M, X <- X T with T a polynomial of M (N. Higham, Functions of Matrices, section 7.3). On GPUs set
-    torch.set_float32_matmul_precision("high") to run these in TF32. In float32 the relative error is below 1e-3 where
-    the largest eigenvalue is at most 1e4 times the ridge; in TF32 it was 3e-3 to 2e-2 (one H200, widths 384 to 3072).
-    Otherwise it takes an eigendecomposition in float64. A matrix of zeros gives ridge^-exponent times the identity.
+    M <- T^p M, X <- X T with T a polynomial of M (N. Higham, Functions of Matrices, section 7.3). The relative error is
+    below 1e-3 in float32 where the largest eigenvalue is at most 1e4 times the ridge. On GPUs float32 factors have
+    their products in float16, which has TF32's precision at twice its speed; the error was 1e-3 to 2e-3 (one H200,
+    widths 768 to 3072, four decades of eigenvalues). Otherwise it takes an eigendecomposition in float64. A matrix of
+    zeros gives ridge^-exponent times the identity.
     """
-    width = factors.shape[-1]
-    mean = factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    scaled = factors / (mean + _TINY)
+    scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)
     power = round(1 / exponent) if exponent else 0
     if power not in _ROOT_STEPS or power * exponent != 1 or ridge < 1e-3:
         values, vectors = torch.linalg.eigh(scaled.double())
         values = (values.clamp(min=0) + ridge).clamp(min=_TINY) ** -exponent
         return ((vectors * values[..., None, :]) @ vectors.mT).to(factors.dtype)
-    identity = torch.eye(width, dtype=factors.dtype, device=factors.device)
-    shifted = scaled + ridge * identity
-    bound = torch.linalg.matrix_norm(shifted @ shifted)[..., None, None].sqrt()  # >= its largest eigenvalue
-    m, root = shifted / bound, None
-    steps = _ROOT_STEPS[power]
-    for i, (a, b, c) in enumerate(steps):
-        t = b * m + c * (m @ m) + a * identity
-        root = t if root is None else root @ t
-        if i + 1 < len(steps):
-            for _ in range(power.bit_length() - 1):
-                t = t @ t
-            m = m @ t
-            m = (m + m.mT) / 2
-    assert root is not None
-    return (root + root.mT) / 2 * bound**-exponent
+    scaled.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    bound = torch.linalg.matrix_norm(scaled)[..., None, None]
+    m = (scaled / bound).flatten(0, -3)
+    dtype = torch.float16 if m.is_cuda and m.dtype == torch.float32 else m.dtype
+    with torch.autocast(m.device.type, enabled=False):
+        low = m.to(dtype)
+        closer = 1.01 * torch.linalg.matrix_norm((low @ low).to(m.dtype)).sqrt()[:, None, None]  # >= the eigenvalues
+        m, root = (m / closer).to(dtype), None
+        steps = _ROOT_STEPS[power]
+        for i, (a, b, c) in enumerate(steps):
+            t = torch.baddbmm(m, m, m, beta=b, alpha=c)
+            t.diagonal(dim1=-2, dim2=-1).add_(a)
+            root = t if root is None else root @ t
+            if i + 1 < len(steps):
+                for _ in range(power.bit_length() - 1):
+                    t = t @ t
+                m = m @ t
+                m = (m + m.mT) / 2
+        assert root is not None
+    root = (root + root.mT).to(factors.dtype).view(factors.shape)
+    return root * ((bound * closer.view(bound.shape)) ** -exponent / 2)
+
+
+def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
+    """P_l x P_r of (matrices, rows, columns), with roots of (matrices, blocks, width, width)."""
+    for side, root in roots.items():
+        if side == "left":
+            x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
+        elif root.shape[1] == 1:
+            x = x @ root[:, 0]
+        else:
+            x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
+    return x
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -405,71 +440,140 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# A parameter, the dtype of its gradient, its state, and the number of rows of each of its matrices.
+_Member = tuple[Tensor, torch.dtype, dict[str, Any], list[int]]
+
+
+class _Plan:
+    """The batches of a group, kept while its parameters and momenta are the same tensors at the same places."""
+
+    def __init__(self, members: list[_Member]) -> None:
+        self.key = self._key(members)
+        batches: dict[Any, _Batch] = {}
+        for param, grad_dtype, state, rows in members:
+            for height in dict.fromkeys(rows):
+                shape = (height, param[0].numel())
+                batch = batches.setdefault((param.device, param.dtype, grad_dtype, shape), _Batch())
+                batch.add(param, state, rows, height)
+        self.batches = list(batches.values())
+
+    def fits(self, members: list[_Member]) -> bool:
+        return self._key(members) == self.key
+
+    @staticmethod
+    def _key(members: list[_Member]) -> list[Any]:
+        return [
+            (id(param), param.data_ptr(), id(state), state["momentum_buffer"].data_ptr(), grad_dtype, rows)
+            for param, grad_dtype, state, rows in members
+        ]
+
+
 class _Batch:
     """Matrices of one shape, device and dtype: what one batch of products takes.
 
     params, grads, momenta: lists of (rows, columns), views of the parameters', in float32 or better.
-    states: (state, number of matrices) of every parameter.
+    states: of every parameter, and counts, its number of matrices here.
     """
 
-    def __init__(self, optimizer: Muon, group: dict[str, Any], device: torch.device) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.momenta: list[Tensor] = []
-        self.states: list[tuple[dict[str, Any], int]] = []
-        self._narrow: list[tuple[list[Tensor], list[Tensor]]] = []
-        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        self._grad_scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
-        self.skip = None if found_inf is None else found_inf.to(device, non_blocking=True) != 0
-        lr = group["lr"]
-        self.lr = lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device)
+    def __init__(self) -> None:
+        self.members: list[tuple[Tensor, list[int], int]] = []
+        self.states: list[_State] = []
+        self._params: list[Tensor] = []
+        self._momenta: list[Tensor] = []
+        self._stacks: dict[str, tuple[list[Any], Tensor]] = {}
+
+    def add(self, param: Tensor, state: dict[str, Any], rows: list[int], height: int) -> None:
+        self.members.append((param, rows, height))
+        self.states.append(_State(state, "" if len(set(rows)) == 1 else f"_{height}", rows.count(height)))
+        self._params += _matrices(param.detach(), rows, height)
+        self._momenta += _matrices(state["momentum_buffer"], rows, height)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 
-    def widen(self) -> None:
-        """Bring params, grads and momenta to float32 or better, and apply grad_scale and found_inf."""
-        narrow = self.params[0].dtype
-        dtype = _opmath_dtype(self.params[0])
-        if dtype != narrow:
-            for name in ("params", "momenta"):
-                views = getattr(self, name)
-                setattr(self, name, [view.to(dtype) for view in views])
-                self._narrow.append((views, getattr(self, name)))
-        self.grads = [grad.to(dtype) for grad in self.grads]
-        if self._grad_scale is not None:
-            self.grads = list(torch._foreach_div(self.grads, self._grad_scale.to(dtype)))
+    def begin(self, optimizer: Muon, group: dict[str, Any]) -> None:
+        """Take this step's gradients and learning rate; bring all to float32 or better; apply GradScaler's protocol."""
+        device, narrow = self._params[0].device, self._params[0].dtype
+        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        self.skip = None if found_inf is None else found_inf.to(device, non_blocking=True) != 0
+        lr = group["lr"]
+        self.lr = lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device)
+        dtype = _opmath_dtype(self._params[0])
+        self.params, self.momenta = (
+            views if dtype == narrow else [view.to(dtype) for view in views] for views in (self._params, self._momenta)
+        )
+        self.grads: list[Tensor] = []
+        for param, rows, height in self.members:
+            assert param.grad is not None
+            self.grads += _matrices(param.grad.to(dtype), rows, height)
+        if grad_scale is not None:
+            self.grads = list(torch._foreach_div(self.grads, grad_scale.to(device, dtype, non_blocking=True)))
         if self.skip is not None:
             self.grads = [torch.where(self.skip, m, g) for m, g in zip(self.momenta, self.grads, strict=True)]
             self.lr = self.lr * (~self.skip).to(dtype)
 
     def write_back(self) -> None:
-        for views, wide in self._narrow:
-            torch._foreach_copy_(views, wide)
+        if self.params is not self._params:
+            torch._foreach_copy_(self._params, self.params)
+            torch._foreach_copy_(self._momenta, self.momenta)
 
-    def collect(self, key: str, shape: Sequence[int], identity: bool = False) -> list[Tensor]:
+    def collect(self, key: str, shape: Sequence[int], dtype: torch.dtype, identity: bool = False) -> list[Tensor]:
         """The states under `key`, each (matrices, *shape); zeros or identities where one is missing."""
-        for state, count in self.states:
+        for state in self.states:
             if key not in state:
-                state[key] = self.params[0].new_zeros(count, *shape)
+                state[key] = self.params[0].new_zeros(state.count, *shape, dtype=dtype)
                 if identity:
                     state[key].diagonal(dim1=-2, dim2=-1).fill_(1)
-            elif state[key].shape != (count, *shape):
+            elif state[key].shape != (state.count, *shape):
                 raise ValueError(
-                    f"{key} has the shape {tuple(state[key].shape)}, expected {(count, *shape)}: max_width, "
+                    f"{key} has the shape {tuple(state[key].shape)}, expected {(state.count, *shape)}: max_width, "
                     "split or the parameter is not that of the saved state"
                 )
-        return [state[key] for state, _ in self.states]
+        return [state[key] for state in self.states]
+
+    def stacked(self, key: str) -> Tensor:
+        """The states under `key` as one tensor, in the dtype of the products; kept until one of them changes."""
+        tensors = [state[key] for state in self.states]
+        present = [x for t in tensors for x in (id(t), t._version)]
+        if self._stacks.get(key, ([], None))[0] != present:
+            stack = torch.cat(tensors)
+            self._stacks[key] = present, stack.bfloat16() if stack.is_cuda else stack.to(self.dtype)
+        return self._stacks[key][1]
 
     def for_states(self, new: Tensor, old: list[Tensor]) -> list[Tensor]:
         """`new` (all matrices, ...) cut into one tensor a state; `old` in its place where found_inf is set."""
-        parts = new.split([count for _, count in self.states])
-        return (
-            list(parts)
-            if self.skip is None
-            else [torch.where(self.skip, o, n) for o, n in zip(old, parts, strict=True)]
-        )
+        parts = new.split([state.count for state in self.states])
+        if self.skip is None:
+            return list(parts)
+        return [torch.where(self.skip, o, n) for o, n in zip(old, parts, strict=True)]
+
+
+class _State:
+    """What a batch sees of a parameter's state: keys with a suffix where other matrices of it have other shapes."""
+
+    def __init__(self, state: dict[str, Any], suffix: str, count: int) -> None:
+        self.state, self.suffix, self.count = state, suffix, count
+
+    def __contains__(self, key: str) -> bool:
+        return key + self.suffix in self.state
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.state[key + self.suffix]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.state[key + self.suffix] = value
+
+
+def _matrices(tensor: Tensor, rows: list[int], height: int) -> list[Tensor]:
+    """Views of the matrices of `height` rows that a parameter holds."""
+    tensor = tensor if tensor.ndim == 2 else tensor.flatten(1)
+    return [tensor] if len(rows) == 1 else [part for part in tensor.split(rows) if part.shape[0] == height]
+
+
+def _rows(split: int | Sequence[int], param: Tensor) -> list[int]:
+    """The rows of each matrix that a parameter holds."""
+    return [param.shape[0] // max(split, 1)] * split if isinstance(split, int) else list(split)
 
 
 def _opmath_dtype(tensor: Tensor) -> torch.dtype:
@@ -487,7 +591,8 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _sides(group: dict[str, Any]) -> list[str]:
-    return {"input": ["right"], "output": ["left"], "both": ["left", "right"]}[group["sides"]]
+    sides = {"input": ["right"], "output": ["left"], "both": ["left", "right"]}[group["sides"]]
+    return sides if group["exponent"] else []
 
 
 def _blocks(width: int, max_width: int | None) -> int:

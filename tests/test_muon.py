@@ -352,3 +352,87 @@ def test_orthogonalize_brings_singular_values_near_one():
     values = torch.linalg.svdvals(orthogonalize(x))
     assert values.shape == (3, 2, 20) and values.min() > 0.65 and values.max() < 1.25
     torch.testing.assert_close(orthogonalize(x.mT).mT, orthogonalize(x))
+
+
+def test_matrices_of_unlike_rows_in_one_parameter_are_stepped_one_by_one():
+    """Query, key and value of grouped-query attention, against three parameters."""
+    rows = [6, 2, 2]
+    for cls, settings in ((Muon, {}), (WhitenedMuon, {"exponent": 0.25})):
+        fused, apart = parameters([(10, 6), (6, 6)]), parameters([(10, 6), (6, 6)])
+        apart = [torch.nn.Parameter(part.detach().clone()) for part in apart[0].split(rows)] + apart[1:]
+        optimizers = [cls(fused, lr=0.1, split=[rows, 1], **settings), cls(apart, lr=0.1, **settings)]
+        for step in range(4):
+            set_gradients(fused, step)
+            for p, g in zip(apart, [*fused[0].grad.split(rows), fused[1].grad], strict=True):
+                p.grad = g.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(fused[0].detach(), torch.cat([p.detach() for p in apart[:3]]), rtol=1e-12, atol=0)
+        resumed = cls(parameters([(10, 6), (6, 6)]), lr=0.1, split=[rows, 1], **settings)
+        resumed.load_state_dict(optimizers[0].state_dict())
+        states = [o.state[o.param_groups[0]["params"][0]] for o in (optimizers[0], resumed)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert states[0]["left_factor_2"].shape == (2, 1, 2, 2)
+
+
+@pytest.mark.parametrize("rows", [[6, 4, 2], [6, 0], [11], 4, 0])
+def test_a_split_that_does_not_fit_is_refused(rows):
+    with pytest.raises(ValueError, match="does not divide the rows"):
+        Muon(parameters([(10, 6)]), split=[rows])
+
+
+def changes_of_place(params, optimizer):
+    """What moves tensors between two steps without a word to the optimizer."""
+    p = params[0]
+    yield "the parameter's storage", lambda: setattr(p, "data", p.data.clone())
+    yield "the momentum", lambda: optimizer.state[p].update(momentum_buffer=optimizer.state[p]["momentum_buffer"] * 2)
+    yield "the parameter", lambda: optimizer.param_groups[0]["params"].__setitem__(0, torch.nn.Parameter(p * 2))
+    yield "the order", lambda: optimizer.param_groups[0]["params"].reverse()
+    yield "a gradient that is missing", lambda: setattr(p, "grad", None)
+    yield "the dtype of a gradient", lambda: None
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_tensors_that_move_between_steps_are_noticed(cls, which):
+    def run(fresh):
+        params = parameters([(6, 6), (6, 6)], torch.float32)
+        optimizer = cls(params, lr=0.1, split=1)
+        set_gradients(params, 0)
+        optimizer.step()
+        set_gradients(params, 1)
+        name, change = list(changes_of_place(params, optimizer))[which]
+        change()
+        live = optimizer.param_groups[0]["params"]
+        if name == "the parameter":
+            live[0].grad = torch.ones(6, 6)
+        if fresh:  # without what was kept from the first step
+            optimizer._plans.clear()
+        optimizer.step()
+        return [p.detach().clone() for p in live]
+
+    for kept, fresh in zip(run(False), run(True), strict=True):
+        assert torch.equal(kept, fresh)
+
+
+def test_copies_of_an_optimizer_step_their_own_parameters():
+    params = parameters(dtype=torch.float32)
+    optimizer = WhitenedMuon(params, lr=0.1, split=SPLITS)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    twins, twin = copy.deepcopy((params, optimizer))
+    set_gradients(twins, 1)
+    twin.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    set_gradients(params, 1)
+    optimizer.step()
+    assert all(torch.equal(p, t) for p, t in zip(params, twins, strict=True))
+
+
+def test_a_channels_last_convolution_is_refused():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    weight.grad = torch.randn(4, 3, 2, 2)
+    with pytest.raises(RuntimeError, match="contiguous_format"):
+        Muon([weight], flatten=True).step()

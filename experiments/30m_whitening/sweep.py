@@ -1,10 +1,10 @@
 # Whitened Muon at 30M on Python source: sides, exponent, decay, interval, blocks, and whose gradients give the factors.
 #   python data/python/prepare.py
 #   python sweep.py experiments/30m_whitening/sweep.py --out_dir=out/30m_whitening
-# All have the learning rates, decay, momentum and warm-up that were best for the spectral step (30m_spectral), seeds 3
-# and 4, 780 steps of 128 x 512 tokens.
+# All have the learning rates, decay, momentum and warm-up that were best for the spectral step (30m_spectral),
+# 780 steps of 128 x 512 tokens, and by default seeds 3 and 4.
 
-common = {
+settings = {
     "dataset": "python",
     "total_bs": 128,
     "batch_size": 128,
@@ -17,11 +17,10 @@ common = {
     "embedding_lr": 3.2e-2,
     "weight_decay": 0.1,
     "beta1": 0.9,
-    "seed": [3, 4],
 }
 whitened = {"config": "config/train_gpt2_30m_muon.py", "optimizer_name": "whitened_muon", "momentum": 0.9}
 one_side = {"whiten_sides": "input", "whiten_exponent": 0.25}
-optimizers = {
+variants = {
     "both": whitened,  # exponent 1/8, ridge 0.01, decay 0.95, roots every 10 steps, the training gradient
     "input": whitened | one_side,
     "exponent_0": whitened | {"whiten_exponent": 0.0},  # the control: Muon
@@ -36,3 +35,10 @@ optimizers = {
     "both_slow": whitened | {"whiten_decay": 0.99},
     "input_blocks": whitened | one_side | {"whiten_max_width": 384},
 }
+
+
+def sweep(held_out="3,4", only=""):
+    """held_out: the seeds of every variant; only: some of the variants."""
+    names = only.split(",") if only else variants
+    swept = settings | {"seed": [int(seed) for seed in held_out.split(",")]}
+    return {"common": swept, "optimizers": {name: variants[name] for name in names}}
