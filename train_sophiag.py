@@ -12,6 +12,8 @@ from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimize
 from training.run import Run
 from training.schedule import check_whole, stages
 
+SOPHIA = ("optimizer_name", ("sophiag", "sophiah"))
+
 
 @dataclass
 class SophiaConfig(TrainConfig):
@@ -26,14 +28,21 @@ class SophiaConfig(TrainConfig):
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
     rho: float | None = setting(
-        None, "clipping threshold (the paper's gamma), larger clips less; default 0.05, for sophiah 0.01", above=0.0
+        None,
+        "clipping threshold (the paper's gamma), larger clips less; default 0.05, for sophiah 0.01",
+        above=0.0,
+        needs=SOPHIA,
     )
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(
         None, "sequences in a curvature estimate; default a quarter of total_bs, for sophiah 32", at_least=1
     )
-    bias_correction: bool = setting(False, "divide the curvature average by 1 - beta2^n after n estimates")
-    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average")
+    bias_correction: bool = setting(
+        False, "divide the curvature average by 1 - beta2^n after n estimates", needs=SOPHIA
+    )
+    nesterov: bool = setting(
+        False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average", needs=SOPHIA
+    )
     eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
     spectral: bool = setting(
         False,
@@ -45,7 +54,12 @@ class SophiaConfig(TrainConfig):
         choices=("none", "embeddings", "scalars", "embeddings+scalars"),
         former={"vectors": "scalars", "embeddings+vectors": "embeddings+scalars"},
     )
-    adamw_lr: float | None = setting(None, "AdamW's peak rate for these groups; default learning_rate", above=0.0)
+    adamw_lr: float | None = setting(
+        None,
+        "AdamW's peak rate for these groups; default learning_rate",
+        above=0.0,
+        needs=("adamw_for", ("embeddings", "scalars", "embeddings+scalars")),
+    )
     sophia_start_iter: int = setting(
         0, "AdamW (betas 0.9, 0.95, the same learning rate) before this step, then Sophia", at_least=0
     )

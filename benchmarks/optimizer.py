@@ -13,7 +13,9 @@ import sophia
 from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
 from data.corpus import positive
 from model import GPTConfig
+from muon import Muon, WhitenedMuon
 from training.errors import UserError
+from training.optimizers import OptimizerContainer
 
 
 def add_arguments(parser):
@@ -43,9 +45,24 @@ def optimizer_contenders(args):
 
         return build
 
+    def beside_adamw(cls, **settings):
+        """For the hidden matrices, and fused AdamW for the rest."""
+
+        def build(params):
+            matrices = [p for p in params[2:] if p.dim() > 1]
+            others = params[:2] + [p for p in params[2:] if p.dim() == 1]
+            split = {} if cls is torch.optim.Muon else {"split": [3, 1, 1, 1] * (len(matrices) // 4)}
+            muon = cls(matrices, lr=1e-6, weight_decay=0.1, **split, **settings)
+            return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, lr=1e-6, fused=True))
+
+        return build
+
     if args.device == "cuda":
         contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
         contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
+        contenders["muon"] = beside_adamw(Muon)
+        contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
+        contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
     else:
         contenders = {"sophia": with_groups(sophia.SophiaG)}
         contenders["adamw_foreach"] = with_groups(torch.optim.AdamW, foreach=True)

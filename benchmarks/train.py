@@ -29,7 +29,7 @@ from training.config import load_config
 from training.errors import UserError
 from training.flops import peak_flops
 from training.metrics import METRICS, read_metrics
-from training.optimizers import make_optimizer
+from training.optimizers import SECOND_ORDER, OptimizerContainer, make_optimizer
 from training.run import Run
 
 # Sequences. At 124M on an H200 nanoGPT was fastest at 64 of 12, 32 and 64, and ours as fast at 128. 355M: only 32 ran.
@@ -54,7 +54,8 @@ def add_arguments(parser):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: try it out with --device cpu.")
-    parts = {"speed": speed, "curvature": curvature, "checkpointing": checkpointing, "scaling": scaling, "fsdp": fsdp}
+    parts = {"speed": speed, "curvature": curvature, "muon": muon, "checkpointing": checkpointing}
+    parts |= {"scaling": scaling, "fsdp": fsdp}
     chosen = args.parts.split(",")
     if unknown := sorted(set(chosen) - set(parts)):
         raise UserError(f"--parts {','.join(unknown)}: expected some of {','.join(parts)}.")
@@ -90,12 +91,14 @@ def settings(model, args, micro_batch, **more):
 
 
 class Ours:
-    """A run of train_adam.py or train_sophiag.py whose steps are taken one by one."""
+    """A run of train_adam.py or train_sophiag.py whose steps are taken one by one. torch_muon: torch.optim.Muon."""
 
-    def __init__(self, argv, out_dir, sophia=False):
-        self.config = load_config(SophiaConfig if sophia else AdamConfig, [*argv, f"--out_dir={out_dir}"])
-        self.run, self.sophia = Run(self.config), sophia
-        self.run.set_optimizer(make_optimizer)
+    def __init__(self, argv, out_dir, optimizer="adamw"):
+        self.sophia, torchs = optimizer in SECOND_ORDER, optimizer == "torch_muon"
+        argv = [*argv, f"--out_dir={out_dir}", f"--optimizer_name={'muon' if torchs else optimizer}"]
+        self.config = load_config(SophiaConfig if self.sophia else AdamConfig, argv)
+        self.run = Run(self.config)
+        self.run.set_optimizer(make_torch_muon if torchs else make_optimizer)
         self.steps = self.run.steps()
 
     def __call__(self):
@@ -108,6 +111,14 @@ class Ours:
     def close(self):
         self.steps.close()
         self.run.__exit__(None, None, None)
+
+
+def make_torch_muon(config, groups, device):
+    """torch.optim.Muon for the hidden matrices, query, key and value as one, and AdamW for the rest."""
+    matrices = next(group for group in groups if group["name"] == "matrices")
+    others = [group for group in groups if group is not matrices]
+    muon = torch.optim.Muon(matrices["params"], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, fused=device.type == "cuda"))
 
 
 class Peer:
@@ -258,18 +269,31 @@ def speed(report, model, args):
 
 def curvature(report, model, args):
     """Sophia's extra time over AdamW's, estimates every 10 steps included, as a share of AdamW's time."""
-    micro = MICRO_BATCH[model]
-    argv = settings(model, args, micro, total_bs=ACCUMULATION * micro)
-    out_dir = args.folder / f"curvature_{model}"
-    makers = {"ours_adamw": lambda: Ours(argv, f"{out_dir}_adamw")}
-    for name in ("sophiag", "sophiah"):
-        makers[f"ours_{name}"] = partial(Ours, [*argv, f"--optimizer_name={name}"], f"{out_dir}_{name}", sophia=True)
+    over_adamw(report, model, args, ("sophiag", "sophiah"), ACCUMULATION * MICRO_BATCH[model], "curvature_overhead")
+
+
+def muon(report, model, args):
+    """The extra time of Muon, whitened Muon and torch's Muon over AdamW's, as a share of AdamW's time.
+
+    A step has 128 sequences. A turn of 10 steps has one computation of the inverse roots.
+    """
+    over_adamw(report, model, args, ("muon", "whitened_muon", "torch_muon"), 128, "muon_overhead")
+
+
+def over_adamw(report, model, args, optimizers, total_bs, metric):
+    micro = min(MICRO_BATCH[model], total_bs)
+    argv = settings(model, args, micro, total_bs=total_bs)
+    makers = {
+        f"ours_{name}": partial(Ours, argv, args.folder / f"{metric}_{model}_{name}", name)
+        for name in ("adamw", *optimizers)
+    }
     with started(report, model, makers, args) as contenders:
         steps = {**vars(args), "steps": 10}  # one estimate in each turn
-        tokens = ACCUMULATION * micro * args.block_size
+        tokens = total_bs * args.block_size
         times = compare(report, model, contenders, dict.fromkeys(contenders, tokens), type(args)(**steps))
     for name in set(times) - {"ours_adamw"} if "ours_adamw" in times else ():
-        report.add(name, model, "curvature_overhead", times[name] / times["ours_adamw"] - 1, "share")
+        report.add(name, model, metric, times[name] / times["ours_adamw"] - 1, "share")
+        report.add(name, model, "step_ms_over_adamw", times[name] - times["ours_adamw"], "ms")
 
 
 def checkpointing(report, model, args):

@@ -436,3 +436,40 @@ def test_a_channels_last_convolution_is_refused():
     weight.grad = torch.randn(4, 3, 2, 2)
     with pytest.raises(RuntimeError, match="contiguous_format"):
         Muon([weight], flatten=True).step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
+    """Products in bfloat16 and roots in float16, against the same class in float64 on the CPU."""
+    shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)]
+    exact, ours = parameters(shapes), parameters(shapes, torch.float32)
+    ours = [torch.nn.Parameter(p.detach().cuda()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1]) for params in (exact, ours)]
+    for step in range(12):
+        set_gradients(exact, step)
+        for p, q in zip(ours, exact, strict=True):
+            p.grad = q.grad.float().cuda()
+        optimizers[0].step()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        optimizers[1].step()
+        torch.cuda.set_sync_debug_mode("default")
+    for p, q, s in zip(ours, exact, start, strict=True):
+        moved, expected = p.cpu().double() - s.cpu().double(), q.detach() - s.cpu().double()
+        assert (moved - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125])
+def test_inverse_root_on_a_gpu_has_the_precision_of_float16(exponent):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 512, 512, generator=generator, dtype=torch.float64))[0]
+    for values in (
+        torch.logspace(0, -4, 512, dtype=torch.float64),
+        torch.ones(512).double(),
+        torch.eye(512)[0].double(),
+    ):
+        expected = (basis * (values / values.mean() + 0.01) ** -exponent) @ basis.mT
+        roots = inverse_root(((basis * values) @ basis.mT * 1e-6).float().cuda(), exponent, 0.01).cpu().double()
+        assert torch.isfinite(roots).all() and (roots - expected).norm() < 0.02 * expected.norm()

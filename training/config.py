@@ -7,6 +7,7 @@ A later argument wins over earlier ones. A config file is Python and is run as c
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from training.errors import UserError
 from training.schedule import SCHEDULES, TO_ZERO, stages
+from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 PRETRAINED = (
@@ -28,6 +30,9 @@ PRETRAINED = (
 )  # weights from elsewhere
 
 
+MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
+WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
+WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
 CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
 
 
@@ -35,6 +40,7 @@ def setting(default, help, **limits):
     """A dataclass field with its help and limits: choices=(...), at_least=, above=, at_most=, below=.
 
     words: values that are no numbers. former: {value of older versions: value of now}; both are accepted.
+    needs: (another setting, its values with which this one is read).
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -91,21 +97,37 @@ class TrainConfig:
         None, "peak learning rate of the embeddings, min_lr in proportion; default learning_rate", above=0.0
     )
     weight_decay: float = setting(0.1, "weight decay of the Linear weights; decoupled, except for sgd", at_least=0.0)
-    beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0)
-    beta2: float = setting(0.95, "decay of the second-moment (Sophia: curvature) average", at_least=0.0, below=1.0)
+    beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0, needs=WITH_BETAS)
+    beta2: float = setting(0.95, "decay of the second-moment average", at_least=0.0, below=1.0, needs=WITH_BETAS)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
-    cautious_decay: bool = setting(False, "muon and its kin: decay only coordinates that the update moves towards 0")
+    cautious_decay: bool = setting(
+        False, "muon and its kin: decay only coordinates that the update moves towards 0", needs=MUON
+    )
     whiten_sides: str = setting(
         "both",
         "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
         choices=("input", "output", "both"),
+        needs=WHITENED,
     )
-    whiten_exponent: float = setting(0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0)
-    whiten_ridge: float = setting(0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0)
-    whiten_decay: float = setting(0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0)
-    whiten_interval: int = setting(10, "whitened_muon: steps between two roots of the factors", at_least=1)
-    whiten_max_width: int | None = setting(None, "the same: wider sides are whitened in diagonal blocks", at_least=1)
+    whiten_exponent: float = setting(
+        0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED
+    )
+    whiten_ridge: float = setting(
+        0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED
+    )
+    whiten_decay: float = setting(
+        0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED
+    )
+    whiten_interval: int = setting(
+        10,
+        "whitened_muon: steps between two roots of the factors",
+        at_least=1,
+        needs=("optimizer_name", ("whitened_muon",)),
+    )
+    whiten_max_width: int | None = setting(
+        None, "the same as for whiten_sides: wider sides are whitened in diagonal blocks", at_least=1, needs=WHITENED
+    )
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
@@ -118,11 +140,23 @@ class TrainConfig:
         None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
     )
     wsd_decay: float = setting(
-        0.2, "wsd: share of lr_decay_iters in which the learning rate falls", above=0.0, at_most=1.0
+        0.2,
+        "wsd: share of lr_decay_iters in which the learning rate falls",
+        above=0.0,
+        at_most=1.0,
+        needs=("lr_schedule", ("wsd",)),
     )
-    restart_iters: int | None = setting(None, "cosine_restarts: steps of the first period (torch's T_0)", at_least=1)
+    restart_iters: int | None = setting(
+        None,
+        "cosine_restarts: steps of the first period (torch's T_0)",
+        at_least=1,
+        needs=("lr_schedule", ("cosine_restarts",)),
+    )
     restart_multiplier: float = setting(
-        2.0, "cosine_restarts: steps of a period over steps of the one before (torch's T_mult)", at_least=1.0
+        2.0,
+        "cosine_restarts: steps of a period over steps of the one before (torch's T_mult)",
+        at_least=1.0,
+        needs=("lr_schedule", ("cosine_restarts",)),
     )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
@@ -212,7 +246,7 @@ def load_config(cls, argv=None):
         for name, kind, default, help in describe(cls):
             print(f"  {name:<32}{kind:<6} {default:<14} {help}")
         sys.exit(0)
-    values = {}
+    values, on_command_line = {}, set()
     for argument in argv:
         if not argument.startswith("--"):
             values |= _run_config_file(cls, argument)
@@ -222,11 +256,30 @@ def load_config(cls, argv=None):
             raise UserError(f"{argument}: write it as --{key}=VALUE.")
         field = _field(cls, key, "the command line")
         values[field.name] = _parse(field, text)
+        on_command_line.add(field.name)
     config = cls(**with_current_values(cls, values))
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()
+    _check_read(config, values, on_command_line)
     return config
+
+
+def _check_read(config, values, on_command_line):
+    """Refuse settings of the command line that this run would not read; warn of those in a config file."""
+    unread = []
+    for field in dataclasses.fields(config):
+        name, allowed = field.metadata.get("needs", (None, ()))
+        if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
+            continue
+        if field.name in on_command_line:
+            raise UserError(
+                f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}; leave it "
+                f"out, or set {name} to {' or '.join(map(repr, allowed))}."
+            )
+        unread.append(field.name)
+    if unread and os.environ.get("RANK", "0") == "0":
+        warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
 
 
 def with_current_values(cls, settings):

@@ -1,5 +1,6 @@
 """Settings: what they resolve to, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import TrainConfig, describe, load_config
 from training.errors import UserError
+from training.optimizers import FIRST_ORDER, SECOND_ORDER
 from training.run import _accumulation
 
 CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
@@ -140,3 +142,36 @@ def test_help_names_every_setting(capsys):
     assert done.value.code == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name, *_ in describe(SophiaConfig)) and "torchrun" in printed
+
+
+@pytest.mark.parametrize(
+    "argv, culprit, remedy",
+    [
+        (["--momentum=0.8"], "momentum = 0.8 is not read where optimizer_name = 'adamw'", "'sgd' or 'muon'"),
+        (["--optimizer_name=muon", "--whiten_exponent=0.25"], "whiten_exponent", "'whitened_muon' or 'sophia_muon'"),
+        (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "'adamw'"),
+        (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd'"),
+        (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
+    ],
+)
+def test_a_setting_that_the_run_would_not_read_is_refused(argv, culprit, remedy):
+    with pytest.raises(UserError) as error:
+        load_config(AdamConfig, argv)
+    assert culprit in str(error.value) and remedy in str(error.value)
+
+
+def test_an_unread_setting_of_a_config_file_is_one_warning(tmp_path, capsys):
+    (tmp_path / "config.py").write_text("optimizer_name = 'sgd'\nmomentum = 0.8\nbeta2 = 0.5\n")
+    load_config(AdamConfig, [str(tmp_path / "config.py"), "--optimizer_name=adamw"])
+    assert "momentum" in (warning := capsys.readouterr().err) and "beta2" not in warning
+    load_config(AdamConfig, [str(tmp_path / "config.py")])
+    assert "beta2" in (warning := capsys.readouterr().err) and "momentum" not in warning
+
+
+def test_every_need_names_a_setting_and_possible_values():
+    for cls in (AdamConfig, SophiaConfig):
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for field in fields.values():
+            name, values = field.metadata.get("needs", ("optimizer_name", ()))
+            choices = FIRST_ORDER + SECOND_ORDER if name == "optimizer_name" else fields[name].metadata.get("choices")
+            assert all(value in (choices or (True, False)) for value in values), field.name
