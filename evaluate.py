@@ -12,6 +12,9 @@ import math
 import sys
 from dataclasses import dataclass
 
+from training.errors import UserError, command  # first: Ctrl-C during the other imports is then quiet
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,6 @@ from tqdm import tqdm
 from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.data import check_split, open_dataset
 from training.distributed import Distributed
-from training.errors import UserError, command
 from training.hf import load_model
 
 

@@ -9,11 +9,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.errors import UserError, command  # first: Ctrl-C during the other imports is then quiet
+
+# isort: split
 import torch
 
 from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
 from training.distributed import Distributed
-from training.errors import UserError, command
 from training.hf import load_model
 from training.terminal import warn
 

@@ -22,7 +22,8 @@ number of tokens.
 Runs go one after another, one on each GPU, or --jobs at a time: small models use a GPU better together, but their times
 are then not compared. Started again after an interruption, the sweep does what is missing, and a run that was cut off
 resumes from its checkpoint. A sweep file may get more values, more optimizers or a larger `runs`; finished runs stay.
-A failed or diverged run has loss inf. Remove its folder to repeat it.
+A failed or diverged run has loss inf, and so has one whose settings were changed at a resume. Remove its folder to
+repeat it.
 
 Writes a folder for each run (adamw_3fa21c: the digits stand for the swept values), sweep.json with the swept values and
 the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
@@ -39,23 +40,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
+from training.errors import Parser, UserError, command  # first: Ctrl-C during the other imports is then quiet
+
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from analysis.figures import draw_sweep
-from analysis.runs import label, read_sweep
+from analysis.runs import HARMLESS, changed_keys, label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import load_config
-from training.errors import Parser, UserError, command
-from training.foreign import is_plain_name
-from training.metrics import METRICS, STATE, read_metrics
+from training.config import ALIASES, load_config
+from training.foreign import is_plain_name, read_json
+from training.metrics import CONFIG, METRICS, STATE, read_metrics
 from training.terminal import warn
 from training.tracking import SHARED, write_atomically
 
@@ -72,7 +75,7 @@ APART = 10  # seconds between starts on one GPU, so that its runs do not all eva
 @dataclass
 class Trial:
     """One run of a sweep. swept: its values of the swept settings; seed: its held-out seed if it repeats the best run,
-    else None; loss: None until it ends."""
+    else None; loss: None until it ends; wanted: these values as the run's config.json is to have them."""
 
     optimizer: str
     swept: dict
@@ -83,14 +86,37 @@ class Trial:
     step: int = 0
     loss: float | None = None
     error: str = ""
+    wanted: dict = field(default_factory=dict)
 
     def read(self):
-        """Take step and final loss from the run's metrics; returns whether it is done."""
+        """Take step and final loss from the run's metrics; returns whether it is done.
+
+        A run whose settings are, or were for some steps, not this trial's is done with the loss inf.
+        """
         lines = read_metrics(self.folder / METRICS, about=1000) if (self.folder / METRICS).exists() else []
         self.step = lines[-1]["step"] if lines else 0
         if self.step == self.max_iters and "val/loss" in lines[-1]:
             self.loss = math.inf if lines[-1]["val/loss"] is None else lines[-1]["val/loss"]
+        if lines and (problem := self._problem()):
+            self.loss, self.error = math.inf, f"{problem}; remove this folder to repeat the run"
         return self.loss is not None
+
+    def _problem(self):
+        """Why the run in the folder does not count as this trial, in words; "" if it does."""
+        path = self.folder / CONFIG
+        try:
+            facts = read_json(path)
+            changed = [key for key in changed_keys(facts) if key not in HARMLESS]
+            other = [
+                f"{key} = {facts['config'].get(key)!r}"
+                for key, value in self.wanted.items()
+                if facts["config"].get(key) != value
+            ]
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{CONFIG} is damaged ({type(error).__name__}: {error})"
+        return f"{', '.join(changed)} changed mid-run" if changed else f"it has {', '.join(other)}" if other else ""
 
     def start(self, device, lock, shared):
         """Start or resume the run, on the GPU `device` if that is not None; returns (process, its log)."""
@@ -246,7 +272,9 @@ def grid(definition, out_dir, known=()):
             config = load_config(config_class, argv)
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             argv = [str(Path(__file__).parent / script), *argv]
-            trials.append(Trial(optimizer, point, argv, folder, config.max_iters))
+            wanted = {key: getattr(config, key) for key in (ALIASES.get(key, key) for key in point)}
+            wanted = {k: v for k, v in wanted.items() if k not in HARMLESS and v not in (None, "auto")}
+            trials.append(Trial(optimizer, point, argv, folder, config.max_iters, wanted=wanted))
     if not trials or len(folders) < len(trials):
         raise UserError("an optimizer sweeps an empty list, or one with a value twice; list each value once.")
     other, reference = next(iter(budgets.items()))
@@ -297,7 +325,8 @@ def best_again(trials, seeds, out_dir):
         for seed in range(1, seeds + 1) if math.isfinite(best.loss) else ():
             folder = out_dir / f"best_{best.folder.name}_seed{seed}"
             argv = [*best.argv, f"--seed={seed}", f"--out_dir={folder}"]
-            again.append(Trial(optimizer, best.swept, argv, folder, best.max_iters, seed))
+            wanted = best.wanted | {"seed": seed}
+            again.append(Trial(optimizer, best.swept, argv, folder, best.max_iters, seed, wanted=wanted))
     return again
 
 
@@ -334,6 +363,8 @@ def run_all(trials, devices, lock, bar, known, save_state):
     for trial in trials:
         if trial.loss is None and trial.folder.name in failed and trial.folder.exists():
             trial.loss, trial.error = math.inf, failed[trial.folder.name]
+    for trial in (trial for trial in trials if trial.error and trial.folder.name not in failed):
+        bar.write(f"{trial.folder.name} failed: {trial.error}", file=sys.stderr)
     pending, free, running = [trial for trial in trials if trial.loss is None], list(devices), []
     shared, last_start = len(devices) > len(set(devices)), {}
     apart = shared and devices[0] is not None
@@ -359,6 +390,7 @@ def run_all(trials, devices, lock, bar, known, save_state):
                         raise UserError(f"{trial.folder.name} was stopped by a signal; start the sweep again to go on.")
                     lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     trial.loss, trial.error = math.inf, f"exit code {process.returncode}: {(lines or [''])[-1]}"
+                if trial.error:
                     bar.write(f"{trial.folder.name} failed: {trial.error}", file=sys.stderr)
                 save_state()
             bar.set_postfix_str(", ".join(entry[0].folder.name for entry in running)[:60], refresh=False)

@@ -1,1 +1,3 @@
 """Reading, testing and drawing finished runs: compare.py, sweep.py and experiments/ use it."""
+
+import training  # noqa: F401 - before NumPy and torch, for Ctrl-C

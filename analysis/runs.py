@@ -204,8 +204,7 @@ def read_run(folder):
                 raise TypeError(f"{name} = {value!r:.80}")
         device, commit = f"{facts['world_size']} x {facts['device_name']}", facts.get("git_commit")
         clean = bool(commit) and not commit.endswith("-dirty") and facts.get("clean", True) is True
-        history = [entry for entry in facts.get("history", []) if entry["step"] > 0]  # before step 0 nothing is trained
-        keys = dict.fromkeys(str(key) for entry in history for key in entry["changed"])
+        keys = changed_keys(facts)
         clean = clean and "source_sha256" not in keys
         if "adamw_for" in config:  # older runs call the group of parameters "vectors"
             config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
@@ -225,6 +224,12 @@ def read_run(folder):
         line |= {key: math.nan for key in ("seconds", "tokens_per_second", "mfu") if key in line}
     changed = [key for key in keys if key not in HARMLESS]
     return Run(str(folder), config, parameters, device, commit, clean, shared, conditions, lines, evaluations, changed)
+
+
+def changed_keys(facts):
+    """The settings and facts of a config.json that changed at a resume. Before step 0 nothing is trained."""
+    history = [entry for entry in facts.get("history", []) if entry["step"] > 0]
+    return list(dict.fromkeys(str(key) for entry in history for key in entry["changed"]))
 
 
 def read_sweep(folder):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import train_adam
 from tests.conftest import ROOT, read_lines, tiny_words, torchrun
@@ -153,7 +154,7 @@ def test_ranks_wait_for_slow_files_and_a_write_is_finished_after_a_rank_died(cor
         "def slow_save(*arguments):\n    print('writing', flush=True); time.sleep(6); save(*arguments)\n"
         "checkpoint.save_checkpoint = slow_save\n"
         "def slow_load(*arguments, **settings):\n"
-        "    time.sleep(6 * ('mmap' not in settings)); return load(*arguments, **settings)\n"
+        "    time.sleep(6 * (not settings.get('mmap'))); return load(*arguments, **settings)\n"
         "checkpoint.load_checkpoint.__globals__['torch'].load = slow_load",
     )
     words = [*tiny_words(corpus, tmp_path / "out"), "--batch_size=4", "--eval_interval=1000", "--nccl_timeout=2"]
@@ -192,6 +193,27 @@ def test_ranks_with_different_checkpoints_do_not_train(corpus, tmp_path):
     assert done.returncode != 0
     assert "error: out/ckpt.pt is damaged" in done.stderr, "rank 1 does not fall back for itself"
     assert read_checkpoint(tmp_path / "node0" / "out" / "ckpt.pt")["step"] == 20
+
+
+@pytest.mark.parametrize("form", ["ckpt", pytest.param("import", marks=pytest.mark.slow)])
+def test_ranks_with_different_weights_do_not_train(corpus, tmp_path, form):
+    """Each machine has its own copy of the weights. On rank 1 the newest is damaged, or another model."""
+    apart = script(tmp_path, "os.chdir(sys.argv.pop(1) + str(rank))")
+    for rank in range(2):
+        folder = tmp_path / f"node{rank}"
+        train_adam.main([*tiny_words(corpus, folder / "start"), "--max_iters=20"])
+        own = load_checkpoint(folder / "start")[0]
+        name = "scale_attn_by_inverse_layer_idx"
+        foreign = {"model": own["model"], "model_args": own["model_args"] | {name: False}, "iter_num": rank}
+        torch.save(foreign, folder / "foreign.pt")
+    (folder / "start" / "ckpt.pt").write_bytes(b"damaged")
+    source = {"ckpt": "ckpt:start", "import": "import:foreign.pt"}[form]
+    foreign["model"]["lm_head.weight"][0, 0] += 2**-20
+    torch.save(foreign, folder / "foreign.pt")
+    done = torchrun(2, apart, [str(tmp_path / "node"), *tiny_words(corpus, "out"), f"--init_from={source}"])
+    assert done.returncode != 0
+    assert f"error: ranks 0 and 1 read different weights from {source}, with another SHA-256 (" in done.stderr
+    assert done.stderr.count("error: ") == 1 and not list(tmp_path.glob("node*/out/c*"))
 
 
 def test_a_second_run_in_out_dir_is_refused_and_removes_nothing(corpus, tmp_path):

@@ -411,6 +411,36 @@ def test_a_run_ended_by_a_signal_is_no_result(stub, ending):
     assert [(run["loss"], run["error"]) for run in state(out).values()] == [(None, "")]
 
 
+@pytest.mark.parametrize(
+    "facts, problem",
+    [
+        ({"history": [{"step": 3, "changed": {"beta1": [0.9, 0.8], "torch": ["2.11", "2.13"]}}]}, "beta1 changed mid"),
+        ({"config": {"learning_rate": 0.5}}, "it has learning_rate = 0.5"),
+        ({"history": 3}, "config.json is damaged"),
+        ({"history": [{"step": 0, "changed": {"beta1": [0.9, 0.8]}}]}, ""),
+        ({"history": [{"step": 3, "changed": {"log_interval": [1, 2]}}]}, ""),
+    ],
+)
+def test_a_run_with_other_settings_is_not_the_sweeps(stub, capsys, facts, problem):
+    """By hand someone resumed a run of the sweep, or put one of their own into its folder."""
+    path, out = write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.2]}}), stub / "out"
+    sweep.main([path, f"--out_dir={out}"])
+    folder, begun = out / name("adamw", 0.2), started(out)
+    (folder / "config.json").write_text(json.dumps({"config": {"learning_rate": 0.2}} | facts))
+    capsys.readouterr()
+    for again in (False, True):
+        sweep.main([path, f"--out_dir={out}"])
+        run, said = state(out)[folder.name], capsys.readouterr()
+        assert run["error"].startswith(problem) and bool(run["error"]) == bool(problem)
+        assert (run["loss"] == "inf") == bool(problem)
+        assert ("1 failed" in said.out) == bool(problem)
+        assert said.err.count(f"{folder.name} failed: {problem}") == (bool(problem) and not again)
+    assert started(out) == begun
+    shutil.rmtree(folder)
+    sweep.main([path, f"--out_dir={out}"])
+    assert state(out)[folder.name]["error"] == "" and len(started(out)) == len(begun) + 1
+
+
 def test_the_real_script_gives_the_loss(corpus, tmp_path):
     settings = dict(word[2:].split("=", 1) for word in tiny_words(corpus, ""))
     del settings["out_dir"]

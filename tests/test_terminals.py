@@ -92,6 +92,34 @@ def test_ctrl_c_ends_a_tool_quietly(tmp_path):
         assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
 
 
+STOPS = """
+import sys
+class Finder:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("numpy", "torch", "tqdm", "analysis.runs", "tiktoken", "matplotlib"):
+            import time
+            print("begun", flush=True)
+            try:
+                time.sleep(60)
+            except BaseException:
+                raise ImportError("as NumPy turns it into")
+sys.meta_path.insert(0, Finder)
+"""
+SCRIPTS = ["train_adam", "train_sophiag", "sample", "evaluate", "export_hf", "sweep", "compare", "bench"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/text/prepare", "data/python/prepare"])
+def test_ctrl_c_during_the_imports_is_quiet(tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text(STOPS)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **streams) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
+
+
 @pytest.mark.parametrize("error", ["open('/none/file')", "open('/dev/full', 'w', 1).write('x\\n')", "open('x' * 300)"])
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, error):
     code, errors, _ = shell(tmp_path, "", code=TOOL.replace('print("line", i)', error))

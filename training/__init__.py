@@ -1,0 +1,23 @@
+"""What the scripts share. A Ctrl-C while they import modules ends them quietly; `errors.command` sees to later ones."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as of a program that SIGINT ends
+
+
+def interrupted(number, frame):
+    """End at once in an import, where modules in C swallow a KeyboardInterrupt or turn it into another error."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+_script, _here = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve(), Path(__file__).resolve()
+_is_ours = _here.parents[1] in _script.parents and "site-packages" not in _script.parts
+if _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and a shell's & ignore it
+    signal.signal(signal.SIGINT, interrupted)

@@ -23,6 +23,7 @@ class Distributed:
     """rank, size, local_rank and device of this process, and the collectives that a run needs.
 
     one_machine: whether all ranks are on one machine.
+    store: by which the ranks tell each other what no collective can wait for; None in one process.
     finish: called before a process is ended because another rank is lost; the run lets it finish its checkpoint.
 
     Tensors go through `backend`. Host objects go through a gloo group (`_control`), so that no rank has to wait for its
@@ -33,6 +34,7 @@ class Distributed:
     def __init__(self, device="auto", backend="auto", timeout=600):
         self.timeout, self.finish = timeout, lambda: None
         self._waits, self._waited, self._rank_monitor = 0, 0.0, None  # nested waits, seconds of all that have ended
+        self.store = None
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -67,10 +69,10 @@ class Distributed:
                     f"rank 0 cannot listen at MASTER_ADDR ({_first_line(error)}); use another port."
                 ) from None
             raise late([0], self.timeout) from None
-        self._store = dist.PrefixStore(self._meet(store), store)
+        self.store = dist.PrefixStore(self._meet(store), store)
         dist.init_process_group(
             backend,
-            store=self._store,
+            store=self.store,
             rank=self.rank,
             world_size=self.size,
             device_id=device_id,
@@ -123,8 +125,9 @@ class Distributed:
             raise UserError(f"device = {name!r} is no device; allowed: auto, cuda, cuda:N, mps, cpu.") from None
         if device.type not in ("cuda", "mps", "cpu"):
             raise UserError(f"device = {name!r} is not supported; allowed: auto, cuda, cuda:N, mps, cpu.")
-        if device.type == "mps" and not torch.backends.mps.is_available():
-            raise UserError("device = 'mps' is not available on this machine; use --device=cpu.")
+        if device.type == "mps" and ("RANK" in os.environ or not torch.backends.mps.is_available()):
+            problem = "works in one process" if "RANK" in os.environ else "is not available on this machine"
+            raise UserError(f"device = 'mps' {problem}; use --device=cpu.")
         if device.type == "cuda":
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
@@ -252,6 +255,14 @@ class Distributed:
             errors = [text for text in self.gather(error) if text is not None]
             if errors:
                 raise UserError(errors[0])
+        return result
+
+    def on_all_ranks(self, function):
+        """Call `function()` on every rank, however long it takes. All raise the first UserError of any."""
+        result, error = self._patiently(function)
+        for text in self.gather(error):
+            if text is not None:
+                raise UserError(text)
         return result
 
     def any(self, flag):

@@ -7,12 +7,14 @@ if __name__ == "__main__":
 import argparse
 import errno
 import os
+import signal
 import sys
+import traceback
 
+from training import INTERRUPTED, interrupted
 from training.terminal import open_streams, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-INTERRUPTED = 130  # exit code after Ctrl-C, as of a program that SIGINT ends
 
 
 class UserError(Exception):
@@ -55,6 +57,8 @@ def command(main, goes_on=False):
     `open_streams`.
     """
     open_streams(goes_on)
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
@@ -78,10 +82,17 @@ def _explain(error):
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or ["MemoryError"])[0]
         return RunError(f"the memory is used up ({reason}); use less at once, or a larger machine.")
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = str(error).partition("\n")[0]
-        if "C++ compiler" in reason or "C compiler" in reason:
-            return UserError(f"compile = True needs a C++ compiler ({reason}); install g++, or leave --compile out.")
+    if isinstance(error, ImportError) and (error.name or "").startswith("triton"):
+        return UserError(f"training on a GPU needs Triton ({error}); pip install triton, or triton-windows on Windows.")
+    compiling, lines = type(error).__module__.startswith(("torch._dynamo", "torch._inductor")), str(error).splitlines()
+    reason = next((line for line in lines if "C++ compiler" in line), None) if compiling else None
+    if reason:
+        return UserError(f"compile = True needs a C++ compiler ({reason}); install g++, or leave --compile out.")
+    if _is_of_triton(error) or any("C compiler" in line for line in lines if compiling):
+        reason = next((line for line in lines if "C compiler" in line), (lines or [""])[0])
+        return UserError(f"Triton's kernels need a C compiler ({reason}); install gcc and python3-dev, or set CC.")
+    if compiling:
+        reason = ": ".join(lines[:2])
         return RunError(f"torch.compile failed ({reason}); leave --compile out (TORCH_LOGS=+dynamo says more).")
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         name = "a file" if error.filename is None else error.filename
@@ -89,3 +100,9 @@ def _explain(error):
         kind = RunError if error.errno in FULL else UserError
         return kind(f"{name} cannot be read or written ({error.strerror}); {remedy}.")
     return None
+
+
+def _is_of_triton(error):
+    """Whether it comes from Triton's call of the C compiler."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == "triton.runtime.build" for frame in frames)

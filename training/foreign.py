@@ -76,8 +76,11 @@ def is_plain_name(name):
 # ----- checkpoints
 
 
-def load_tensors(path, map_location="cpu"):
-    """torch.load of tensors and plain values. UserError for any other file; its code is not run."""
+def load_tensors(path, mmap=False):
+    """torch.load of tensors and plain values. UserError for any other file; its code is not run.
+
+    mmap: leave the tensors on the disk until they are used.
+    """
     import torch
 
     try:
@@ -85,7 +88,7 @@ def load_tensors(path, map_location="cpu"):
             raise UserError(f"{path} cannot be read (it is not a file).")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); name another checkpoint.") from None
     except (UserError, MemoryError):
@@ -97,7 +100,9 @@ def load_tensors(path, map_location="cpu"):
 
 
 class Checkpoint(dict):
-    """A run's checkpoint. A key that it lacks is a UserError that names the file."""
+    """A run's checkpoint. A key that it lacks is a UserError that names the file. manifest: that of a folder."""
+
+    manifest = None
 
     def __init__(self, content, path):
         super().__init__(content)

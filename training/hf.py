@@ -8,6 +8,7 @@ to_hf(model).save_pretrained("exported")                               # transfo
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model import EMBEDDINGS, GPT, GPTConfig
-from training.checkpoint import load_checkpoint, read_checkpoint
+from training.checkpoint import MANIFEST, load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.foreign import check_weights, load_tensors, restoring
@@ -49,7 +50,7 @@ def load_model(init_from, out_dir, which="newest"):
     Raises UserError if there is nothing to load, or if model and tokenizer do not fit.
     """
     if init_from == "resume":
-        checkpoint, origin = load_checkpoint(out_dir, which=which)
+        checkpoint, origin = load_checkpoint(out_dir, which, parts=("model",))
     else:
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
@@ -185,6 +186,17 @@ def start_from(config):
     return checkpoint
 
 
+def sha256_of(checkpoint):
+    """The SHA-256 of the weights and optimizer states of a start_from checkpoint."""
+    digest, (_, states) = hashlib.sha256(), checkpoint["optimizer"] or (None, {})
+    for name, tensors in sorted({"": checkpoint["model"], **states}.items()):
+        for key, tensor in sorted(tensors.items()):
+            tensor = torch.as_tensor(tensor)
+            digest.update(f"{name} {key} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_optimizer_state(optimizer, model, states):
     """Give `optimizer` the `states` of a start_from checkpoint, {parameter name: state}. Its settings stay."""
     names = {p: name for name, p in model.named_parameters()}
@@ -203,7 +215,8 @@ def load_pretrained(init_from):
     if kind == "import":
         checkpoint |= _read_import(path)
     elif kind == "ckpt":
-        own = load_checkpoint(path)[0] if Path(path).is_dir() else read_checkpoint(path)
+        is_run = Path(path).is_dir() and not (Path(path) / MANIFEST).exists()
+        own = load_checkpoint(path, parts=("model",))[0] if is_run else read_checkpoint(path, parts=("model",))
         checkpoint |= {key: own[key] for key in ("model", "model_args", "tokenizer", "config")}
     else:
         try:

@@ -59,6 +59,8 @@ class RunLock:
                 os.unlink(self.path)
         with contextlib.suppress(OSError):
             os.close(self._file)
+            if os.name != "posix":  # Windows removes no file that is open
+                os.unlink(self.path)
 
     def _take(self):
         """None, and the lock is this process's; or the owner, {} if unknown, who is or may be alive."""
@@ -92,7 +94,8 @@ class RunLock:
         if owner and self._alive(owner, file, locks):
             return owner
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(self._me).encode(), 0)
+        os.lseek(file, 0, os.SEEK_SET)  # Windows has no pwrite
+        os.write(file, json.dumps(self._me).encode())
         if not locks:  # of two that start at once the one that wrote last has it
             time.sleep(1)
             owner = _read(file)
@@ -136,7 +139,8 @@ def _started(process):
 def _read(file):
     """What the owner wrote, {} if it is not readable, None if nothing."""
     try:
-        text = os.pread(file, 4096, 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        text = os.read(file, 4096)
         owner = json.loads(text) if text else None
         return owner if owner is None or {"host", "process", "started"} <= owner.keys() else {}
     except (OSError, ValueError, AttributeError):

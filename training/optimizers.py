@@ -331,10 +331,30 @@ def take_momentum(optimizer, before):
 # ----- states from checkpoints
 
 
-def load_state(optimizer, state):
-    """Load a checkpoint's state. The settings (betas, weight decay, ...) stay those of `optimizer`."""
+def has_parts(optimizer):
+    """Whether ranks hold states that the others do not, although the parameters are whole."""
+    return any(getattr(part, "_share", None) for part in _parts(optimizer))
+
+
+def named_state(optimizer, names):
+    """The state_dict with the names {parameter: name} in place of numbers."""
+    if isinstance(optimizer, OptimizerContainer):
+        return {name: named_state(part, names) for name, part in optimizer.optimizers.items()}
+    state, labels = optimizer.state_dict(), _labels(optimizer, names)
+    groups = [{**group, "params": [labels[n] for n in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": {labels[n]: s for n, s in state["state"].items()}, "param_groups": groups}
+
+
+def _labels(optimizer, names):
+    """The parameters' names in their order. A block of a matrix, which has none, has its number."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(p, str(number)) for number, p in enumerate(parameters)]
+
+
+def load_state(optimizer, state, names):
+    """Load a checkpoint's state, a state_dict or `named_state`. Settings (betas, ...) stay those of `optimizer`."""
     made = {p: dict(state) for p, state in optimizer.state.items()}
-    optimizer.load_state_dict(_with_settings_of(optimizer, state))
+    optimizer.load_state_dict(_with_settings_of(optimizer, state, names))
     for part in _parts(optimizer):
         _check_state(part)
     for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
@@ -363,15 +383,17 @@ def rescale_curvature(optimizer, ratio):
             state["hessian"].mul_(ratio)
 
 
-def _with_settings_of(optimizer, state):
+def _with_settings_of(optimizer, state, names):
     """`state` with the optimizer's own groups, except for the state in them: "params", and some optimizers' "step"."""
     if isinstance(optimizer, OptimizerContainer):
-        return {name: _with_settings_of(part, state[name]) for name, part in optimizer.optimizers.items()}
+        return {name: _with_settings_of(part, state[name], names) for name, part in optimizer.optimizers.items()}
     if isinstance(optimizer, Muon):
         state = _joined_blocks(optimizer, state)
-    groups = []
+    groups, labels = [], iter(_labels(optimizer, names))
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}})
+        own = [next(labels) for _ in group["params"]]
+        named = {"params": own} if isinstance(next(iter(saved["params"]), None), str) else {}
+        groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}, **named})
     return {**state, "param_groups": groups}
 
 

@@ -8,6 +8,7 @@ with Run(config) as run:
 """
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import math
@@ -23,14 +24,16 @@ import torch
 from model import GPT, GPTConfig
 from training import data, optimizers
 from training.checkpoint import (
+    PARTS,
     PREVIOUS,
+    TEMPORARY,
     CheckpointWriter,
     all_checkpoints,
     checkpoint_sha256,
-    copy_to_host,
     load_checkpoint,
     make_newest,
     read_checkpoint,
+    remove,
     set_aside_unreadable,
 )
 from training.config import with_current_values
@@ -39,13 +42,14 @@ from training.errors import RunError, UserError, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
-from training.hf import load_optimizer_state, start_from
+from training.hf import load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import check_whole, learning_rate, sequence_length, stages
-from training.sharding import check_sharding, shard, shard_state, total_norm
+from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
+from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
 from training.tokenizer import identity as tokenizer_identity
@@ -98,9 +102,7 @@ class Run:
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
         if config.init_from != "scratch":
-            checkpoint, origin = (
-                self._load_checkpoint() if resume else (world.local_rank0_first(lambda: start_from(config)), None)
-            )
+            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
         if resume:
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
@@ -130,14 +132,19 @@ class Run:
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        self.model = GPT(model_config)
-        if checkpoint:
+        in_parts = config.fsdp and checkpoint
+        with torch.device("meta") if in_parts else contextlib.nullcontext():
+            self.model = GPT(model_config)
+        if checkpoint and not in_parts:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
             shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
+        if in_parts:
+            world.on_all_ranks(lambda: load_weights(self.model, checkpoint, world.device))
         self.model.to(world.device)
+        self._names = {p: name for name, p in self.model.named_parameters()}
         self.model.activation_checkpointing = config.activation_checkpointing
         torch.manual_seed(config.seed + world.rank)  # from here on only dropout draws
         self._clock = Clock(world.synchronize, checkpoint["seconds"] if checkpoint else 0.0)
@@ -164,21 +171,23 @@ class Run:
             if not resume or elsewhere:
                 for path in _run_files(config.out_dir):
                     try:
-                        path.unlink(missing_ok=True)
+                        remove(path)
                     except OSError as error:
                         raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
-            if resume and origin.name == PREVIOUS and config.checkpoint == "newest":
+            if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
                 make_newest(origin, config.out_dir)
             if elsewhere and (origin.parent / METRICS).exists():
                 shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
-            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, self.step if resume else None)
-            world.finish = self._writer.wait
+            before = self.step if resume else None
+            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, before, world)
 
         if not config.eval_only:
             world.on_rank0(open_files)
+            self._writer = self._writer or PartWriter(Path(config.out_dir) / TEMPORARY, world)
+            world.finish = self._writer.wait
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
@@ -232,20 +241,34 @@ class Run:
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
         config, world, chosen = self.config, self.world, []
+        parts = () if config.fsdp else PARTS  # the tensors are read into the sharded model and optimizer
 
         def choose():
-            checkpoint, path = load_checkpoint(config.out_dir, which=config.checkpoint)
+            checkpoint, path = load_checkpoint(config.out_dir, config.checkpoint, parts)
             chosen.append(checkpoint)
             return path
 
         path = world.on_rank0(choose)
-        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path))
+        verify = world.local_rank == 0  # once on each machine
+        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path, parts, verify))
         world.assert_same_on_all_ranks(
             {"step": checkpoint["step"], "SHA-256": checkpoint_sha256(path)},
             f"read different checkpoints from {path}, with another",
             "out_dir must be one folder that all machines see",
         )
         return checkpoint, path
+
+    def _load_weights(self):
+        """The checkpoint of init_from, other than "resume". All ranks check that they read the same."""
+        config, world = self.config, self.world
+        checkpoint = world.local_rank0_first(lambda: start_from(config))
+        if world.size > 1:
+            world.assert_same_on_all_ranks(
+                {"step": checkpoint["step"], "SHA-256": sha256_of(checkpoint)},
+                f"read different weights from {config.init_from}, with another",
+                "all machines must see the same files",
+            )
+        return checkpoint
 
     def _changes(self, checkpoint):
         """{setting or fact: [in the checkpoint, now]} where they differ. UserError if a data file was replaced."""
@@ -381,7 +404,9 @@ class Run:
             optimizer.register_load_state_dict_pre_hook(shard_state)
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
-                optimizers.load_state(optimizer, self._resumed["optimizer"])
+                if self.config.fsdp and self._resumed.manifest:
+                    self.world.on_all_ranks(lambda: read_state(self._resumed, self._names))
+                optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])
                 self.world.set_rng_state(self._resumed["rng"])
@@ -454,7 +479,7 @@ class Run:
                         self._best = metrics["val/loss"]
                     if step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step, improved)
-                    elif improved and self._writer:
+                    elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)
             if step in stage_starts:  # after the checkpoint, with which a resume logs the stage that ends here again
                 self._train_step.start_stage(step)
@@ -483,6 +508,8 @@ class Run:
 
         try:
             self.world.on_rank0(finish)
+            if self._writer:
+                self._writer.wait()
         except UserError as error:
             remedy = f"make {self.config.out_dir} writable, with free space, and resume from the one before"
             raise RunError(f"{error}; {remedy}.") from None
@@ -608,13 +635,15 @@ class Run:
             self._say(console_line(metrics, self.config.max_iters, self.tokens_per_step))
 
     def _save(self, step, is_best=False):
-        """Write the checkpoint after `step` updates. All ranks call it, rank 0 writes."""
+        """Write the checkpoint after `step` updates. All ranks call it; rank 0 writes, or each rank its part."""
         rng = self.world.gather(self.world.rng_state())
-        if not self.world.is_rank0 and not self.config.fsdp:
+        in_parts = self.config.fsdp or optimizers.has_parts(self.optimizer)
+        if not self.world.is_rank0 and not in_parts:
             return
+        state = optimizers.named_state(self.optimizer, self._names) if in_parts else self.optimizer.state_dict()
         checkpoint = {
             "model": self.model.state_dict(keep_vars=True),  # keeps the tied matrix one object
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state,
             "scaler": self._train_step.scaler.state_dict(),
             "step": step,
             "sequences_seen": self._batches.sequences_before(step),
@@ -635,10 +664,7 @@ class Run:
         }
         if self._tracker:
             self._tracker.check()
-        if self._writer:
-            self._writer.save(checkpoint)
-        else:
-            copy_to_host(checkpoint, keep=False)  # rank 0 gathers this rank's shards
+        self._writer.save(checkpoint, in_parts)
 
 
 def _warn_of_separate_tasks():

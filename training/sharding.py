@@ -12,6 +12,7 @@ import torch
 
 from training.errors import UserError
 from training.optimizers import OPTIMIZERS
+from training.shards import read_part
 
 
 def check_sharding(config, world):
@@ -51,21 +52,50 @@ def shard(model, mesh, dtype, compile):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - inner)
 
 
+def load_weights(model, checkpoint, device):
+    """Give a sharded model on the meta device a checkpoint's weights. Each rank takes its part alone."""
+    model.to_empty(device=device)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    if getattr(checkpoint, "manifest", None):
+        read_part(checkpoint, "model", lambda path, meta: parameters[path.removeprefix("model/")])
+    else:
+        for name, p in parameters.items():
+            _take_part(p, checkpoint["model"][name])
+
+
+def read_state(checkpoint, names):
+    """Read the optimizer's state of a folder: of sharded tensors this rank's part. names: {parameter: name}."""
+    parameters = {name: p.detach() for p, name in names.items()}
+
+    def target(path, meta):
+        if checkpoint.manifest["tensors"][path]["sharded"]:
+            return torch.empty_like(parameters[path.split("/")[-2]], dtype=meta.dtype)
+        return torch.empty_like(meta, device="cpu")
+
+    read_part(checkpoint, "optimizer", target)
+
+
+def _take_part(tensor, complete):
+    """Copy this rank's part of a complete tensor into a DTensor."""
+    (chunk,) = tensor.__create_chunk_list__()
+    for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        complete = complete.narrow(dimension, offset, size)
+    tensor.to_local().copy_(complete)
+    return tensor
+
+
 def shard_state(optimizer, state_dict):
     """A load_state_dict pre-hook: `state_dict` with this rank's part of every tensor that has its parameter's shape."""
-    from torch.distributed.tensor import distribute_tensor
-
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameter = dict(zip(numbers, parameters, strict=True))
 
     def part(value, p):
-        if not isinstance(value, torch.Tensor) or hasattr(value, "to_local") or value.shape != p.shape:
+        if not isinstance(value, torch.Tensor) or hasattr(value, "to_local"):
             return value
-        split = distribute_tensor(
-            value, p.device_mesh, p.placements, src_data_rank=None
-        )  # every rank has the complete tensor
-        return split.clone()  # a view would keep the complete tensor in memory
+        if value.shape != p.shape:
+            return value.clone()  # it may be in a file, which would stay open
+        return _take_part(torch.empty_like(p.detach(), dtype=value.dtype), value)
 
     state = {n: {key: part(v, parameter[n]) for key, v in s.items()} for n, s in state_dict["state"].items()}
     return {**state_dict, "state": state}

@@ -77,8 +77,7 @@ class Batches:
         """
         full = self.config.block_size
         share = self.world.share(count * full // length)
-        n = next(n for n in range(1, len(share) + 1) if len(share) % n == 0 and
-                 len(share) // n * length <= self.config.batch_size * full)  # fmt: skip
+        n = _equal_parts(len(share), self.config.batch_size * full // length)
         size = len(share) // n
         return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size * length / (count * full)
 
@@ -99,7 +98,8 @@ class Batches:
         return tensor.pin_memory() if self.world.device.type == "cuda" else tensor
 
     def to_device(self, tensor):
-        return tensor.to(self.world.device, non_blocking=True)
+        on_gpu = self.world.device.type == "cuda"  # elsewhere memory is not pinned, and mps may read it too late
+        return tensor.to(self.world.device, non_blocking=on_gpu)
 
 
 class TrainStep:
@@ -260,36 +260,53 @@ class TrainStep:
         """
         full = not self._try_micro_batch(size)
         self.model.train()
-        for p in self.model.parameters():
-            p.grad = None
+        self._free_gradients()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return not self.world.any(full)
 
     def _try_micro_batch(self, size):
-        """Training, estimate and evaluation once, beside as much memory as the optimizer's state will take."""
-        device, shape = self.world.device, (size, self.config.block_size)
+        """Every pass of the run once, beside as much memory as the optimizer's state will take."""
+        device, parameters = self.world.device, dict(self.model.named_parameters())
+        estimated = len(self.world.share(self.config.hess_bs)) if self._estimate else 1
+        estimated //= _equal_parts(estimated, size)
+
+        def ids(count):
+            return torch.zeros((count, self.config.block_size), dtype=torch.int64, device=device)
+
+        def backward(count, loss):
+            inputs = ids(count)
+            with self._autocast:
+                value = self._forward(inputs, inputs if loss is cross_entropy else inputs.float(), loss)
+            value.backward()
+
         try:
             with torch.random.fork_rng(devices=self.world.rng_devices):
                 if device.type == "cuda":  # two numbers a parameter; with DDP one has its gradients' place already
                     count = (1 if self._ddp else 2) * self.model.num_params()
                     _state = torch.empty(count, dtype=torch.float32, device=device)
-                inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-                for loss in [cross_entropy, label_loss][: 1 + (self._estimate == "labels")]:
-                    targets = inputs if loss is cross_entropy else torch.zeros(shape, device=device)
-                    with self._autocast:
-                        value = self._forward(inputs, targets, loss)
-                    value.backward()
+                backward(size, cross_entropy)
+                if self._estimate == "labels":
+                    backward(estimated, label_loss)
+                elif self._estimate == "hutchinson":
+                    self._free_gradients()
+                    vectors, _totals = ({k: torch.zeros_like(p) for k, p in parameters.items()} for _ in range(2))
+                    part = ids(estimated // _equal_parts(estimated, _most_in_product(size)))
+                    self._differentiate(part, part, vectors)
                 self.model.eval()
                 with torch.no_grad():
-                    self.evaluation(inputs, inputs)
+                    self.evaluation(ids(size), ids(size))
                 self.world.synchronize()
             return True
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return False
+
+    def _free_gradients(self):
+        for p in self.model.parameters():
+            p.grad = None
 
     def evaluation(self, inputs, targets):
         """(2,): loss and accuracy, means over the labels."""
@@ -333,8 +350,8 @@ class TrainStep:
         vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
         totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
         for inputs, targets, weight in batch:
-            most = max(self.config.batch_size * self.config.block_size // inputs.shape[1] // PLAIN_ATTENTION, 1)
-            n = next(n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0 and len(inputs) // n <= most)
+            most = _most_in_product(self.config.batch_size * self.config.block_size // inputs.shape[1])
+            n = _equal_parts(len(inputs), most)
             for part in zip(inputs.chunk(n), targets.chunk(n), strict=True):
                 products = self._part_products(*part, vectors)
                 torch._foreach_add_(list(totals.values()), [products[k] for k in totals], alpha=weight / n)
@@ -344,12 +361,26 @@ class TrainStep:
         if self.config.compile and ("product", inputs.shape) not in self._compiled:
             self._compiled.add(("product", inputs.shape))
             with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices):
-                self._part_products(inputs, targets, vectors)
+                self._differentiate(inputs, targets, vectors)
+        return self._differentiate(inputs, targets, vectors)
+
+    def _differentiate(self, inputs, targets, vectors):
         checkpointing, self.model.activation_checkpointing = self.model.activation_checkpointing, False
-        with self._autocast:
-            products = self._product(inputs, targets, vectors)
-        self.model.activation_checkpointing = checkpointing  # torch cannot differentiate it forward
-        return products
+        try:  # without checkpointing, which torch cannot differentiate forward
+            with self._autocast:
+                return self._product(inputs, targets, vectors)
+        finally:
+            self.model.activation_checkpointing = checkpointing
+
+
+def _equal_parts(count, most):
+    """Into how few equal parts of at most `most` a number of sequences can be divided."""
+    return next(n for n in range(1, count + 1) if count % n == 0 and count // n <= most)
+
+
+def _most_in_product(batch_size):
+    """Sequences in a Hessian-vector product, at most."""
+    return max(batch_size // PLAIN_ATTENTION, 1)
 
 
 class ModelLoss(torch.nn.Module):

@@ -52,14 +52,15 @@ class Tracker:
         path, self._record = self.out_dir / METRICS, json.dumps({"config": vars(config), **facts}, indent=2) + "\n"
         try:
             before = read_metrics(path) if os.path.lexists(path) else []
-            lines = [json.dumps(line) for line in before if line["step"] < start_step]
-            write_atomically(path, "".join(line + "\n" for line in lines))
+            kept = [line for line in before if line["step"] < start_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             write_atomically(self.out_dir / CONFIG, self._record)
             self._lines = Lines(path)
         except OSError as error:
             name, remedy = error.filename2 or error.filename or path, "make room for it, or name another --out_dir"
             raise UserError(f"{name} cannot be written ({error.strerror}); {remedy}.") from None
-        self._wandb = Wandb(config, facts, wandb_id) if config.wandb_log else None
+        aborted = any(line["step"] > start_step for line in before)
+        self._wandb = Wandb(config, facts, wandb_id, kept, aborted) if config.wandb_log else None
 
     @property
     def wandb_id(self):
@@ -145,28 +146,49 @@ class Wandb:
     """Weights & Biases. A failure there is a warning: it neither stops nor slows training.
 
     id: of the wandb run, so that a resumed run continues it; None if wandb could not be started.
+    kept, aborted: the run's lines before this start, and whether an attempt logged steps that are now done again. wandb
+    takes no step back: the wandb run is rewound, or a new one begins with these lines where wandb cannot rewind.
     """
 
     PATIENCE = 60  # seconds that the start may take, and at the end the sending of what is left
 
-    def __init__(self, config, facts, run_id):
-        self._max_iters = config.max_iters
+    def __init__(self, config, facts, run_id, kept=(), aborted=False):
+        self._max_iters, self.run, self.id = config.max_iters, None, run_id
+        if not self._try("without wandb", lambda wandb: wandb):
+            return
         settings = {
             "project": config.wandb_project,
             "name": config.wandb_run_name or Path(config.out_dir).name,
             "group": config.optimizer_name,
             "config": {**vars(config), **facts},
-            "id": run_id,
-            "resume": "allow",
             "dir": config.out_dir,
             "settings": {"init_timeout": self.PATIENCE},
         }
-        self.run = self._try("offline", lambda wandb: wandb.init(**settings))
+        if aborted and kept and run_id:
+            self.run = self._rewound(settings, f"{run_id}?_step={kept[-1]['step']}")
+            run_id = self.run and run_id
+        mine = settings | {"id": run_id, "resume": "allow"}
+        if self.run is None:
+            self.run = self._try("offline", lambda wandb: wandb.init(**mine))
         if self.run is None:  # no network or no account: it writes to the disk, and `wandb sync` sends that later
-            self.run = self._try("without wandb", lambda wandb: wandb.init(**settings, mode="offline"))
-        self.id = self.run.id if self.run else run_id
+            self.run = self._try("without wandb", lambda wandb: wandb.init(**mine, mode="offline"))
+        self.id = self.run.id if self.run else self.id
         if self.run and not self._try("without wandb", lambda _: self.run.define_metric("*", step_metric="step")):
             self.run = None
+        for line in () if run_id else kept:
+            self.log(line)
+
+    def _rewound(self, settings, moment):
+        """The wandb run cut at `moment`; None with a warning where that cannot be done, as on most servers."""
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode == "offline":
+                raise OSError("wandb is offline")
+            return wandb.init(**settings, resume_from=moment)
+        except Exception as error:
+            warn(f"wandb cannot rewind the run, which goes on as a new one ({(str(error).splitlines() or [''])[0]})")
+            return None
 
     def _try(self, otherwise, action):
         try:
@@ -179,7 +201,8 @@ class Wandb:
 
     def log(self, metrics):
         def send(_):
-            self.run.log(metrics)  # not by wandb's own count, which drops the steps that a resumed run repeats
+            if metrics["step"] >= self.run.starting_step:  # else wandb has it already
+                self.run.log(metrics, step=metrics["step"], commit=True)
             if metrics["step"] == self._max_iters:  # the end
                 speed = metrics["tokens"] / max(metrics.get("seconds", 0.0), 1e-9)
                 final = {"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed}

@@ -16,10 +16,12 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from training.errors import command  # first: Ctrl-C during the other imports is then quiet
+
+# isort: split
 from tqdm import tqdm
 
 from data import corpus, sources
-from training.errors import command
 
 MAX_BYTES = 1_000_000
 VAL_FRACTION = 0.01

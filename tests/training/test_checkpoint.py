@@ -91,7 +91,7 @@ def test_writing_goes_on_beside_training_one_at_a_time(tmp_path, monkeypatch, ca
     """However slow the disk is. Of those that arrive meanwhile the newest is written, the others are skipped."""
     written, gate, writing = [], threading.Event(), threading.Lock()
 
-    def slow(out_dir, checkpoint, keep):
+    def slow(out_dir, checkpoint, keep, *_):
         assert writing.acquire(blocking=False), "one at a time"
         gate.wait(5)
         written.append((checkpoint["step"], checkpoint["model"]["w"][0, 0].item()))

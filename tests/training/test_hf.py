@@ -17,7 +17,7 @@ from training import data
 from training.checkpoint import read_checkpoint
 from training.config import load_config
 from training.errors import command
-from training.hf import from_hf, from_pretrained, load_model, load_pretrained, to_hf
+from training.hf import from_hf, from_pretrained, load_model, load_pretrained, sha256_of, to_hf
 
 SHAPE = dict(n_layer=1, n_head=4, n_embd=24, block_size=16, vocab_size=64)  # not the one of tiny_words
 STEPS = 5  # that the other code has done
@@ -389,3 +389,17 @@ def test_load_model_wants_to_know_the_tokenizer(corpus, tmp_path):
     small_gpt2().save_pretrained(tmp_path / "hf")
     model, tokenizer, _ = load_model(f"hf:{tmp_path}/hf", None)
     assert dataclasses.asdict(model.config)["vocab_size"] == 50257 and tokenizer.eot == 50256
+
+
+def test_the_hash_of_weights_sees_every_bit_and_state():
+    def given(**changes):
+        weights = {"b": torch.ones(3, dtype=torch.bfloat16), "a": torch.arange(6.0).view(2, 3).t()}
+        states = {"a": {"step": 3, "exp_avg": torch.zeros(())}}
+        return {"model": weights | changes, "optimizer": ("adamw", states)}
+
+    expected = sha256_of(given())
+    assert sha256_of(given()) == expected
+    others = [given(a=torch.arange(6.0).view(3, 2)), given(b=torch.ones(3)), given(c=torch.ones(1))]
+    others += [given(b=torch.tensor([1, 1, 1 + 2**-7], dtype=torch.bfloat16)), given() | {"optimizer": None}]
+    others.append(given() | {"optimizer": ("adamw", {"a": {"step": 4, "exp_avg": torch.zeros(())}})})
+    assert len({expected, *map(sha256_of, others)}) == 7

@@ -11,6 +11,7 @@ from tests.training.test_resume import TINY, config_of, refused
 from training import memory
 from training.checkpoint import read_checkpoint
 from training.config import load_config
+from training.curvature import hessian_vector_product, label_loss
 from training.errors import command, is_out_of_memory
 from training.run import Run
 from training.step import ModelLoss, TrainStep
@@ -24,13 +25,16 @@ def tiny(corpus, tmp_path):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def limit(monkeypatch, most, error=torch.OutOfMemoryError):
-    """A device on which a forward pass of more than `most` sequences is out of memory; returns the sizes asked for."""
+def limit(monkeypatch, most, error=torch.OutOfMemoryError, of=lambda *arguments: True):
+    """A device on which a forward pass of more than `most` sequences is out of memory; returns the sizes asked for.
+
+    of: whether a pass, by its arguments, is limited.
+    """
     forward, asked = ModelLoss.forward, []
 
     def limited(loss, inputs, *arguments):
         asked.append(len(inputs))
-        if len(inputs) > most:
+        if len(inputs) > most and of(*arguments):
             raise error("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(loss, inputs, *arguments)
 
@@ -85,6 +89,36 @@ def test_auto_takes_the_largest_that_fits_and_leaves_no_trace(tiny, tmp_path, mo
     assert losses(tmp_path / "out") == losses(tmp_path / "given"), "bit for bit, dropout included"
     first, second = (read_checkpoint(tmp_path / name / "ckpt.pt")["rng"] for name in ("out", "given"))
     assert torch.equal(first[0][0], second[0][0])
+
+
+def chosen(words):
+    with Run(load_config(train_sophiag.SophiaConfig, [*words, "--batch_size=auto"])) as run:
+        return run.config.batch_size, run.model.activation_checkpointing
+
+
+@pytest.mark.parametrize("hess_bs, most, size", [(24, 2, 12), (24, 3, 24), (4, 2, 24), (4, 1, 12), (1, 1, 24)])
+def test_auto_tries_the_hessian_vector_product(tiny, monkeypatch, hess_bs, most, size):
+    """It takes an eighth of a micro-batch at once, and hess_bs at most."""
+
+    def limited(model, inputs, *arguments):
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hessian_vector_product(model, inputs, *arguments)
+
+    monkeypatch.setattr("training.step.hessian_vector_product", limited)
+    words = [*tiny, "--optimizer_name=sophiah", f"--hess_bs={hess_bs}", "--activation_checkpointing=True"]
+    assert chosen(words) == (size, True)
+
+
+@pytest.mark.parametrize("hess_bs, size", [(24, 4), (12, 4), (5, 24), (2, 24)])
+def test_auto_tries_an_estimate_of_its_own_size(tiny, monkeypatch, hess_bs, size):
+    limit(monkeypatch, 5, of=lambda targets, loss=None: loss is label_loss)
+    assert chosen([*tiny, f"--hess_bs={hess_bs}"])[0] == size
+
+
+def test_auto_tries_an_evaluation(tiny, monkeypatch):
+    limit(monkeypatch, 5, of=lambda *_: not torch.is_grad_enabled())
+    assert chosen(tiny)[0] == 4
 
 
 def test_after_the_search_there_are_no_gradients(tiny, monkeypatch):

@@ -83,13 +83,13 @@ def test_wandb_gets_the_same_names(tiny, tmp_path, monkeypatch):
     calls, logged, finished = [], [], []
 
     class FakeRun:
-        id, summary = "abc", {}
+        id, summary, starting_step = "abc", {}, 0
 
         def define_metric(self, name, step_metric):
             return name, step_metric
 
-        def log(self, metrics):
-            logged.append((metrics["step"], metrics))
+        def log(self, metrics, step, commit):
+            logged.append((step, metrics))
 
         def finish(self):
             finished.append(True)

@@ -1,0 +1,395 @@
+"""Checkpoints as folders of shards: written by all ranks or not at all, damage noticed, no code run.
+
+The ranks of most tests are threads that share a store; the tensors that all or some of them hold are not DTensors. Those
+are in test_fsdp.py.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from training.checkpoint import TEMPORARY, CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint
+from training.errors import UserError
+from training.shards import HashingFile, PartWriter
+
+
+class Ranks:
+    """Writers of `size` ranks, which save together. lost: set when a rank is."""
+
+    def __init__(self, out_dir, size=3, keep=0):
+        self.lost, store, self._met = threading.Event(), HashStore(), [None] * size
+        self._barrier = threading.Barrier(size)
+        worlds = [
+            SimpleNamespace(rank=rank, size=size, store=store, rank_lost=self.lost.is_set, gather=self._gather(rank))
+            for rank in range(size)
+        ]
+        self.writers = [CheckpointWriter(out_dir, keep, world=worlds[0])]
+        self.writers += [PartWriter(out_dir / TEMPORARY, world) for world in worlds[1:]]
+
+    def _gather(self, rank):
+        def gather(thing):
+            self._met[rank] = thing
+            self._barrier.wait(10)
+            found = list(self._met)
+            self._barrier.wait(10)
+            return found
+
+        return gather
+
+    def save(self, step, is_best=False):
+        states = [state(step, rank, is_best) for rank in range(len(self.writers))]
+        threads = [
+            threading.Thread(target=writer.save, args=(checkpoint, True))
+            for writer, checkpoint in zip(self.writers, states, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        for tensor in (s["model"]["w"] for s in states):
+            tensor.zero_()  # training goes on
+
+    def wait(self):
+        for writer in self.writers:
+            writer.wait()
+
+
+def state(step, rank, is_best=False):
+    """What rank `rank` passes on: weights that all have, the factor of one matrix, its random numbers."""
+    weight = torch.full((50, 40), float(step))
+    matrix = {"exp_avg": torch.arange(6.0).view(2, 3) + step, "step": torch.tensor(float(step))}
+    own = {f"matrix{rank}": {"factor": torch.full((3, 3), 10.0 * rank + step)}}
+    groups = [{"lr": 0.1, "params": ["matrix", "matrix0", "matrix1", "matrix2"], "betas": (0.9, 0.95)}]
+    return {
+        "step": step,
+        "is_best": is_best,
+        "config": {"fsdp": True},
+        "model": {"w": weight, "tied": weight},
+        "optimizer": {"adamw": {"state": {"matrix": matrix, **own}, "param_groups": groups}},
+        "rng": [[torch.get_rng_state()]],
+    }
+
+
+def saved(tmp_path, *steps, **settings):
+    ranks = Ranks(tmp_path, **settings)
+    for step in steps:
+        ranks.save(step)
+        ranks.wait()
+        assert ranks.writers[0].error is None
+    return ranks
+
+
+def test_each_tensor_is_stored_once_and_read_as_it_was(tmp_path):
+    saved(tmp_path, 7)
+    loaded, path = load_checkpoint(tmp_path)
+    assert path == tmp_path / "ckpt" and loaded["step"] == 7 and torch.equal(loaded["rng"][0][0], torch.get_rng_state())
+    assert torch.equal(loaded["model"]["w"], torch.full((50, 40), 7.0))
+    assert loaded["model"]["tied"] is loaded["model"]["w"]
+    states = loaded["optimizer"]["adamw"]["state"]
+    assert [states[f"matrix{rank}"]["factor"][0, 0].item() for rank in range(3)] == [7.0, 17.0, 27.0]
+    assert torch.equal(states["matrix"]["exp_avg"], torch.arange(6.0).view(2, 3) + 7) and states["matrix"]["step"] == 7
+    assert loaded["optimizer"]["adamw"]["param_groups"][0]["betas"] == (0.9, 0.95)
+    assert os.path.getsize(path / "__0_0.distcp") > 50 * 40 * 4 > os.path.getsize(path / "__1_0.distcp")
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 7 and manifest["config"] == {"fsdp": "True"}
+    assert manifest["files"].keys() == {"run.pt", *(f"__{rank}_0.distcp" for rank in range(3))}
+    only_model = read_checkpoint(path, parts=("model",))
+    assert only_model["optimizer"]["adamw"]["state"]["matrix"]["exp_avg"].device.type == "meta"
+
+
+def test_torch_distributed_checkpoint_reads_it(tmp_path):
+    saved(tmp_path, 7)
+    dcp_to_torch_save(tmp_path / "ckpt", tmp_path / "one.pt")
+    theirs, ours = torch.load(tmp_path / "one.pt", weights_only=True), load_checkpoint(tmp_path)[0]
+    assert torch.equal(theirs["model"]["w"], ours["model"]["w"])
+    state = theirs["optimizer"]["adamw"]["state"]
+    assert torch.equal(state["matrix2"]["factor"], torch.full((3, 3), 27.0))
+
+
+def test_newest_previous_best_and_kept(tmp_path):
+    ranks = Ranks(tmp_path, keep=2)
+    for step in (10, 20, 30, 40):
+        ranks.save(step, is_best=step == 20)
+        ranks.wait()
+    names = "ckpt", "ckpt_prev", "ckpt_best", "ckpt_30", "ckpt_40"
+    assert [read_checkpoint(tmp_path / name)["step"] for name in names] == [40, 30, 20, 30, 40]
+    assert sorted(os.listdir(tmp_path)) == sorted(names), "nothing left over"
+    assert [path.name for path in kept_checkpoints(tmp_path)] == ["ckpt_30", "ckpt_40"]
+    for which, step in ("best", 20), ("30", 30), (str(tmp_path / "ckpt_prev"), 30), ("newest", 40):
+        assert load_checkpoint(tmp_path, which)[0]["step"] == step
+
+
+def test_a_name_is_a_file_or_a_folder_never_both(tmp_path):
+    for step, sharded in enumerate([False, True, True, False, False, True], start=1):
+        ranks = Ranks(tmp_path)
+        if sharded:
+            ranks.save(step, is_best=True)
+        else:
+            ranks.writers[0].save(state(step, 0, is_best=True))
+        ranks.wait()
+        assert load_checkpoint(tmp_path)[0]["step"] == load_checkpoint(tmp_path, "best")[0]["step"] == step
+        found = os.listdir(tmp_path)
+        assert sorted(name.removesuffix(".pt") for name in found) == ["ckpt", "ckpt_best", "ckpt_prev"][: len(found)]
+        if step > 1:
+            (previous,) = tmp_path.glob("ckpt_prev*")
+            assert read_checkpoint(previous)["step"] == step - 1
+
+
+def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
+    saved(tmp_path, 1, 2)
+    newest, draw = tmp_path / "ckpt", random.Random(0)
+    files = [path for path in sorted(newest.iterdir()) if path.name != ".metadata"]  # which is not read
+    for path in files:
+        whole = path.read_bytes()
+        damaged = [b"", whole[:-1], whole + b" ", whole[::-1]]
+        for _ in range(20):
+            spoiled = bytearray(whole)
+            spoiled[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            damaged.append(bytes(spoiled))
+        for content in damaged:
+            path.write_bytes(content)
+            assert load_checkpoint(tmp_path)[0]["step"] == 1, path.name
+        path.unlink()
+        assert load_checkpoint(tmp_path)[0]["step"] == 1
+        os.mkfifo(path)
+        assert load_checkpoint(tmp_path)[0]["step"] == 1
+        path.unlink()
+        path.write_bytes(whole)
+        assert load_checkpoint(tmp_path)[0]["step"] == 2
+    assert capsys.readouterr().err.count("warning: ") == 26 * len(files)
+    shutil.rmtree(tmp_path / "ckpt_prev")
+    files[0].unlink()
+    with pytest.raises(UserError, match=f"no checkpoint can be read.*{files[0].name}"):
+        load_checkpoint(tmp_path)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def resealed(folder, change):
+    """Change a folder as someone would who means harm: its hashes fit."""
+    import hashlib
+
+    from training import shards
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    for name, facts in (manifest["files"] or {}).items():
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            facts |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_bytes(shards._sealed(manifest))
+
+
+def test_no_code_in_a_folder_is_run(tmp_path):
+    trap = tmp_path / "ran"
+    saved(tmp_path, 1)
+    pickled = pickle.dumps(Trap(str(trap)))
+    (tmp_path / "ckpt" / ".metadata").write_bytes(pickled)
+    assert read_checkpoint(tmp_path / "ckpt")["step"] == 1
+    for name in "__0_0.distcp", "run.pt":
+        folder = shutil.copytree(tmp_path / "ckpt", tmp_path / f"with{name}")
+        whole = (folder / name).read_bytes()
+        for content in pickled.ljust(len(whole), b"\0"), torch_saved(Trap(str(trap)), len(whole)):
+            (folder / name).write_bytes(content)
+            resealed(folder, lambda manifest: None)
+            with pytest.raises(UserError):
+                read_checkpoint(folder)
+    assert not trap.exists()
+
+
+def torch_saved(thing, size):
+    """The thing in torch.save's form, in at least `size` bytes."""
+    import io
+
+    file = io.BytesIO()
+    torch.save([thing, torch.zeros(size // 4)], file)
+    return file.getvalue()
+
+
+W = "model/w"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["files"].update({"../outside": {"bytes": 1, "sha256": "0"}}),
+        lambda m: m["tensors"][W]["chunks"][0].update(file="../outside"),
+        lambda m: m["tensors"][W]["chunks"][0].update(file="run.pt"),
+        lambda m: m["tensors"][W]["chunks"].clear(),
+        lambda m: m["tensors"][W]["chunks"][0].update(sizes=[49, 40]),
+        lambda m: m["tensors"][W]["chunks"][0].update(offsets=[1, 0]),
+        lambda m: m["tensors"][W]["chunks"][0].update(start=-1),
+        lambda m: m["tensors"][W]["chunks"][0].update(start=1),
+        lambda m: m["tensors"][W]["chunks"][0].update(bytes=10**12),
+        lambda m: m["tensors"][W].update(shape=[50, 10**12]),
+        lambda m: m["tensors"][W].update(shape="x"),
+        lambda m: m["tensors"][W].update(dtype="save"),
+        lambda m: m["tensors"].update({"model/w/x": m["tensors"][W]}),
+        lambda m: m["tensors"].update({"step/x": m["tensors"][W]}),
+        lambda m: m.update(tensors=[]),
+        lambda m: m.update(files=None),
+        lambda m: m["tied"].update({"model/z": "model/nowhere"}),
+        lambda m: m.pop("tied"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_one_sentence(tmp_path, change):
+    saved(tmp_path, 1)
+    (tmp_path / "outside").write_bytes(b"0")
+    resealed(tmp_path / "ckpt", change)
+    with pytest.raises(UserError, match="ckpt"):
+        read_checkpoint(tmp_path / "ckpt")
+
+
+# ----- writing beside training
+
+
+def test_of_those_that_wait_the_newest_and_the_best_are_written(tmp_path, monkeypatch, capsys):
+    from training import shards
+
+    gate, write = threading.Event(), shards.Shards._write
+
+    def slow(part, folder):
+        gate.wait(20)
+        return write(part, folder)
+
+    monkeypatch.setattr(shards.Shards, "_write", slow)
+    ranks = Ranks(tmp_path)
+    ranks.save(1)
+    while ranks.writers[0]._next:
+        time.sleep(0.01)
+    for step in (2, 3, 4, 5, 6):
+        ranks.save(step, is_best=step in (2, 4))
+        assert all(len(writer._copies) <= 3 for writer in ranks.writers[1:]), "skipped ones take no memory"
+    gate.set()
+    ranks.wait()
+    names = "ckpt_best", "ckpt_prev", "ckpt"
+    assert [read_checkpoint(tmp_path / name)["step"] for name in names] == [4, 4, 6]
+    assert not any(writer._copies for writer in ranks.writers[1:])
+    assert capsys.readouterr().err.count("is skipped") == 3
+    ranks.save(7)
+    ranks.wait()
+    assert load_checkpoint(tmp_path)[0]["step"] == 7
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_full_disk_on_any_rank_is_a_warning_and_another_try(tmp_path, monkeypatch, capsys, rank):
+    saved(tmp_path, 1)
+    monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
+    from training import shards
+
+    write, failures = shards.Shards._write, itertools.count()
+
+    def fails(part, folder):
+        if part._rank == rank and next(failures) < 2:
+            raise OSError(28, "No space left on device")
+        return write(part, folder)
+
+    monkeypatch.setattr(shards.Shards, "_write", fails)
+    ranks = Ranks(tmp_path)
+    ranks.writers[0].step = 1
+    ranks.save(2)
+    ranks.wait()
+    said = capsys.readouterr().err
+    assert f"step 2 could not be written (rank {rank}: [Errno 28]" in said and "newest good one is of step 1" in said
+    assert load_checkpoint(tmp_path)[0]["step"] == 2 and ranks.writers[0].error is None
+    assert read_checkpoint(tmp_path / "ckpt_prev")["step"] == 1 and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "mkdir", "link"])
+def test_no_error_of_the_disk_ends_the_threads(tmp_path, monkeypatch, call):
+    saved(tmp_path, 1)
+    monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
+    original, failures = getattr(os, call), itertools.count()
+
+    def fails(*arguments, **settings):
+        if next(failures) < 2:
+            raise OSError(5, os.strerror(5))
+        return original(*arguments, **settings)
+
+    ranks = Ranks(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        ranks.save(2)
+        ranks.wait()
+    assert ranks.writers[0].error is None and load_checkpoint(tmp_path)[0]["step"] == 2
+    assert read_checkpoint(tmp_path / "ckpt_prev")["step"] == 1
+
+
+def test_a_write_ends_when_a_rank_is_lost(tmp_path, monkeypatch, capsys):
+    from training import shards
+
+    saved(tmp_path, 1)
+    monkeypatch.setattr(shards, "_PATIENCE", 0.2)
+    monkeypatch.setattr(shards.Exchange, "answer", lambda exchange, answer: None)  # ranks that are gone
+    ranks = Ranks(tmp_path)
+    ranks.save(2)
+    time.sleep(0.3)
+    assert ranks.writers[0]._thread, "it waits for ranks that may be slow"
+    ranks.lost.set()
+    ranks.wait()
+    assert "a rank was lost" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path)[0]["step"] == 1 and os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_a_run_that_was_killed_leaves_nothing_that_is_read(tmp_path):
+    """Killed while it wrote, and between any two renames."""
+    saved(tmp_path, 1, 2)
+    for leftover in TEMPORARY, "ckpt_prev.old", "ckpt_best.link":
+        shutil.copytree(tmp_path / "ckpt_prev", tmp_path / leftover)
+        (tmp_path / leftover / "__1_0.distcp").unlink()
+    assert load_checkpoint(tmp_path)[0]["step"] == 2
+    os.replace(tmp_path / "ckpt", tmp_path / "ckpt_prev.old2")
+    assert load_checkpoint(tmp_path)[0]["step"] == 1, "the newest has become the previous one, and no other is there"
+    shutil.rmtree(tmp_path / "ckpt_prev.old2")
+    ranks = Ranks(tmp_path)
+    for step in 3, 4:
+        ranks.save(step, is_best=True)
+        ranks.wait()
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", "ckpt_best", "ckpt_prev"]
+    assert load_checkpoint(tmp_path)[0]["step"] == 4
+
+
+def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
+    import hashlib
+
+    monkeypatch.setattr(HashingFile, "SYNC", 1 << 20)
+    pieces = [os.urandom(size) for size in (10, 1 << 21, 1 << 17, 3, 1 << 22)]
+    with HashingFile(tmp_path / "file") as file:
+        for piece in pieces:
+            file.write(piece)
+    content = (tmp_path / "file").read_bytes()
+    assert content == b"".join(pieces) and file.facts() == {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def test_an_error_of_an_early_fsync_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(HashingFile, "SYNC", 1)
+    errors = itertools.chain([OSError(5, "Input/output error")], itertools.repeat(None))
+
+    def told_once(descriptor):
+        if error := next(errors):
+            raise error
+
+    monkeypatch.setattr(os, "fsync", told_once)
+    with pytest.raises(OSError, match="Input/output"), HashingFile(tmp_path / "file") as file:
+        file.write(b"1234")
