@@ -16,24 +16,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
-from training.errors import UserError, command
+from training.config import ModelSource, load_config, setting
+from training.errors import UserError, command, file_errors
 from training.hf import load_model, quiet, to_hf
 from training.terminal import warn
 from training.tokenizer import gpt2_files
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(ModelSource):
     """The settings of export_hf.py."""
 
-    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
-    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
-        check_checkpoint(self)
+        super().check()
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
@@ -44,12 +41,8 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
     model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
-    try:
+    with file_errors(folder, "name another folder"):
         export(model, tokenizer, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); name another one.") from None
-    except ImportError as error:
-        raise UserError(f"exporting needs the package {error.name}: pip install {error.name}.") from None
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
@@ -100,9 +93,7 @@ def tiktoken_tokenizer(tokenizer):
     vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
     merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
     merged.add_special_tokens(list(encoding._special_tokens))
-    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace(
-        "$", r"\z"
-    )  # the same in that package's dialect
+    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace("$", r"\z")  # in that package's dialect
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     merged.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     merged.decoder = decoders.ByteLevel()

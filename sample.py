@@ -14,7 +14,7 @@ from training.errors import UserError, command  # first: Ctrl-C during the other
 # isort: split
 import torch
 
-from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
+from training.config import ModelSource, load_config, setting
 from training.distributed import Distributed
 from training.hf import load_model
 from training.terminal import warn
@@ -23,12 +23,9 @@ FILE = "FILE:"  # such a start names the file with the prompt
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(ModelSource):
     """The settings of sample.py."""
 
-    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
-    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    checkpoint: str = setting("newest", CHECKPOINT)
     start: str = setting("", "prompt, or FILE:PATH; default a newline (characters), the end-of-text token (GPT-2)")
     num_samples: int = setting(1, "texts to print; number i = 0, 1, ... is drawn with seed + i", at_least=1)
     max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
@@ -39,10 +36,6 @@ class SampleConfig:
     )
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
-
-    def check(self):
-        check_checkpoint(self)
-        """These settings cannot contradict each other."""
 
 
 def main(argv=None):

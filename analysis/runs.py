@@ -154,9 +154,8 @@ def unclean(runs):
 
 def loss_unit(runs):
     """The unit of a loss."""
-    return (
-        "nats a character" if all("characters" in (r.conditions["tokenizer"] or "") for r in runs) else "nats a token"
-    )
+    of_characters = all("characters" in (run.conditions["tokenizer"] or "") for run in runs)
+    return "nats a character" if of_characters else "nats a token"
 
 
 def size_name(parameters):
@@ -179,9 +178,8 @@ def label(optimizer, swept):
 def read_run(folder):
     """The run in `folder`. UserError if files are missing or damaged, or if the run was never evaluated."""
     metrics, path = Path(folder, METRICS), Path(folder, CONFIG)
-    for file in (metrics, path):
-        if not os.path.isfile(file):
-            raise UserError(f"{file} is missing: name the out_dir of a run.")
+    if missing := [file for file in (metrics, path) if not os.path.isfile(file)]:
+        raise UserError(f"{missing[0]} is missing: name the out_dir of a run.")
     try:
         facts = read_json(path, 1 << 26)
         config, data, parameters = facts["config"], facts["data"], facts["model"]["num_params"]

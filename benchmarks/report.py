@@ -10,17 +10,13 @@ from pathlib import Path
 
 import torch
 
-from training.errors import UserError
+from training.errors import UserError, file_errors
 from training.foreign import read_json
 from training.tracking import write_atomically
 
 GPT2_SIZES = {  # layers, heads, width
-    "30M": (6, 6, 384),
-    "124M": (12, 12, 768),
-    "355M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1.5B": (48, 25, 1600),
-}
+    "30M": (6, 6, 384), "124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1.5B": (48, 25, 1600)
+}  # fmt: skip
 
 
 class Report:
@@ -47,11 +43,9 @@ class Report:
         self.write()
 
     def write(self):
-        try:
+        with file_errors(self.path, "name another file with --out"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out={self.path} cannot be written ({error.strerror}); name another file.") from None
 
     def value(self, contender, model, metric):
         rows = self.content["rows"]
@@ -92,7 +86,7 @@ def alternate(functions, rounds, calls, device, failed=None):
             except Exception as error:  # one contender's failure must not cost the others their rows
                 times[name] = None
                 if failed is not None:
-                    failed(name, error)
+                    failed(name, error=error)
     return {name: statistics.median(values) for name, values in times.items() if values}
 
 

@@ -134,15 +134,9 @@ class Peer:
     def fetch(self):
         rows, length = self.shape
         starts = torch.randint(len(self.tokens) - length, (rows,)).tolist()
-        pair = (
-            torch.stack(
-                [torch.from_numpy(self.tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
-            )
-            for shift in (0, 1)
-        )
-        if self.device == "cuda":
-            return [batch.pin_memory().to("cuda", non_blocking=True) for batch in pair]
-        return list(pair)
+        windows = torch.from_numpy(np.stack([self.tokens[i : i + length + 1] for i in starts]).astype(np.int64))
+        pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return [b.pin_memory().to("cuda", non_blocking=True) for b in pair] if self.device == "cuda" else pair
 
     def __call__(self):
         with self.autocast:
@@ -187,23 +181,22 @@ def make_official(model, args):
 def start(report, name, model, make, args):
     """A contender after its first steps, or None if it failed. Report its compilation time and memory."""
     gc.collect()
-    base = 0
-    if args.device == "cuda":
+    on_gpu, contender = args.device == "cuda", None
+    synchronize = torch.cuda.synchronize if on_gpu else torch.cpu.synchronize
+    if on_gpu:
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
-    contender = None
     try:
         contender = make()
-        if args.device == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         report.add(name, model, "compile_seconds", time.perf_counter() - begun, "s")
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        if on_gpu:
+            synchronize()
             report.add(name, model, "peak_gib", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
         return contender
     except Exception as error:  # one contender's failure must not cost the others their rows
@@ -228,9 +221,8 @@ def started(report, model, makers, args):
 
 def compare(report, model, contenders, tokens, args):
     """{name: milliseconds of a step}; tokens/s and MFU are reported. tokens: {name: tokens in a step}."""
-    times = alternate(
-        contenders, args.rounds, args.steps, args.device, lambda name, error: report.error(name, model, "step", error)
-    )
+    failed = partial(report.error, model=model, metric="step")
+    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
     layers, heads, width = GPT2_SIZES[model]
     with torch.device("meta"):
         gpt = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=args.block_size))
@@ -258,13 +250,10 @@ def speed(report, model, args):
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
     for name in ("nanogpt", "official", "ours_fp8"):
-        metrics = ("tokens_per_second", "peak_gib")
-        ratios = [
-            (metric, report.value("ours", model, metric), report.value(name, model, metric)) for metric in metrics
-        ]
-        text = ", ".join(f"{metric} {ours / peers:.3f}" for metric, ours, peers in ratios if ours and peers)
-        if text:
-            print(f"{model:>6}  ours over {name}: {text}", flush=True)
+        for metric in ("tokens_per_second", "peak_gib"):
+            ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
+            if ours and peers:
+                print(f"{model:>6}  {metric}: ours over {name} {ours / peers:.3f}", flush=True)
 
 
 def curvature(report, model, args):
@@ -308,9 +297,8 @@ def ended_run(ranks, script, argv, out_dir, gpu=None):
     """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use; None: any."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    done = subprocess.run(
-        [*command, str(ROOT / script), *argv, f"--out_dir={out_dir}"], capture_output=True, text=True, env=environment
-    )
+    command += [str(ROOT / script), *argv, f"--out_dir={out_dir}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))

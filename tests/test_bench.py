@@ -77,7 +77,7 @@ def test_each_source_is_tokenized_once(tmp_path, monkeypatch):
         ("table /no/such.json", "is no result of this script"),
         ("table EMPTY", "is no result of this script"),
         ("table NAMELESS", "is no result of this script"),
-        ("optimizer --device cpu --models 30M --out /proc/none/o.json", "cannot be written"),
+        ("optimizer --device cpu --models 30M --out /proc/none/o.json", "cannot be read or written"),
         ("optimizer --out OUT", "no CUDA device"),
         ("data --device cuda --out OUT", "no CUDA device"),
         ("losses it's . --device cpu --out OUT", "cannot be read as a run"),

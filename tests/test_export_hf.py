@@ -102,7 +102,7 @@ def test_a_run_on_characters(tmp_path):
         (["--to="], "give the folder to write as --to=DIR"),
         (["--to={folder}/run"], "run is not an empty folder"),
         (["--out_dir={folder}/none"], "none holds no checkpoint"),
-        (["--to=/proc/self/hf"], "cannot be written"),
+        (["--to=/proc/self/hf"], "cannot be read or written"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, argv, message):

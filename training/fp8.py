@@ -13,8 +13,7 @@ def to_fp8(model, device, emulate=False):
 
     Parameters, their names, gradients and optimizer states stay as they are. The output matrix, the embeddings and the
     LayerNorms stay in autocast's precision. `emulate` rounds the same way, slowly, on any device.
-    Raises UserError if the device has no FP8 products, torchao is missing, or n_embd or block_size is not a multiple
-    of 16.
+    Raises UserError if the device has no FP8 products, or n_embd or block_size is not a multiple of 16.
     """
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -22,8 +21,6 @@ def to_fp8(model, device, emulate=False):
     for name in ("n_embd", "block_size"):  # the products sum over n_embd forward, over tokens in a weight's gradient
         if (size := getattr(model.config, name)) % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("fp8 needs a package: pip install torchao.") from None
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))

@@ -5,7 +5,7 @@ lines = read_metrics("out/run/metrics.jsonl")       # [{"step": 0, "tokens": 0, 
 
 import contextlib
 
-from training.errors import UserError
+from training.errors import file_errors
 from training.foreign import parse_json, read_bytes
 
 METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a run, of a run, of a sweep
@@ -54,10 +54,8 @@ def read_metrics(path, about=None):
 
     With `about`, a longer file gives about that many lines, evenly spread, and all lines that have a val/loss.
     """
-    try:
+    with file_errors(path, "make it readable"):
         text = read_bytes(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable.") from None
     lines = []
     for part in text.splitlines() if about is None else _thinned(text, about):
         with contextlib.suppress(ValueError):

@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.config import with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError, is_out_of_memory
+from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
@@ -101,9 +101,10 @@ class Run:
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
-        if config.init_from != "scratch":
-            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
+        if not resume and config.init_from != "scratch":
+            checkpoint = self._load_weights()
         if resume:
+            checkpoint, origin = self._load_checkpoint()
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
@@ -168,12 +169,9 @@ class Run:
         self._flops_before = 0 if before is None else before - self._flops(self.step)
 
         def open_files():
-            if not resume or elsewhere:
-                for path in _run_files(config.out_dir):
-                    try:
-                        remove(path)
-                    except OSError as error:
-                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
+            for path in _run_files(config.out_dir) if not resume or elsewhere else ():
+                with file_errors(path, "remove it"):
+                    remove(path)
             if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
@@ -230,13 +228,15 @@ class Run:
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
         if not self.config.eval_only:
-            try:
-                Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-                self._lock = RunLock(self.config.out_dir)
-            except OSError as error:
-                raise UserError(
-                    f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
-                ) from None
+            folder = Path(self.config.out_dir)
+            with file_errors(folder, "name another --out_dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(folder)
+                probe = folder / f".probe.{os.getpid()}"
+                try:
+                    probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
+                finally:
+                    probe.unlink(missing_ok=True)
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
@@ -376,13 +376,9 @@ class Run:
             raise explained from error
 
     def _close_files(self):
-        for close in (
-            self._writer and self._writer.wait,
-            self._tracker and self._tracker.close,
-            self._lock and self._lock.release,
-        ):
-            if close:
-                close()
+        for part, close in ((self._writer, "wait"), (self._tracker, "close"), (self._lock, "release")):
+            if part:
+                getattr(part, close)()
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -461,9 +457,7 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(
-                        f"torchrun is gone and step {step} is checkpointed; go on with torchrun and --init_from=auto."
-                    )
+                    raise RunError(f"torchrun is gone, step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
@@ -609,10 +603,8 @@ class Run:
                 metrics["mfu"] = speed * flops / self._peak_flops / world.size
         if world.size > 1:
             busy, self._busy = world.gather(self._busy), 0.0
-            metrics |= {
-                "slowest_rank": busy.index(max(busy)),
-                "seconds_behind": max(busy) - statistics.median_low(busy),
-            }
+            metrics["slowest_rank"] = busy.index(max(busy))
+            metrics["seconds_behind"] = max(busy) - statistics.median_low(busy)
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)
@@ -681,9 +673,7 @@ def _warn_of_separate_tasks():
 def _resolve_dtype(dtype, device):
     if dtype != "auto":
         if dtype == "float16" and device.type != "cuda":
-            raise UserError(
-                f"dtype = 'float16' needs a cuda device, this is {device}; use --dtype=bfloat16 or float32."
-            )
+            raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
         return dtype
     if device.type != "cuda":
         return "float32"
@@ -740,7 +730,7 @@ def _check_empty(config):
 
 
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run or cannot be written."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
@@ -750,16 +740,4 @@ def _check_out_dir(config):
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
             "or name another --out_dir."
         )
-    if config.eval_only:
-        return init_from  # writes nothing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
-        finally:
-            probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"out_dir = {config.out_dir!r:.300} cannot be written ({reason}); name another one.") from None
     return init_from

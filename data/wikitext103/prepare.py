@@ -42,9 +42,7 @@ def articles(texts):
 
 
 def from_hub():
-    dataset = sources.load_from_hub(NAME, CONFIG)
-    for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
-        yield from ((split, article) for article in articles(sources.texts_of(part, split)))
+    return sources.hub_splits(sources.load_from_hub(NAME, CONFIG), articles=articles)
 
 
 def main():

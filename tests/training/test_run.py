@@ -298,7 +298,7 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
     monkeypatch.setattr(Run, "optimizer_step", change)
     argv = tiny_words(folder, tmp_path / "out")
     error = refused(capsys, train_adam.main, argv)
-    assert ("was changed while" if how == "replaced" else "was cut short") in error
+    assert ("was changed during" if how == "replaced" else "was cut short") in error
     # At the evaluation, and at the first step that was not read already when the file was cut.
     assert change.calls == 10 if how == "replaced" else change.calls in (5, 6)
 
@@ -485,12 +485,12 @@ def test_a_batch_that_cannot_be_split_names_sizes_that_can(tiny, tmp_path, capsy
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder where not even root may write")
 def test_an_out_dir_that_cannot_be_written_is_refused(tiny, capsys):
-    assert "cannot be written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
+    assert "cannot be read or written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
 
 
 def test_an_out_dir_that_is_a_file_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("")
-    assert "cannot be written" in refused(capsys, train_adam.main, tiny)
+    assert "cannot be read or written" in refused(capsys, train_adam.main, tiny)
 
 
 def test_a_device_or_dtype_that_is_not_there_is_refused(tiny, capsys):
