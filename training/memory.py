@@ -5,15 +5,31 @@ batch_size = largest(micro_batch_sizes(480, ranks=1), fits=lambda size: ..., gue
 """
 
 import bisect
+import math
 import os
 
 import torch
 
 from model import GPTConfig
 from muon import _blocks
+from training.config import model_config
 from training.exchange import MUON_TRIPS
 
 FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
+
+
+def count_parameters(model):
+    """Parameters of a GPT with this GPTConfig, norms and biases left out, without building it."""
+    rows = model.vocab_size * (1 if model.tie_embeddings else 2)
+    rows += model.block_size if model.position == "learned" else 0
+    return rows * model.n_embd + model.n_layer * sum(map(math.prod, _block_matrices(model)))
+
+
+def _block_matrices(model):
+    """(rows, columns) of the matrices of a block."""
+    width, hidden = model.n_embd, model.mlp_hidden
+    into = [(hidden, width)] * (2 if model.mlp == "swiglu" else 1)
+    return [*((rows, width) for rows in model.qkv_rows), (width, width), *into, (width, hidden)]
 
 
 def micro_batch_sizes(total_bs, ranks):
@@ -39,6 +55,7 @@ def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
 
     Muon has one average of a matrix, and of the whitening factors (float32) and roots (bfloat16) the rank's share.
     """
+    model = model_config(config, vocab_size)
     parameters, matrices = sizes(config, vocab_size)
     muon = config.optimizer_name in MUON_TRIPS
     shards = (config.fsdp_shard or ranks) if config.fsdp else 1
@@ -46,21 +63,18 @@ def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
     if config.fsdp and (config.gradient_accumulation_steps or 1) > 1:
         state += {"nothing": 0, "gradients": 4, "all": 6}[config.fsdp_keep] * parameters
     if muon and config.optimizer_name != "muon":
-        state += 6 * _factors(config) / (shards if config.fsdp else ranks)
+        squares = {"input": slice(1, 2), "output": slice(0, 1), "both": slice(2)}[config.whiten_sides]
+        widths = [width for shape in _block_matrices(model) for width in shape[squares]]
+        blocks = [_blocks(width, config.whiten_max_width) for width in widths]
+        factors = model.n_layer * sum(n * (width // n) ** 2 for n, width in zip(blocks, widths, strict=True))
+        state += 6 * factors / (shards if config.fsdp else ranks)
     return state
 
 
 def sizes(config, vocab_size=GPTConfig.vocab_size):
     """(numbers in the model's parameters, those in its hidden matrices)."""
-    matrices = 12 * config.n_layer * config.n_embd**2
-    return matrices + (vocab_size + config.block_size) * config.n_embd, matrices
-
-
-def _factors(config):
-    """Numbers in the whitening factors of all matrices."""
-    narrow, wide = (blocks * (width // blocks) ** 2 for width in (config.n_embd, 4 * config.n_embd)
-                    for blocks in [_blocks(width, config.whiten_max_width)])  # fmt: skip
-    return config.n_layer * (5 * narrow + wide) * (2 if config.whiten_sides == "both" else 1)
+    model = model_config(config, vocab_size)
+    return count_parameters(model), model.n_layer * sum(map(math.prod, _block_matrices(model)))
 
 
 def largest(sizes, fits, guess):

@@ -267,8 +267,11 @@ class WithAuxAdam(OptimizerContainer):
 
 
 def split_qkv(matrix, split):
-    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
-    return matrix.chunk(split)
+    """The matrices that `matrix` holds, as views: query, key and value of a fused one.
+
+    split: how many of equally many rows, or the rows of each.
+    """
+    return matrix.chunk(split) if isinstance(split, int) else matrix.split(list(split))
 
 
 # ----- for all optimizers
@@ -337,8 +340,8 @@ def take_momentum(optimizer, before):
 
 
 def has_parts(optimizer):
-    """Whether ranks hold states that the others do not, although the parameters are whole."""
-    return any(getattr(part, "_share", None) for part in _parts(optimizer))
+    """Whether ranks hold states that the others do not, although the parameters are whole: whitened Muon's factors."""
+    return any(isinstance(part, WhitenedMuon) and part._share for part in _parts(optimizer))
 
 
 def named_state(optimizer, names):
