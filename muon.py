@@ -134,6 +134,8 @@ class Muon(Optimizer):
     # ----- plumbing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._share:
+            raise RuntimeError("parameter groups have to be added before muon_distributed.share()")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

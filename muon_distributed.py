@@ -1,7 +1,7 @@
 """The work of Muon or WhitenedMuon shared out over ranks. Needs torch alone, and muon.py beside it.
 
     optimizer = WhitenedMuon(matrices)     # of a model in DistributedDataParallel, or split by fully_shard
-    share(optimizer)                       # before the first step and before a state is loaded
+    share(optimizer)                       # on every rank
 
 Every matrix has an owner, the rank that computes its update. Factors and roots live on the owner alone.
 
@@ -38,6 +38,10 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
         RuntimeError: for parameters that are sharded otherwise than by fully_shard on dimension 0.
     """
     optimizer._share = _Share(optimizer, process_group)
+    for param, state in optimizer.state.items():
+        if optimizer._share.owner[param] != optimizer._share.rank:
+            for key in [key for key in state if "_factor" in key or "_root" in key]:
+                del state[key]
 
 
 def update_flops(shape: Sequence[int], rows: Sequence[int], group: dict[str, Any]) -> float:

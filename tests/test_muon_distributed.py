@@ -148,7 +148,7 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 3])
 def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -194,6 +194,21 @@ def test_matrices_are_shared_out_by_their_cost(monkeypatch, cls, ranks):
         counts[optimizer._share.owner[p]] += 1
     assert max(loads) < 1.1 * sum(loads) / ranks
     assert ranks < 8 or max(counts) > min(counts)
+
+
+def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda _: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(4)]
+    optimizer = WhitenedMuon(params)
+    for p in params:
+        p.grad = torch.eye(4)
+    optimizer.step()
+    share(optimizer)
+    assert ["left_root" in optimizer.state[p] for p in params] == [False, True, False, True]
+    assert all("momentum_buffer" in optimizer.state[p] for p in params)
+    with pytest.raises(RuntimeError, match="before muon_distributed"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
 
 
 def test_sharded_matrices_need_share():
