@@ -51,7 +51,9 @@ def tensors(thing, path=""):
 
 
 def numbered(optimizer):
-    """An optimizer's state with the numbers of the parameters in place of their names."""
+    """An optimizer's state with the numbers of the parameters in place of their names, which copies have already."""
+    if "param_groups" not in optimizer:
+        return {name: numbered(part) for name, part in optimizer.items()}
     numbers = {name: number for number, name in enumerate(n for g in optimizer["param_groups"] for n in g["params"])}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]]
     return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
@@ -67,7 +69,7 @@ def same_run(sharded, copied, loss=1e-5, weights=1e-4):
         coordinate = 2e-4 if key == "train/win_rate" else None  # a few of 27,000 are that close to the threshold
         assert a == pytest.approx(b, rel=loss if "loss" in key else max(1e-4, 10 * loss), abs=coordinate), key
     a, b = (load_checkpoint(folder)[0] for folder in (sharded, copied))
-    a["optimizer"] = numbered(a["optimizer"])
+    a["optimizer"], b["optimizer"] = numbered(a["optimizer"]), numbered(b["optimizer"])
     for part in ("model", "optimizer"):
         a_part, b_part = (dict(tensors(checkpoint[part])) for checkpoint in (a, b))
         assert a_part.keys() == b_part.keys()
