@@ -170,7 +170,7 @@ class Run:
         def open_files():
             for path in _run_files(config.out_dir) if not resume or elsewhere else ():
                 with file_errors(path, "remove it"):
-                    remove(path)
+                    path.unlink() if path.name in (METRICS, CONFIG) else remove(path)
             if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
@@ -455,7 +455,7 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(f"torchrun is gone, step {step} is checkpointed; go on with --init_from=auto.")
+                    raise RunError(f"torchrun is gone and step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
