@@ -45,12 +45,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from training.errors import (
-    Parser,
-    UserError,
-    command,
-    file_errors,
-)  # first: Ctrl-C during the other imports is then quiet
+# first: Ctrl-C during the other imports is then quiet
+from training.errors import Parser, UserError, command, file_errors
 
 # isort: split
 import numpy as np

@@ -80,35 +80,27 @@ class TrainConfig:
         False, "muon and its kin: decay only coordinates that the update moves towards 0", needs=MUON
     )
     whiten_sides: str = setting(
-        "both", "sides of a matrix to whiten", choices=("input", "output", "both"), needs=WHITENED
+        "both", "a matrix's sides to whiten", choices=("input", "output", "both"), needs=WHITENED
     )
     whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
-    whiten_ridge: float = setting(
-        0.01, "added to the factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED
-    )
+    whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
     whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
         10, "steps between two roots of the factors", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(
-        None, "wider sides are whitened in diagonal blocks", at_least=1, needs=WHITENED
-    )
+    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
     lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
-    min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, or 0 (linear, wsd)", at_least=0.0
-    )
+    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
     wsd_decay: float = setting(
         0.2, "share of lr_decay_iters in the decay", above=0.0, at_most=1.0, needs=("lr_schedule", ("wsd",))
     )
     restart_iters: int | None = setting(None, "steps of the first period", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(
-        2.0, "a period's steps over those of the one before", at_least=1.0, needs=RESTARTS
-    )
+    restart_multiplier: float = setting(2.0, "a period's steps over those of the last", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -133,7 +125,7 @@ class TrainConfig:
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     backend: str = setting(
-        "auto", "torch.distributed's; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
+        "auto", "of torch.distributed; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo")
     )
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 

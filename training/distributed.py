@@ -65,9 +65,7 @@ class Distributed:
             )
         except dist.DistError as error:
             if serves:
-                raise RunError(
-                    f"rank 0 cannot listen at MASTER_ADDR ({_first_line(error)}); use another port."
-                ) from None
+                raise RunError(f"rank 0 cannot listen ({_first_line(error)}); use another MASTER_PORT.") from None
             raise late([0], self.timeout) from None
         self.store = dist.PrefixStore(self._meet(store), store)
         dist.init_process_group(
@@ -278,15 +276,12 @@ class Distributed:
             number = int(vote)
         return number
 
-    def assert_same_on_all_ranks(
-        self, facts, what="were not started alike: they differ in", remedy="make them the same"
-    ):
+    def assert_same_on_all_ranks(self, facts, what="were not started alike: they differ in", remedy="make them equal"):
         """UserError that names the keys in which the dicts `facts` of two ranks differ."""
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, start=1):
-            if differing := [
-                f"{key} ({first[key]!r} and {other.get(key)!r})" for key in first if other.get(key) != first[key]
-            ]:
+            keys = [key for key in first if other.get(key) != first[key]]
+            if differing := [f"{key} ({first[key]!r} and {other.get(key)!r})" for key in keys]:
                 raise UserError(f"ranks 0 and {rank} {what} {', '.join(differing)}; {remedy}.")
 
     def explain(self, error):

@@ -95,7 +95,7 @@ def load_tensors(path, mmap=False):
         raise
     except Exception:  # a damaged file can raise nearly anything; torch's text advises to run the file's code
         raise UserError(
-            f"{path} is damaged, or holds more than tensors and plain values; name another checkpoint."
+            f"{path} is damaged, or holds more than tensors and numbers; name another checkpoint."
         ) from None
 
 

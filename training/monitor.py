@@ -210,9 +210,7 @@ class Signals:
             self.received, self._since = number, now
             name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # the terminal may be closed
-                os.write(
-                    2, f"{name}: finishing this step, then writing a checkpoint; a second signal ends it\n".encode()
-                )
+                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends it\n".encode())
 
     def _excuse(self, number):
         """Whether torchrun sent this signal because a rank is lost. It does so once, and may know before this rank."""
