@@ -135,10 +135,8 @@ def main(argv=None):
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
     if not arguments.dirty and (changed := changed_files()):
-        raise UserError(
-            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
-            "or start the sweep with --dirty=True to have its runs marked as not clean."
-        )
+        why = f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had"
+        raise UserError(f"{why}; commit it, or have the runs marked as not clean with --dirty=True.")
     with locked(out_dir) as lock:
         gpus = visible_gpus() or [None]
         devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
@@ -240,10 +238,8 @@ def grid(definition, out_dir, known=()):
     names = {key_of(run["optimizer"], run["swept"]): run["run"] for run in known if run["seed"] is None}
     for optimizer in definition["optimizers"]:
         if not is_plain_name(optimizer) or not optimizer.isprintable() or len(optimizer.encode()) > LONGEST_NAME:
-            raise UserError(
-                f"{optimizer!r:.80} is to be in the names of folders; name this optimizer without '/', and with "
-                f"{LONGEST_NAME} bytes at most."
-            )
+            limits = f"without '/', and with {LONGEST_NAME} bytes at most"
+            raise UserError(f"{optimizer!r:.80} is to be in the names of folders; name this optimizer {limits}.")
         settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER

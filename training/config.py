@@ -139,10 +139,8 @@ class TrainConfig:
         if self.min_lr is None:
             self.min_lr = 0.0 if self.lr_schedule in TO_ZERO else self.learning_rate / 20
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
-            raise UserError(
-                f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
-                "shorten the warm-up, or train for more steps."
-            )
+            beyond = f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}"
+            raise UserError(f"{beyond}; shorten the warm-up, or train for more steps.")
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
@@ -213,10 +211,8 @@ def _check_read(config, values, on_command_line):
         if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
             continue
         if field.name in on_command_line:
-            raise UserError(
-                f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}; leave it "
-                f"out, or set {name} to {' or '.join(map(repr, allowed))}."
-            )
+            unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
+            raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
         unread.append(field.name)
     if unread and os.environ.get("RANK", "0") == "0":
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")

@@ -50,9 +50,8 @@ class Distributed:
             try:
                 self._join(backend, self.device if backend == "nccl" else None)
             except dist.DistError as error:
-                raise RunError(
-                    f"rank {self.rank} lost the other ranks while they started ({_first_line(error)}); start again."
-                ) from None
+                lost = f"rank {self.rank} lost the other ranks while they started ({_first_line(error)})"
+                raise RunError(f"{lost}; start again.") from None
         self.backend = backend if self.distributed else "none"
 
     def _join(self, backend, device_id):
@@ -133,9 +132,8 @@ class Distributed:
                 wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
                 if device.index is not None:
                     wanted, remedy = "the first is number 0", "name another, or "
-                raise UserError(
-                    f"device = {name!r}: this machine has too few GPUs ({count}, {wanted}); {remedy}use --device=cpu."
-                )
+                few = f"this machine has too few GPUs ({count}, {wanted})"
+                raise UserError(f"device = {name!r}: {few}; {remedy}use --device=cpu.")
             device = torch.device("cuda", index)
         return device
 

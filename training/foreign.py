@@ -94,9 +94,7 @@ def load_tensors(path, mmap=False):
     except (UserError, MemoryError):
         raise
     except Exception:  # a damaged file can raise nearly anything; torch's text advises to run the file's code
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and numbers; name another checkpoint."
-        ) from None
+        raise UserError(f"{path} is damaged, or holds more than tensors and values; name another one.") from None
 
 
 class Checkpoint(dict):

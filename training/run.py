@@ -567,10 +567,8 @@ class Run:
                 continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
-            raise RunError(
-                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
-                f"in {config.out_dir}, with a lower --learning_rate."
-            )
+            problem = f"the last {count:.0f} {what} up to step {step} were not finite and were skipped"
+            raise RunError(f"{problem}; {remedy} in {config.out_dir}, with a lower --learning_rate.")
         if self._recent_losses and (median := statistics.median(self._recent_losses)):
             metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):

@@ -64,14 +64,12 @@ def parse_block_sizes(text, block_size):
         phases = [tuple(int(number) for number in phase.split(":")) for phase in text.split(",")]
         starts, lengths = zip(*phases, strict=True)
     except ValueError:
-        raise UserError(
-            f"block_size_schedule = {text!r:.80} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it."
-        ) from None
+        form = "0:128,2000:256 (STEP:LENGTH,...)"
+        raise UserError(f"block_size_schedule = {text!r:.80} is not written as {form}; correct it.") from None
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
         raise UserError(f"block_size_schedule = {text!r:.80}: its steps have to begin at 0 and to rise; correct it.")
     for length in lengths:
         if length < 1 or block_size % length:
-            raise UserError(
-                f"block_size_schedule = {text!r:.80}: {length} does not divide block_size = {block_size}; change it."
-            )
+            problem = f"{length} does not divide block_size = {block_size}"
+            raise UserError(f"block_size_schedule = {text!r:.80}: {problem}; change it.")
     return starts, lengths
