@@ -271,12 +271,9 @@ class Run:
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
             if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
-                other = (
-                    f"{split}.bin in {self.corpus.folder} is not what the checkpoint in {config.out_dir} was trained on"
-                )
-                raise UserError(
-                    f"{other} (its SHA-256 differs); put that back, or give the new data another --dataset."
-                )
+                trained = f"what the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
+                remedy = "put that back, or give the new data a --dataset of their own"
+                raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
     def _effects(self, before):
@@ -527,9 +524,8 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             batches = self._batches
-            loss = self._train_step.evaluation_loss(
-                *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
-            )
+            moved = [batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets)]
+            loss = self._train_step.evaluation_loss(*moved)
             if len(places):
                 total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
         self.model.train()
