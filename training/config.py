@@ -16,7 +16,7 @@ import typing
 from dataclasses import dataclass
 
 from training.errors import UserError
-from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
+from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
@@ -66,6 +66,21 @@ class TrainConfig:
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
     gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
+    norm: str = setting("layernorm", "the norms of the residual stream", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
+    position: str = setting(
+        "learned", "an embedding of positions, or rotated queries and keys (RoPE)", choices=("learned", "rope")
+    )
+    rope_base: float = setting(10000.0, "rope: base of the wavelengths", above=0.0)
+    rope_dim: int = setting(0, "rope: rotated coordinates of each head; 0: all", at_least=0)
+    n_kv_head: int = setting(0, "heads of keys and values, shared by the query heads (GQA); 0: n_head", at_least=0)
+    mlp: str = setting("gelu", "the MLP's activation", choices=("gelu", "swiglu", "relu2"))
+    mlp_hidden: int = setting(
+        0, "the MLP's width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64", at_least=0
+    )
+    qk_norm: bool = setting(False, "RMSNorm of every query and key, as in Qwen3")
+    tie_embeddings: bool = setting(True, "one matrix for the tokens in and out")
+    parallel_block: bool = setting(False, "the MLP reads the block's input beside attention, as in GPT-NeoX")
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
@@ -92,8 +107,8 @@ class TrainConfig:
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
     min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
     wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
-    restart_iters: int | None = setting(None, "steps of the first period", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(2.0, "a period's steps over those of the last", at_least=1.0, needs=RESTARTS)
+    restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
+    restart_multiplier: float = setting(2.0, "of each period's steps, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -123,8 +138,7 @@ class TrainConfig:
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
         ModelSource.check(self)
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
+        model_config(self)
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.min_lr is None:
@@ -140,12 +154,23 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
-        parse_block_sizes(self.block_size_schedule, self.block_size)
+        stages(self)
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number.")
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
+
+
+def model_config(config, vocab_size=1):
+    """The GPTConfig of a run's settings. UserError for a model that cannot be."""
+    from model import GPTConfig  # imports torch, which takes seconds
+
+    shape = {field.name: getattr(config, field.name, vocab_size) for field in dataclasses.fields(GPTConfig)}
+    try:
+        return GPTConfig(**shape)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 @dataclass

@@ -264,8 +264,11 @@ class WithAuxAdam(OptimizerContainer):
 
 
 def split_qkv(matrix, split):
-    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
-    return matrix.chunk(split)
+    """The matrices that `matrix` holds, as views: query, key and value of a fused one.
+
+    split: how many of equally many rows, or the rows of each.
+    """
+    return matrix.chunk(split) if isinstance(split, int) else matrix.split(list(split))
 
 
 # ----- for all optimizers
