@@ -12,21 +12,9 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-or defines `def sweep(steps=780)` that returns {"common": ..., "optimizers": ..., "runs": ...}. The parameters of that
-function are options of the command line: --steps=1560. `python sweep.py FILE.py --help` lists them.
-
-A list is swept, any other value is fixed. A grid search runs all combinations. A random search draws `runs` of them,
-always the same ones, and each value about equally often. Every optimizer gets the same number of runs with the same
-number of tokens.
-
-Runs go one after another, one on each GPU, or --jobs at a time: small models use a GPU better together, but their times
-are then not compared. Started again after an interruption, the sweep does what is missing, and a run that was cut off
-resumes from its checkpoint. A sweep file may get more values, more optimizers or a larger `runs`; finished runs stay.
-A failed or diverged run has loss inf, and so has one whose settings were changed at a resume. Remove its folder to
-repeat it.
-
-Writes a folder for each run (adamw_3fa21c: the digits stand for the swept values), sweep.json with the swept values and
-the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
+A list is swept, any other value is fixed. A file may instead define `def sweep(steps=780)` that returns these; its
+parameters are then options: --steps=1560. Started again after an interruption, a sweep does what is missing. A failed
+or diverged run has loss inf; remove its folder to repeat it. docs/comparing.md has the rules, and what is written.
 """
 
 import inspect
