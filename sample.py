@@ -34,9 +34,7 @@ class SampleConfig(ModelSource):
     max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model predicts", at_least=0.0)
     top_k: int | None = setting(200, "sample among the k likeliest tokens only; None: among all", at_least=1)
-    top_p: float | None = setting(
-        None, "sample among the fewest tokens that together have this probability; None: all", above=0.0, at_most=1.0
-    )
+    top_p: float | None = setting(None, "sample among the fewest with this probability", above=0.0, at_most=1.0)
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 

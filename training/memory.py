@@ -52,12 +52,12 @@ def largest(sizes, fits, guess):
     return next((size for size in reversed(sizes[:i]) if fits(size)), None)
 
 
-def memory_of(device, ranks_here=1):
+def memory_of(device):
     """Bytes of memory of a rank's device; of a CPU its share of the host's. None where the system does not say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (AttributeError, ValueError, OSError):
         return None
 
@@ -73,7 +73,6 @@ def sentence(error, config, device_name, memory, ranks, vocab_size):
     if within and size != "auto":
         remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
     remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
-    return (
-        f"the memory of {where} is too small for batch_size = {size}, with {config.n_layer} layers of width "
-        f"{config.n_embd} and block_size = {config.block_size}; use {' or '.join(remedies) or 'a smaller model'}"
-    )
+    model = f"{config.n_layer} layers of width {config.n_embd} and block_size = {config.block_size}"
+    problem = f"the memory of {where} is too small for batch_size = {size}, with {model}"
+    return f"{problem}; use {' or '.join(remedies) or 'a smaller model'}"
