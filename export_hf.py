@@ -14,6 +14,7 @@ transformers, and unlike in training, "<|endoftext|>" in a text is the end-of-te
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,15 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
     model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
-    with file_errors(folder, "name another folder"):
-        export(model, tokenizer, folder)
+    existed = folder.exists()
+    try:
+        with file_errors(folder, "name another folder"):
+            export(model, tokenizer, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # no part of it stays
+        if existed:
+            folder.mkdir(exist_ok=True)
+        raise
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

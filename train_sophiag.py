@@ -10,6 +10,7 @@ from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
 from training.run import Run
+from training.schedule import check_whole, stages
 
 SOPHIA = ("optimizer_name", ("sophiag", "sophiah"))
 ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
@@ -80,6 +81,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
+        for _, length in stages(self):
+            check_whole("hess_bs", self.hess_bs, self.block_size, length)
 
 
 def main(argv=None):

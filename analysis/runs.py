@@ -22,6 +22,7 @@ from training.foreign import is_plain_name, read_json
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
 
 LINES = 1000  # lines of metrics that are enough for any figure
+SMOOTHING = 0.02  # share of a run's logged steps over which train/loss is averaged
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
 # A run may be resumed with these changed and stays what it was: they do not train, or only change rounding. The
 # path of the data is one of them; other data are seen by their SHA-256.
@@ -75,6 +76,11 @@ class Run:
         points = [(line[against], line[key]) for line in self.lines if key in line and against in line]
         points = np.array(points, dtype=float).reshape(-1, 2)
         return points[~np.isnan(points).any(axis=1)].T
+
+    def late(self, key, share=0.0):
+        """Mean of a metric over the last `share` of its lines, at least of one; None if it was not logged."""
+        values = self.curve(key, "step")[1]
+        return values[-max(1, round(share * len(values))) :].mean() if len(values) else None
 
 
 @dataclass
@@ -290,7 +296,7 @@ def group(runs):
         rivals = [settings[other] for other in groups if groups[other].optimizer == seeds.optimizer]
         differing = [name for name in settings[key] if any(r.get(name) != settings[key][name] for r in rivals)]
         differing = [name for name in differing if FOLLOW.get(name) not in differing]
-        parts = [f"{name}={settings[key][name]}" for name in differing if name not in SHAPE]
+        parts = [f"{name}={settings[key][name]!s:.24}" for name in differing if name not in SHAPE]
         folder = re.sub(r"[._-]*s(eed)?[=_-]?\d+$", "", Path(seeds.runs[0].name).name)
         size = [size_name(seeds.parameters)] if len({run.parameters for run in runs}) > 1 else []
         seeds.label = ", ".join([seeds.optimizer, *size, *(parts if len(parts) <= 3 else [folder])])

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -146,6 +147,25 @@ doc_to_choice: ["red", "green"]
 doc_to_target: colour
 metric_list: [{{metric: acc}}]
 """
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_disk_that_takes_no_weights_keeps_no_part_of_them(tmp_path, capsys, existed):
+    """The limit on the size of a file stands for a full disk; the writer is a library's in Rust."""
+    write_run(tmp_path / "run", 50304, "gpt2")
+    folder = tmp_path / "hf"
+    if existed:
+        folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command(lambda: export(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "File too large" in error
+    assert folder.exists() == existed and not list(tmp_path.glob("hf/*"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -r requirements-eval.txt")

@@ -16,7 +16,7 @@ import typing
 from dataclasses import dataclass
 
 from training.errors import UserError
-from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
+from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
@@ -120,9 +120,9 @@ class TrainConfig:
     wsd_decay: float = setting(
         0.2, "share of lr_decay_iters in the decay", above=0.0, at_most=1.0, needs=("lr_schedule", ("wsd",))
     )
-    restart_iters: int | None = setting(None, "steps of the first period", at_least=1, needs=RESTARTS)
+    restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
     restart_multiplier: float = setting(
-        2.0, "a period's steps over those of the one before", at_least=1.0, needs=RESTARTS
+        2.0, "a period's steps over those of the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
     )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
@@ -173,7 +173,7 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
-        parse_block_sizes(self.block_size_schedule, self.block_size)
+        stages(self)
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number.")

@@ -49,6 +49,10 @@ def file_errors(path, remedy):
     except OSError as error:
         name = error.filename2 or error.filename or path
         raise UserError(f"{name} cannot be read or written ({error.strerror or error}); {remedy}.") from None
+    except Exception as error:
+        if "(os error " not in str(error):  # what libraries in Rust raise
+            raise
+        raise UserError(f"{path} cannot be read or written ({error}); {remedy}.") from None
 
 
 def is_out_of_memory(error):

@@ -88,6 +88,9 @@ class RunLock:
             if owner is None:
                 self._file, file = file, None
             return owner
+        except OSError:  # a full disk
+            os.unlink(self.path)
+            raise
         finally:
             if file is not None:
                 os.close(file)

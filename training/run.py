@@ -47,7 +47,7 @@ from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
-from training.schedule import learning_rate, sequence_length
+from training.schedule import check_whole, learning_rate, sequence_length, stages
 from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
 from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
@@ -86,6 +86,9 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
             check_sharding(config, world)
+        for name in ("total_bs", "hess_bs")[: 1 + (config.fsdp and hasattr(config, "hess_bs"))]:
+            for _, length in stages(config):
+                check_whole(name, getattr(config, name), config.block_size, length, world.size)
         if getattr(config, "hess_bs", world.size) < world.size:
             raise UserError(
                 f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one; "
@@ -153,15 +156,13 @@ class Run:
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
-        if resume:
-            self._train_step.load_state_dict(checkpoint)
+        self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
-        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
@@ -443,6 +444,7 @@ class Run:
     def steps(self):
         """Yield the steps to do. Around each: learning rate, evaluation, checkpoint, metrics."""
         config = self.config
+        stage_starts = [first for first, _ in stages(config)[1:]]
         step = self.step
         self._clock.start()
         while True:
@@ -459,9 +461,13 @@ class Run:
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
-            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
+            stage_ends = step in stage_starts or (bool(stage_starts) and step == config.max_iters)
+            if step % config.eval_interval == 0 or stage_ends or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
+                    metrics |= self.evaluate()
+                    if stage_ends:
+                        metrics["stage/length"] = sequence_length(step - 1, config)
+                        metrics["stage/clip_rate"] = self._train_step.stage_clip_rate(step)
                     trained = step > self.step or self._origin  # else there is nothing to keep
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
@@ -469,6 +475,8 @@ class Run:
                         self._save(step, improved)
                     elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)
+            if step in stage_starts:  # after the checkpoint, with which a resume logs the stage that ends here again
+                self._train_step.start_stage(step)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
@@ -508,17 +516,22 @@ class Run:
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
     def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
+
+        Of a mixture these are the means by the shares; each corpus has its own too.
+        """
         self.world.local_rank0_first(self.corpus.check_unchanged)
         if self._tracker:
             self._tracker.check()
-        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
-        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
-        return sum(share * loss for _, share, loss in losses)
+        parts = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        metrics = {key: sum(share * values[key] for _, share, values in parts) for key in parts[0][2]}
+        if len(parts) > 1:
+            metrics |= {f"{key}/{name}": values[key] for name, _, values in parts for key in values}
+        return metrics
 
     @torch.no_grad()
     def _evaluate(self, tokens):
-        """The loss on one corpus. The ranks share its windows."""
+        """val/loss and val/accuracy of one corpus. The ranks share its windows."""
         config, world = self.config, self.world
         windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
@@ -534,14 +547,13 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             batches = self._batches
-            loss = self._train_step.evaluation_loss(
+            means = self._train_step.evaluation(
                 *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
             )
             if len(places):
-                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
+                total += means.to(exact) * len(places)
         self.model.train()
-        loss, count = world.sum(total).tolist()
-        return loss / count
+        return dict(zip(("val/loss", "val/accuracy"), (world.sum(total) / len(windows)).tolist(), strict=True))
 
     def _training_metrics(self, step):
         """The metrics of the step just done. All ranks call it and wait once for their device."""

@@ -1,6 +1,7 @@
 """Settings: what they resolve to, and what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
 
 
 def config_class(path):
-    return SophiaConfig if "sophiag" in Path(path).name else AdamConfig
+    return SophiaConfig if re.search("sophiag|hybrid", Path(path).name) else AdamConfig
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
