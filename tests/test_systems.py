@@ -11,7 +11,7 @@ import compare
 import train_adam
 import train_sophiag
 from model import GPT, GPTConfig
-from tests.conftest import ROOT, losses, read_lines
+from tests.conftest import ROOT, losses, read_lines, torchrun
 from tests.data.test_corpus import prepare
 from training import memory
 from training.config import load_config, model_config
@@ -160,3 +160,54 @@ def test_the_number_of_parameters_is_what_the_config_says(name, count):
 
 def test_the_papers_6_6b_is_the_count_with_one_embedding():
     assert parameters(settings(ADAM[1], "neox_6.6b_adam", "--tie_embeddings=True")) == pytest.approx(6.65e9, rel=0.001)
+
+
+PROBE = f"""
+import gc, json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_adam
+from training.run import Run
+from training.step import TrainStep
+
+held, loss, optimizer_step = {{}}, TrainStep._loss, Run.optimizer_step
+
+def all_tensors():
+    gc.collect()
+    found = {{}}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for t in (thing, thing.grad if thing.is_leaf else None):
+                t = getattr(t, "_local_tensor", t)
+                if t is not None and t.is_floating_point() and t.device.type == "cpu":
+                    found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(found.values())
+
+def watched_loss(step, *arguments):
+    held["between"] = all_tensors()  # before the last micro-batch, in the end
+    return loss(step, *arguments)
+
+def watched_step(run):
+    held["after"] = all_tensors()
+    optimizer_step(run)
+
+TrainStep._loss, Run.optimizer_step = watched_loss, watched_step
+train_adam.main(sys.argv[2:])
+open(sys.argv[1] + os.environ["RANK"], "w").write(json.dumps(held))
+"""
+
+
+def test_the_formula_of_memory_is_what_two_ranks_hold(corpus, tmp_path):
+    """A small GPT-NeoX with fsdp, between two micro-batches and after the last."""
+    small = ["--n_layer=2", "--n_head=4", "--n_embd=256", "--rope_dim=16", "--block_size=16", "--total_bs=4"]
+    small += ["--batch_size=1", "--max_iters=2", "--warmup_iters=1", "--device=cpu", "--dtype=float32"]
+    small += ["--compile=False", f"--dataset={corpus}", f"--out_dir={tmp_path / 'run'}"]
+    config = settings(ADAM[1], "neox_1.5b_adam", *small)
+    (tmp_path / "probe.py").write_text(PROBE)
+    words = [str(tmp_path / "held"), str(ROOT / "config/train_neox_1.5b_adam.py"), *small]
+    done = torchrun(2, tmp_path / "probe.py", words)
+    assert done.returncode == 0, done.stderr
+    count = memory.count_parameters(model_config(config, 64))
+    for rank in range(2):
+        held = json.loads((tmp_path / f"held{rank}").read_text())
+        assert held["between"] == pytest.approx(memory.state_bytes(count, 2, True, True), rel=0.05)
+        assert held["after"] == pytest.approx(memory.state_bytes(count, 2, True, False), rel=0.05)
