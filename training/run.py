@@ -14,6 +14,7 @@ import gc
 import math
 import os
 import shutil
+import socket
 import statistics
 import sys
 import types
@@ -185,6 +186,8 @@ class Run:
 
         if not config.eval_only:
             world.on_rank0(open_files)
+            if config.fsdp:
+                world.on_all_ranks(self._check_that_out_dir_is_seen)
             self._writer = self._writer or PartWriter(Path(config.out_dir) / TEMPORARY, world)
             world.finish = self._writer.wait
         self._say(
@@ -199,6 +202,13 @@ class Run:
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
             for text in self._effects(checkpoint["config"]):
                 self._say(f"  {text}")
+
+    def _check_that_out_dir_is_seen(self):
+        if not (Path(self.config.out_dir) / CONFIG).exists():  # which rank 0 has written
+            raise UserError(
+                f"rank {self.world.rank} on {socket.gethostname()} does not see the files of rank 0 in "
+                f"{self.config.out_dir}; with fsdp = True name an --out_dir that all machines share."
+            )
 
     def _choose_batch_size(self, before):
         """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""

@@ -1,6 +1,7 @@
 """fsdp=True against DistributedDataParallel: the same losses, the same checkpoints, a share of the memory."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ import export_hf
 import sample
 import train_adam
 import train_sophiag
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, losses, read_lines, tiny_words, torchrun, write_corpus
 from tests.training.test_run import refused
 from training.checkpoint import all_checkpoints, load_checkpoint, read_checkpoint
@@ -85,6 +87,21 @@ def test_sophia_takes_the_same_steps(runs):
     same_run(runs / "True", runs / "False")
     lines = read_lines(runs / "True")
     assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
+
+
+def test_each_rank_copies_and_writes_its_part_alone(runs):
+    """torch.save writes all memory behind a tensor, so a file is as large as what its rank had copied."""
+    manifest = json.loads((runs / "True" / "ckpt" / "manifest.json").read_text())
+    model = GPT(GPTConfig(**load_checkpoint(runs / "True")[0]["model_args"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    sharded = {path: about for path, about in manifest["tensors"].items() if about["sharded"]}
+    assert sum(math.prod(about["shape"]) for about in sharded.values()) == 3 * parameters, "tied weights count once"
+    for rank in range(2):
+        size = (runs / "True" / "ckpt" / f"__{rank}_0.distcp").stat().st_size
+        tensors = sum(
+            chunk["file"] == f"__{rank}_0.distcp" for t in manifest["tensors"].values() for chunk in t["chunks"]
+        )
+        assert 0 <= size - 12 * parameters / 2 < 1700 * tensors  # of torch.save's form
 
 
 @pytest.mark.slow
@@ -311,6 +328,19 @@ def test_what_does_not_work_is_refused(tiny, script, argv, message):
     config = script.load_config(cls, [*tiny, *argv, "--fsdp=True"])
     with pytest.raises(UserError, match=message):
         check_sharding(config, SimpleNamespace(distributed=True, size=4))
+
+
+@pytest.mark.slow
+def test_a_machine_that_does_not_see_out_dir_is_named(tiny, tmp_path):
+    """Two folders of one name, as on two machines."""
+    (tmp_path / "script.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_adam\nfrom training.errors import command\n"
+        f"os.makedirs(folder := {str(tmp_path)!r} + '/node' + os.environ['RANK'])\nos.chdir(folder)\n"
+        "command(lambda: train_adam.main(sys.argv[1:]))\n"
+    )
+    done = torchrun(2, tmp_path / "script.py", [*tiny, "--out_dir=out", "--fsdp=True"])
+    assert done.returncode != 0 and done.stderr.count("error: rank 1 on ") == 1
+    assert "does not see the files of rank 0 in out; with fsdp = True name an --out_dir" in done.stderr
 
 
 def test_two_ranks_refuse_once(tiny, tmp_path):
