@@ -14,7 +14,6 @@ import gc
 import math
 import os
 import shutil
-import socket
 import statistics
 import sys
 import types
@@ -186,8 +185,6 @@ class Run:
 
         if not config.eval_only:
             world.on_rank0(open_files)
-            if config.fsdp:
-                world.on_all_ranks(self._check_that_out_dir_is_seen)
             self._writer = self._writer or PartWriter(Path(config.out_dir) / TEMPORARY, world)
             world.finish = self._writer.wait
         self._say(
@@ -202,13 +199,6 @@ class Run:
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
             for text in self._effects(checkpoint["config"]):
                 self._say(f"  {text}")
-
-    def _check_that_out_dir_is_seen(self):
-        if not (Path(self.config.out_dir) / CONFIG).exists():  # which rank 0 has written
-            raise UserError(
-                f"rank {self.world.rank} on {socket.gethostname()} does not see the files of rank 0 in "
-                f"{self.config.out_dir}; with fsdp = True name an --out_dir that all machines share."
-            )
 
     def _choose_batch_size(self, before):
         """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
@@ -414,7 +404,7 @@ class Run:
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
-                    self.world.on_all_ranks(lambda: read_state(self._resumed, self._names))
+                    self.world.on_all_ranks(lambda: read_state(self._resumed, optimizer, self._names))
                 optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])

@@ -330,19 +330,6 @@ def test_what_does_not_work_is_refused(tiny, script, argv, message):
         check_sharding(config, SimpleNamespace(distributed=True, size=4))
 
 
-@pytest.mark.slow
-def test_a_machine_that_does_not_see_out_dir_is_named(tiny, tmp_path):
-    """Two folders of one name, as on two machines."""
-    (tmp_path / "script.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_adam\nfrom training.errors import command\n"
-        f"os.makedirs(folder := {str(tmp_path)!r} + '/node' + os.environ['RANK'])\nos.chdir(folder)\n"
-        "command(lambda: train_adam.main(sys.argv[1:]))\n"
-    )
-    done = torchrun(2, tmp_path / "script.py", [*tiny, "--out_dir=out", "--fsdp=True"])
-    assert done.returncode != 0 and done.stderr.count("error: rank 1 on ") == 1
-    assert "does not see the files of rank 0 in out; with fsdp = True name an --out_dir" in done.stderr
-
-
 def test_two_ranks_refuse_once(tiny, tmp_path):
     done = torchrun(2, "train_sophiag.py", [*tiny, "--optimizer_name=sophiah", "--fsdp=True"])
     assert done.returncode != 0 and "exitcode  : 2" in done.stderr
