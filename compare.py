@@ -54,10 +54,8 @@ def main(argv=None):
 
 def upload(figures, project, name):
     """Upload the figures to wandb, as a run of their own."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs a package: pip install wandb, or leave --wandb out.") from None
+    import wandb
+
     with wandb.init(project=project, name=name, job_type="compare") as run:
         run.log({Path(figure).stem: wandb.Image(str(figure)) for figure in figures})
 

@@ -45,7 +45,12 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from training.errors import Parser, UserError, command  # first: Ctrl-C during the other imports is then quiet
+from training.errors import (
+    Parser,
+    UserError,
+    command,
+    file_errors,
+)  # first: Ctrl-C during the other imports is then quiet
 
 # isort: split
 import numpy as np
@@ -56,16 +61,11 @@ from analysis.figures import draw_sweep
 from analysis.runs import HARMLESS, changed_keys, label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import ALIASES, load_config
+from training.config import ALIASES, load_config, run_file
 from training.foreign import is_plain_name, read_json
+from training.lock import lock_file
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
-from training.terminal import warn
 from training.tracking import SHARED, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
@@ -127,7 +127,8 @@ class Trial:
         command = [sys.executable, *self.argv, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else (), **streams), log
+        inherited = [lock.fileno()] if os.name == "posix" else ()
+        return subprocess.Popen(command, env=environment, pass_fds=inherited, **streams), log
 
 
 def main(argv=None):
@@ -209,17 +210,6 @@ def boolean(text):
     return text == "True"
 
 
-def run_file(path, function, *arguments, **options):
-    """The result of `function`, which runs code of the sweep file `path`: its exceptions become UserErrors."""
-    try:
-        open(path).close()
-        return function(*arguments, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this sweep file ({error.strerror}).") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: running this sweep file raised {type(error).__name__}: {error}.") from None
-
-
 def check_definition(names, path):
     """The definition in `names`, as it will be read back from sweep.json. UserError if it is none."""
     names = names if isinstance(names, dict) else {}
@@ -282,9 +272,7 @@ def grid(definition, out_dir, known=()):
         if len(tokens) != len(reference) and "runs" not in definition:
             raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
         if odd := [n for n in tokens if n != reference[0]]:
-            raise UserError(
-                f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."
-            )
+            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, not {reference[0]:,}; make them equal.")
     return list(draw(trials, definition["runs"], set(names.values()))) if "runs" in definition else trials
 
 
@@ -335,17 +323,11 @@ def best_again(trials, seeds, out_dir):
 
 def locked(out_dir):
     """An open file, locked until this process and its runs, which inherit it, have ended."""
-    try:
+    with file_errors(out_dir, "name another --out_dir"):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
-        if fcntl is None:
-            warn(f"no locks on this system: start no second sweep in {out_dir}.")
-        else:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it.") from None
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); name another one.") from None
+        taken = f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it."
+        lock_file(lock, taken, f"start no second sweep in {out_dir}.")
     return lock
 
 

@@ -10,8 +10,17 @@ import os
 import torch
 
 from model import GPTConfig
+from training.config import model_config
 
 FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
+
+
+def count_parameters(model):
+    """Parameters of a GPT with this GPTConfig, norms and biases left out, without building it."""
+    block = model.n_embd * (sum(model.qkv_rows) + model.n_embd + (3 if model.mlp == "swiglu" else 2) * model.mlp_hidden)
+    rows = model.vocab_size * (1 if model.tie_embeddings else 2)
+    rows += model.block_size if model.position == "learned" else 0
+    return model.n_layer * block + rows * model.n_embd
 
 
 def micro_batch_sizes(total_bs, ranks):
@@ -28,7 +37,7 @@ def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
     layers = 2 * config.n_layer + 68 if config.activation_checkpointing else 34 * config.n_layer
     wide = 2 if config.dtype == "float32" else 1
     per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
-    parameters = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
+    parameters = count_parameters(model_config(config, vocab_size))
     left = (1 - FREE) * memory - 16 * parameters / (ranks if config.fsdp else 1)
     return max(0, int(left / (per_token * config.block_size)))
 

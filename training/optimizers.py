@@ -15,7 +15,6 @@ import torch
 from muon import Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
-from training.errors import UserError
 
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
@@ -49,10 +48,8 @@ def sgd(config, groups, device):
 
 
 def lion(config, groups, device):
-    try:
-        from lion_pytorch.foreach import Lion
-    except ImportError:
-        raise UserError("optimizer_name = 'lion' needs a package: pip install lion-pytorch.") from None
+    from lion_pytorch.foreach import Lion
+
     return Lion(groups, betas=(config.beta1, config.beta2))
 
 
@@ -95,10 +92,8 @@ def _aux_adamw(config, groups, betas, device):
 
 
 def soap(config, groups, device):
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError:
-        raise UserError("optimizer_name = 'soap' needs a package: pip install pytorch_optimizer.") from None
+    from pytorch_optimizer import SOAP
+
     betas = config.beta1, config.beta2
     return WithAuxAdam(groups, betas, device, soap=partial(SOAP, betas=betas))
 
@@ -269,8 +264,11 @@ class WithAuxAdam(OptimizerContainer):
 
 
 def split_qkv(matrix, split):
-    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
-    return matrix.chunk(split)
+    """The matrices that `matrix` holds, as views: query, key and value of a fused one.
+
+    split: how many of equally many rows, or the rows of each.
+    """
+    return matrix.chunk(split) if isinstance(split, int) else matrix.split(list(split))
 
 
 # ----- for all optimizers

@@ -36,18 +36,18 @@ from training.checkpoint import (
     remove,
     set_aside_unreadable,
 )
-from training.config import with_current_values
+from training.config import model_config, with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError, is_out_of_memory
+from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
-from training.hf import load_optimizer_state, sha256_of, start_from
+from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
-from training.schedule import learning_rate, sequence_length
+from training.schedule import check_whole, learning_rate, sequence_length, stages
 from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
 from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
@@ -86,6 +86,9 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
             check_sharding(config, world)
+        for name in ("total_bs", "hess_bs")[: 1 + (config.fsdp and hasattr(config, "hess_bs"))]:
+            for _, length in stages(config):
+                check_whole(name, getattr(config, name), config.block_size, length, world.size)
         if getattr(config, "hess_bs", world.size) < world.size:
             raise UserError(
                 f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one; "
@@ -98,9 +101,10 @@ class Run:
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
-        if config.init_from != "scratch":
-            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
+        if not resume and config.init_from != "scratch":
+            checkpoint = self._load_weights()
         if resume:
+            checkpoint, origin = self._load_checkpoint()
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
@@ -152,27 +156,22 @@ class Run:
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
-        if resume:
-            self._train_step.load_state_dict(checkpoint)
+        self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
-        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
 
         def open_files():
-            if not resume or elsewhere:
-                for path in _run_files(config.out_dir):
-                    try:
-                        remove(path)
-                    except OSError as error:
-                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
+            for path in _run_files(config.out_dir) if not resume or elsewhere else ():
+                with file_errors(path, "remove it"):
+                    remove(path)
             if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
@@ -229,13 +228,15 @@ class Run:
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
         if not self.config.eval_only:
-            try:
-                Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-                self._lock = RunLock(self.config.out_dir)
-            except OSError as error:
-                raise UserError(
-                    f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
-                ) from None
+            folder = Path(self.config.out_dir)
+            with file_errors(folder, "name another --out_dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(folder)
+                probe = folder / f".probe.{os.getpid()}"
+                try:
+                    probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
+                finally:
+                    probe.unlink(missing_ok=True)
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
@@ -276,6 +277,7 @@ class Run:
         before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
         now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
         changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        changed = {key: pair for key, pair in changed.items() if key not in MODEL_SETTINGS}  # 0 and what it stands for
         facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
@@ -324,20 +326,19 @@ class Run:
 
         differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
         """
-        names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
         config = self.config
-        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
         rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
-        try:
-            wanted = GPTConfig(vocab_size=rows, **shape)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        wanted = model_config(config, rows)
         if not checkpoint:
             return wanted
-        args, differing = checkpoint["model_args"], list(differing)
-        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
-        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        args, differing = vars(GPTConfig(**checkpoint["model_args"])), list(differing)  # older ones lack new settings
+        derived = dict.fromkeys(("n_kv_head", "mlp_hidden", "rope_dim"), 0)
+        defaults = vars(GPTConfig(**{**args, **derived}))
+        for name, value in args.items():
+            follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
+            if name != "dropout" and value != getattr(wanted, name) and not follows:
+                differing.append((name, value, getattr(wanted, name)))
         said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
@@ -375,13 +376,9 @@ class Run:
             raise explained from error
 
     def _close_files(self):
-        for close in (
-            self._writer and self._writer.wait,
-            self._tracker and self._tracker.close,
-            self._lock and self._lock.release,
-        ):
-            if close:
-                close()
+        for part, close in ((self._writer, "wait"), (self._tracker, "close"), (self._lock, "release")):
+            if part:
+                getattr(part, close)()
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -447,6 +444,7 @@ class Run:
     def steps(self):
         """Yield the steps to do. Around each: learning rate, evaluation, checkpoint, metrics."""
         config = self.config
+        stage_starts = [first for first, _ in stages(config)[1:]]
         step = self.step
         self._clock.start()
         while True:
@@ -459,15 +457,17 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(
-                        f"torchrun is gone and step {step} is checkpointed; go on with torchrun and --init_from=auto."
-                    )
+                    raise RunError(f"torchrun is gone, step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
-            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
+            stage_ends = step in stage_starts or (bool(stage_starts) and step == config.max_iters)
+            if step % config.eval_interval == 0 or stage_ends or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
+                    metrics |= self.evaluate()
+                    if stage_ends:
+                        metrics["stage/length"] = sequence_length(step - 1, config)
+                        metrics["stage/clip_rate"] = self._train_step.stage_clip_rate(step)
                     trained = step > self.step or self._origin  # else there is nothing to keep
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
@@ -475,6 +475,8 @@ class Run:
                         self._save(step, improved)
                     elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)
+            if step in stage_starts:  # after the checkpoint, with which a resume logs the stage that ends here again
+                self._train_step.start_stage(step)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
@@ -514,17 +516,22 @@ class Run:
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
     def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
+
+        Of a mixture these are the means by the shares; each corpus has its own too.
+        """
         self.world.local_rank0_first(self.corpus.check_unchanged)
         if self._tracker:
             self._tracker.check()
-        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
-        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
-        return sum(share * loss for _, share, loss in losses)
+        parts = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        metrics = {key: sum(share * values[key] for _, share, values in parts) for key in parts[0][2]}
+        if len(parts) > 1:
+            metrics |= {f"{key}/{name}": values[key] for name, _, values in parts for key in values}
+        return metrics
 
     @torch.no_grad()
     def _evaluate(self, tokens):
-        """The loss on one corpus. The ranks share its windows."""
+        """val/loss and val/accuracy of one corpus. The ranks share its windows."""
         config, world = self.config, self.world
         windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
@@ -540,14 +547,13 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             batches = self._batches
-            loss = self._train_step.evaluation_loss(
+            means = self._train_step.evaluation(
                 *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
             )
             if len(places):
-                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
+                total += means.to(exact) * len(places)
         self.model.train()
-        loss, count = world.sum(total).tolist()
-        return loss / count
+        return dict(zip(("val/loss", "val/accuracy"), (world.sum(total) / len(windows)).tolist(), strict=True))
 
     def _training_metrics(self, step):
         """The metrics of the step just done. All ranks call it and wait once for their device."""
@@ -597,10 +603,8 @@ class Run:
                 metrics["mfu"] = speed * flops / self._peak_flops / world.size
         if world.size > 1:
             busy, self._busy = world.gather(self._busy), 0.0
-            metrics |= {
-                "slowest_rank": busy.index(max(busy)),
-                "seconds_behind": max(busy) - statistics.median_low(busy),
-            }
+            metrics["slowest_rank"] = busy.index(max(busy))
+            metrics["seconds_behind"] = max(busy) - statistics.median_low(busy)
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)
@@ -669,9 +673,7 @@ def _warn_of_separate_tasks():
 def _resolve_dtype(dtype, device):
     if dtype != "auto":
         if dtype == "float16" and device.type != "cuda":
-            raise UserError(
-                f"dtype = 'float16' needs a cuda device, this is {device}; use --dtype=bfloat16 or float32."
-            )
+            raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
         return dtype
     if device.type != "cuda":
         return "float32"
@@ -728,7 +730,7 @@ def _check_empty(config):
 
 
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run or cannot be written."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     folder = Path(config.out_dir)
     init_from = config.init_from
     if init_from == "auto":
@@ -738,16 +740,4 @@ def _check_out_dir(config):
             f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
             "or name another --out_dir."
         )
-    if config.eval_only:
-        return init_from  # writes nothing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
-        finally:
-            probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"out_dir = {config.out_dir!r:.300} cannot be written ({reason}); name another one.") from None
     return init_from

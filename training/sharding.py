@@ -37,14 +37,15 @@ def shard(model, mesh, dtype, compile):
     """Split a GPT that is on the CPU over the ranks of `mesh`, block by block. No device ever holds all of it.
 
     Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
-    autocast rounds them anyway, and their gradients are summed in float32. Embeddings and all LayerNorms are one group,
-    gathered in float32. With `compile` each block is a graph.
+    autocast rounds them anyway, and their gradients are summed in float32. Embeddings, an output matrix of its own and
+    all norms are one group, gathered in float32. With `compile` each block is a graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = model.transformer.h
-    inner = {p for block in blocks for part in (block.attn, block.mlp) for p in part.parameters()}
+    layers = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    inner = {p for layer in layers for p in layer.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=inner)  # before the blocks, whose parameters it would ignore later
     for block in blocks:
         if compile:
