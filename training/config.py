@@ -27,7 +27,7 @@ WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
 WSD = ("lr_schedule", ("wsd",))
 RESTARTS = ("lr_schedule", ("cosine_restarts",))
-CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a PATH"
 
 
 def setting(default, help, **limits):
