@@ -56,15 +56,11 @@ OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
 # ----- reading
 
 
-def state_of(name):
-    return read_sweep(EXPERIMENTS / name)
-
-
 @cache
 def groups_of(name):
     """{(optimizer, steps, learning rate): the group of its seeds} of experiments/NAME/runs."""
     found = {}
-    for run in state_of(name)["runs"]:
+    for run in read_sweep(EXPERIMENTS / name)["runs"]:
         if (folder := EXPERIMENTS / name / "runs" / run["run"]).exists():
             one = read_run(folder)
             key = run["optimizer"], one.config["max_iters"], one.config["learning_rate"]
@@ -165,7 +161,7 @@ def speedups(baseline, names):
 
 def results_large_batches():
     """Per optimizer the learning rates that were tried, and held-out seeds of the best."""
-    groups, runs, rows = groups_of("30m_large"), state_of("30m_large")["runs"], []
+    groups, runs, rows = groups_of("30m_large"), read_sweep(EXPERIMENTS / "30m_large")["runs"], []
     order = [name for name in NAMES if any(run["optimizer"] == name for run in runs)]
     best = {}
     for name in order:
