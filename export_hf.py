@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder: GPT2LMHeadModel and tokenizer, which transformers loads offline.
+"""Write a checkpoint as a Hugging Face folder: a model and its tokenizer, which transformers loads offline.
 
 python export_hf.py --out_dir=out/gpt2_small_sophiag --to=exported
 python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
@@ -6,9 +6,10 @@ python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
-The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as GPT2Tokenizer, a tokenizer of characters as
-PreTrainedTokenizerFast with one token for each character. As always in transformers, and unlike in training,
-"<|endoftext|>" in a text is the end-of-text token.
+The model is a GPT-2, Llama, Qwen3 or GPT-NeoX of transformers, whichever has its settings (docs/models.md); settings
+that none of them has are refused. The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as
+GPT2Tokenizer, a tokenizer of characters as PreTrainedTokenizerFast with one token for each character. As always in
+transformers, and unlike in training, "<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
@@ -60,7 +61,10 @@ def export(model, tokenizer, folder):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    hf_model = to_hf(model, tokenizer.vocab_size)
+    try:
+        hf_model = to_hf(model, tokenizer.vocab_size)
+    except ValueError as error:
+        raise UserError(f"{error}; sample.py and evaluate.py read the checkpoint itself.") from None
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
     if tokenizer.spec is None:

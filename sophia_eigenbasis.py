@@ -39,12 +39,13 @@ class EigenbasisSophiaG(SophiaG):
     Args, besides SophiaG's; both are also settings of a group:
         eigenbasis: False leaves a group's matrices to SophiaG's step. Tensors that are no matrices always take that.
         split: into how many equal blocks of rows a matrix is split, each with factors and bases of its own: 3 for a
-            fused query-key-value matrix (3C, C). An int for all matrices of the group, or a list with one int for
-            each parameter of the group, in order.
+            fused query-key-value matrix (3C, C). An int for all matrices of the group, or a list with an entry for
+            each parameter of the group, in order: an int, or a tuple of the rows of each block.
 
     More state of a matrix (split = n): "left_factor" and "left_basis" (n, rows / n, rows / n), "right_factor" and
-    "right_basis" (n, columns, columns), in float32 or the parameter's wider dtype. On a GPU a third square is needed
-    for each side while the bases are updated. The factors of embeddings would be too large.
+    "right_basis" (n, columns, columns), in float32 or the parameter's wider dtype. Blocks of unequal rows take the
+    first rows and columns of squares as wide as the largest. On a GPU a third square is needed for each side while the
+    bases are updated. The factors of embeddings would be too large.
 
     Raises:
         ValueError: for capturable or complex matrices, and for a split that does not fit.
@@ -53,7 +54,7 @@ class EigenbasisSophiaG(SophiaG):
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99),
-        rho: float = 0.04, weight_decay: float = 1e-1, *, eigenbasis: bool = True, split: int | list[int] = 1,
+        rho: float = 0.04, weight_decay: float = 1e-1, *, eigenbasis: bool = True, split: int | list[Any] = 1,
         **settings: Any,
     ) -> None:  # fmt: skip
         self._more_defaults = {"eigenbasis": eigenbasis, "split": split, **getattr(self, "_more_defaults", {})}
@@ -81,14 +82,19 @@ class EigenbasisSophiaG(SophiaG):
         return {**state_dict, "state": {n: {**state, **copies[n]} for n, state in state_dict["state"].items()}}
 
     def _matrix(self, group, position):
-        """(shape, number of blocks) of a matrix that is stepped in its eigenbasis, else None."""
+        """(shape, number of blocks or the rows of each) of a matrix that is stepped in its eigenbasis, else None."""
         param, split = group["params"][position], group["split"]
         if not (group["eigenbasis"] and param.ndim == 2 and param.numel()):
             return None
         if isinstance(split, tuple | list) and len(split) != len(group["params"]):
             raise ValueError(f"split has {len(split)} numbers for {len(group['params'])} parameters of its group")
         blocks = split[position] if isinstance(split, tuple | list) else split
-        if not isinstance(blocks, int) or blocks < 1 or len(param) % blocks:
+        if isinstance(blocks, tuple | list):
+            blocks = tuple(blocks)
+            fits = all(isinstance(rows, int) and rows > 0 for rows in blocks) and sum(blocks) == len(param)
+        else:
+            fits = isinstance(blocks, int) and blocks > 0 and len(param) % blocks == 0
+        if not fits:
             raise ValueError(f"split = {blocks!r} does not divide the {len(param)} rows of parameter {position}")
         return param.shape, blocks
 
@@ -98,9 +104,10 @@ class EigenbasisSophiaG(SophiaG):
             return state
         if hasattr(param, "device_mesh"):
             raise RuntimeError("eigenbasis=True needs whole matrices, and this one is sharded over ranks")
-        (rows, columns), count = matrix
+        (rows, columns), blocks = matrix
+        count, rows = (blocks, rows // blocks) if isinstance(blocks, int) else (len(blocks), max(blocks))
         placed = {"dtype": _opmath_dtype(param), "device": param.device}
-        for (factor, basis), width in zip(_SIDES, (rows // count, columns), strict=True):
+        for (factor, basis), width in zip(_SIDES, (rows, columns), strict=True):
             if basis not in state:
                 state[factor] = torch.zeros(count, width, width, **placed)
                 state[basis] = torch.eye(width, **placed).repeat(count, 1, 1)
@@ -119,7 +126,11 @@ class EigenbasisSophiaG(SophiaG):
         buckets = super()._group_tensors(gradients)
         for bucket in buckets:
             if bucket.matrix:
-                bucket.sides = [[self._stack(bucket, name) for name in names] for names in _SIDES]
+                left, right = [[self._stack(bucket, name) for name in names] for names in _SIDES]
+                split, bucket.sides = bucket.matrix[1], [(left, right)]
+                if not isinstance(split, int):
+                    views = [(slice(i, None, len(split)), rows) for i, rows in enumerate(split)]
+                    bucket.sides = [([s[i, :n, :n] for s in left], [s[i] for s in right]) for i, n in views]
         return buckets
 
     def _stack(self, bucket, name):
@@ -147,25 +158,26 @@ class EigenbasisSophiaG(SophiaG):
         estimates = self._cache.pop("estimates", [])
         for device in dict.fromkeys(bucket.device for bucket, *_ in estimates):
             own = [estimate for estimate in estimates if estimate[0].device == device]
-            sides = [side for bucket, *_ in own for side in bucket.sides]
+            sides = [side for bucket, *_ in own for pair in bucket.sides for side in pair]
             if ("updater", device) not in self._cache:
                 self._cache["updater", device] = _BasisUpdater(device)
             self._cache.setdefault("pending", []).append((own, *self._cache["updater", device].start(sides)))
 
     def _update_factors(self, bucket, *, beta2, multiplier, skip, **settings):
         """Average G G^T and G^T G into the factors, and keep what _finish_updates needs to renew h."""
-        blocks = _blocks(bucket, bucket.grads)  # a copy: DistributedDataParallel overwrites its gradients
+        stacks = _blocks(bucket, bucket.grads)  # a copy: DistributedDataParallel overwrites its gradients
         if multiplier is not None:
-            blocks = blocks.to(bucket.sides[0][1].dtype) * multiplier
+            stacks = [blocks.to(bucket.sides[0][0][1].dtype) * multiplier for blocks in stacks]
         bucket.grads = []
         exact = torch.float32 if bucket.device.type == "mps" else torch.float64  # mps has no float64
-        for side, (factors, _) in enumerate(bucket.sides):
-            for mean, g in zip(_chunks(factors), blocks.split(len(_chunks(factors)[0])), strict=True):
+        for blocks, side in ((b, i) for b in range(len(stacks)) for i in (0, 1)):
+            factors, _ = bucket.sides[blocks][side]
+            for mean, g in zip(_chunks(factors), stacks[blocks].split(len(_chunks(factors)[0])), strict=True):
                 g = g.to(exact)
                 product = (g.mT @ g if side else g @ g.mT).to(mean.dtype)
                 mean.lerp_(product if skip is None else torch.where(skip, mean, product), 1 - min(beta2, _FACTOR_DECAY))
         settings |= {"beta2": beta2, "multiplier": None, "skip": skip}
-        self._cache.setdefault("estimates", []).append((bucket, blocks, settings))
+        self._cache.setdefault("estimates", []).append((bucket, stacks, settings))
 
     @torch.no_grad()
     def _finish_updates(self):
@@ -174,11 +186,11 @@ class EigenbasisSophiaG(SophiaG):
             if done is not None:
                 torch.cuda.current_stream(estimates[0][0].device).wait_event(done)
             new_bases = iter(bases)
-            for bucket, blocks, settings in estimates:
-                for old in (basis for _, side in bucket.sides for basis in side):
+            for bucket, stacks, settings in estimates:
+                for old in (basis for sides in bucket.sides for _, side in sides for basis in side):
                     new, skip = next(new_bases), settings["skip"]
                     old.copy_(new if skip is None else torch.where(skip, old, new))
-                bucket.grads = _rotate(bucket, blocks, bucket.hessians)
+                bucket.grads = _rotate(bucket, stacks, bucket.hessians)
                 _FOREACH.hessian(bucket, **settings)
 
 
@@ -218,40 +230,49 @@ class SpectralSophiaG(EigenbasisSophiaG):
     def _direction(self, bucket, numerators, h, rho, eps):
         exponent = bucket.group["exponent"]
         if not exponent:
-            return _unblock(bucket, _muon(_blocks(bucket, numerators)), numerators)
-        rotated = _blocks(bucket, _rotate(bucket, numerators))
-        return _rotate_back(bucket, _unblock(bucket, _spectral(rotated, _blocks(bucket, h), exponent), numerators))
+            return _unblock(bucket, [_muon(blocks) for blocks in _blocks(bucket, numerators)], numerators)
+        rotated = zip(_blocks(bucket, _rotate(bucket, numerators)), _blocks(bucket, h), strict=True)
+        steps = [_spectral(blocks, curvature, exponent) for blocks, curvature in rotated]
+        return _rotate_back(bucket, _unblock(bucket, steps, numerators))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Matrices of one shape, together: blocks (n, rows / split, columns). bucket.sides is [[factors, bases], [factors,
-# bases]]: on the left (n, rows / split, rows / split), on the right (n, columns, columns).
+# Matrices of one shape, together. Blocks of one shape are a stack (n, rows, columns): all blocks of an equal split are
+# one, else query, key and value are one each. bucket.sides has for each stack ((factors, bases), (factors, bases)): on
+# the left (n, rows, rows), on the right (n, columns, columns).
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def _blocks(bucket, matrices):
-    """The blocks of all matrices of the bucket, as one tensor."""
+    """The stacks of the blocks of all matrices of the bucket."""
     split = bucket.matrix[1]
-    return torch.cat([m.unflatten(0, (split, -1)) for m in matrices])
+    if isinstance(split, int):
+        return [torch.cat([m.unflatten(0, (split, -1)) for m in matrices])]
+    return [torch.stack(alike) for alike in zip(*(m.split(split) for m in matrices), strict=True)]
 
 
-def _unblock(bucket, blocks, like):
+def _unblock(bucket, stacks, like):
     """The reverse of _blocks, in the shapes of `like`."""
-    return [part.reshape(m.shape) for part, m in zip(blocks.split(bucket.matrix[1]), like, strict=True)]
+    if isinstance(split := bucket.matrix[1], int):
+        return [part.reshape(m.shape) for part, m in zip(stacks[0].split(split), like, strict=True)]
+    return [torch.cat(blocks) for blocks in zip(*stacks, strict=True)]
 
 
 def _rotate(bucket, matrices, like=None):
-    """Left^T X Right, in which the eigenvectors are the axes. With `like`, matrices are blocks already."""
-    left, right = (bases for _, bases in bucket.sides)
-    blocks = _blocks(bucket, matrices) if like is None else matrices
-    with torch.autocast(left.device.type, enabled=False):
-        return _unblock(bucket, left.mT @ blocks.to(left.dtype) @ right, matrices if like is None else like)
+    """Left^T X Right, in which the eigenvectors are the axes. With `like`, matrices are stacks already."""
+    stacks = _blocks(bucket, matrices) if like is None else matrices
+    return _turn(bucket, stacks, matrices if like is None else like, lambda left, x, right: left.mT @ x @ right)
 
 
 def _rotate_back(bucket, matrices):
-    left, right = (bases for _, bases in bucket.sides)
-    with torch.autocast(left.device.type, enabled=False):
-        return _unblock(bucket, left @ _blocks(bucket, matrices) @ right.mT, matrices)
+    return _turn(bucket, _blocks(bucket, matrices), matrices, lambda left, x, right: left @ x @ right.mT)
+
+
+def _turn(bucket, stacks, like, product):
+    with torch.autocast(bucket.device.type, enabled=False):
+        pairs = zip(bucket.sides, stacks, strict=True)
+        turned = [product(left, x.to(left.dtype), right) for ((_, left), (_, right)), x in pairs]
+        return _unblock(bucket, turned, like)
 
 
 def _rotated_sums(bucket, **settings):

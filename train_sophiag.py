@@ -10,6 +10,7 @@ from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
 from training.run import Run
+from training.schedule import check_whole, stages
 
 SOPHIA = ("optimizer_name", ("sophiag", "sophiah"))
 ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
@@ -27,9 +28,7 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(
-        None, "clipping threshold (the paper's gamma); default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA
-    )
+    rho: float | None = setting(None, "the paper's gamma; default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, for sophiah 32", at_least=1)
     bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)
@@ -80,6 +79,8 @@ class SophiaConfig(TrainConfig):
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
+        for _, length in stages(self):
+            check_whole("hess_bs", self.hess_bs, self.block_size, length)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import loss_unit, size_name
+from analysis.runs import SMOOTHING, loss_unit, size_name
 from training.errors import UserError, file_errors
 from training.terminal import printable
 
@@ -21,7 +21,6 @@ DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
 MARKERS = "osD^vPX*"
 LEGEND = 14  # with more groups, the legend names only optimizers, and train/loss is not drawn
 STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # for val/loss; train/loss is thin and light
-SMOOTHING = 0.02  # width of the running mean, as a share of a run's logged steps
 QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
 METERS = {  # metric -> label of its axis
     "lr": "learning rate",
@@ -82,6 +81,8 @@ def draw(groups, prefix, scaling=False):
     styled = list(zip(groups, styles, strict=True))
     written = [draw_losses(styled, prefix, unit), draw_training(styled, f"{prefix}_training")]
     written.append(draw_finals(styled, f"{prefix}_final", unit))
+    if any("val/accuracy" in run.final for group in groups for run in group.runs):
+        written.append(draw_accuracy(styled, f"{prefix}_accuracy"))
     if scaling:
         written.append(draw_scaling(groups, f"{prefix}_scaling", unit))
     return written
@@ -175,6 +176,18 @@ def draw_training(styled, prefix):
             axes.set_ylim(0, None)
         if key == "tokens_per_second":
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    legend(figure, panels[0], styled)
+    return save(figure, prefix)
+
+
+def draw_accuracy(styled, prefix):
+    """Draw the accuracy of each run's evaluations against steps and epochs."""
+    figure, panels = new_figure(1, 2)
+    for axes, (label, key) in zip(panels, {"optimizer steps": "step", "epochs": "epoch"}.items(), strict=True):
+        for group, style in styled:
+            for run in group.runs:
+                axes.plot(*run.curve("val/accuracy", key), **STRONG, **style)
+        axes.set(xlabel=label, ylabel="accuracy on the validation text", xlim=(0, None), ylim=(0, None))
     legend(figure, panels[0], styled)
     return save(figure, prefix)
 

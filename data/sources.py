@@ -72,7 +72,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
     """Prepare the corpus `name` from the files that `args` names or, where it names none, from `hub`.
 
     hub: (its description, a function that gives pairs of "train" or "val" and a text). articles: makes documents of
-    the texts in the files. by_name: files with "train" and "valid" in their names are these splits.
+    the texts in the files. by_name: files with "train" and "valid" in their names, or their folders', are these splits.
     """
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: give a number between 0 and 1")
@@ -90,7 +90,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
     if args.source:
         files = find_files(args.source)
         splits = _splits_by_name(files) if by_name else None
-        files = [path for path in files if not by_name or "test" not in path.name.lower()]
+        files = [path for path in files if not by_name or _split_of(path) != "test"]
         at_end = len(files) == 1 and _kind(files[0]) in TEXTS and not args.separator
         if at_end:
             fraction = args.val_fraction or VAL_OF_ONE_TEXT
@@ -156,11 +156,19 @@ def _tokenizer_file(tokenizer):
     return path if path.suffix.lower() == ".json" else None
 
 
+def _split_of(path):
+    """ "train", "val" or "test" by the name of a file or, where that has none of them, of its folder; else None."""
+    name, folder = path.name.lower(), path.parent.name.lower()
+    for word, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        if word in name:
+            return split
+    return {"train": "train", "validation": "val", "valid": "val", "test": "test"}.get(folder)
+
+
 def _splits_by_name(files):
-    """{"train": files, "val": files} by the names of the files; None where one of them would be empty."""
-    train = [path for path in files if "train" in path.name.lower()]
-    val = [path for path in files if "valid" in path.name.lower() and path not in train]
-    return {"train": train, "val": val} if train and val else None
+    """{"train": files, "val": files} by their names; None where one of them would be empty."""
+    splits = {split: [path for path in files if _split_of(path) == split] for split in ("train", "val")}
+    return splits if all(splits.values()) else None
 
 
 def find_files(sources, option="--source"):
@@ -338,9 +346,8 @@ def load_from_hub(name, config=None):
         return datasets.load_dataset(name, config)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{name} cannot be had from {endpoint} ({reason}): get its files another way and name them with --source"
-        ) from error
+        remedy = "get its files another way and name them with --source"
+        raise UserError(f"{name} cannot be had from {endpoint} ({reason}): {remedy}") from error
 
 
 def hub_splits(dataset, val="validation", articles=lambda texts: texts):
@@ -356,8 +363,9 @@ def texts_of(part, name):
 
 
 def _kind(path):
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+    """Its suffix without that of a compression; WikiText's own names (wiki.train.tokens, wiki.train.raw) are texts."""
+    path = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
+    return ".txt" if re.fullmatch(r"wiki\.\w+\.(tokens|raw)", path.name.lower()) else path.suffix.lower()
 
 
 @contextlib.contextmanager

@@ -192,3 +192,32 @@ def test_on_a_gpu_as_on_the_cpu():
         ends.append([moved(p).cpu() for p in params])
     for one, other in zip(*ends, strict=True):
         assert torch.linalg.vector_norm(one - other) < 0.05 * torch.linalg.vector_norm(one)
+
+
+@pytest.mark.parametrize("cls", [EigenbasisSophiaG, SpectralSophiaG])
+def test_blocks_of_unequal_rows_are_as_many_matrices(cls):
+    """Query, key and value with fewer heads of keys: a resumed run of the fused matrices against three each."""
+    rows, generator = (8, 4, 4), torch.Generator().manual_seed(0)
+    drawn = [[draw((16, 8), generator) for _ in range(2)] for _ in range(9)]
+    fused = [nn.Parameter(p.clone()) for p in drawn[0]]
+    parts = [nn.Parameter(part.clone()) for p in fused for part in p.detach().split(rows)]
+    optimizers = [cls(fused, split=[rows, list(rows)], **SETTINGS), cls(parts, **SETTINGS)]
+    for step, gradients in enumerate(drawn[1:]):
+        for p, g in zip(fused, gradients, strict=True):
+            p.grad = g.clone()
+        for p, part in zip(parts, [part for g in gradients for part in g.split(rows)], strict=True):
+            p.grad = part.clone()
+        for optimizer in optimizers:
+            if step % 2 == 0:
+                optimizer.update_hessian()
+            optimizer.step()
+        if step == 3:
+            state = copy.deepcopy(optimizers[0].state_dict())
+            optimizers[0] = cls(fused, split=[rows, rows], **SETTINGS)
+            optimizers[0].load_state_dict(state)
+    got = [part for p in fused for part in p.detach().split(rows)]
+    for p, q in zip(got, parts, strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-9, atol=1e-9)
+    assert optimizers[0].state[fused[0]]["left_basis"].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"split = \(8, 4\) does not divide the 16 rows"):
+        cls(fused, split=[(8, 4), 1])

@@ -45,13 +45,8 @@ def parse_json(text):
         raise ValueError("it is nested too deep") from None
     level = [value]
     for _ in range(DEPTH):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
+        parts = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        if not (level := [child for part in parts for child in part]):
             return value
     raise ValueError(f"it is nested more than {DEPTH} deep")
 
@@ -94,9 +89,7 @@ def load_tensors(path, mmap=False):
     except (UserError, MemoryError):
         raise
     except Exception:  # a damaged file can raise nearly anything; torch's text advises to run the file's code
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and plain values; name another checkpoint."
-        ) from None
+        raise UserError(f"{path} is damaged, or holds more than tensors and values; name another one.") from None
 
 
 class Checkpoint(dict):

@@ -264,8 +264,11 @@ class WithAuxAdam(OptimizerContainer):
 
 
 def split_qkv(matrix, split):
-    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
-    return matrix.chunk(split)
+    """The matrices that `matrix` holds, as views: query, key and value of a fused one.
+
+    split: how many of equally many rows, or the rows of each.
+    """
+    return matrix.chunk(split) if isinstance(split, int) else matrix.split(list(split))
 
 
 # ----- for all optimizers
@@ -329,6 +332,12 @@ def take_momentum(optimizer, before):
 def has_parts(optimizer):
     """Whether ranks hold states that the others do not, although the parameters are whole."""
     return any(getattr(part, "_share", None) for part in _parts(optimizer))
+
+
+def owns(optimizer, p):
+    """Whether this rank holds the states of `p` that are not sharded as `p` is."""
+    shares = [part._share for part in _parts(optimizer) if getattr(part, "_share", None)]
+    return all(share.owner.get(p, share.rank) == share.rank for share in shares)
 
 
 def named_state(optimizer, names):

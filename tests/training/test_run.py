@@ -159,7 +159,7 @@ def test_a_run_writes_its_metrics_facts_and_checkpoints(tiny, tmp_path):
 
 def test_always_save_checkpoint_off_keeps_only_better_ones(tiny, tmp_path, monkeypatch):
     values = iter([4.0, 3.0, 5.0, 2.5])
-    monkeypatch.setattr(Run, "evaluate", lambda run: next(values))
+    monkeypatch.setattr(Run, "evaluate", lambda run: {"val/loss": next(values)})
     train_adam.main([*tiny, "--always_save_checkpoint=False"])
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 30
     assert read_checkpoint(tmp_path / "out" / "ckpt_prev.pt")["step"] == 10
@@ -181,14 +181,16 @@ def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_evaluation_is_the_mean_over_its_windows(tiny, tmp_path):
-    """8 windows in batches of 3, the last one filled up, against one batch of 8."""
+    """40 windows in batches of 3, the last one filled up, against one batch of 40."""
     from training import data
 
-    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--eval_tokens=128", "--batch_size=3"])) as run:
-        starts = data.evaluation_starts(len(run.corpus.val), 128, 16)
-        assert len(starts) == 8
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--eval_tokens=640", "--batch_size=3"])) as run:
+        starts = data.evaluation_starts(len(run.corpus.val), 640, 16)
+        assert len(starts) == 40
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(run.corpus.val, starts, 16))
-        assert run.evaluate() == pytest.approx(run.model(inputs, targets)[1].item(), abs=1e-6)
+        logits, loss = run.model(inputs, targets)
+        right = (logits.argmax(-1) == targets).double().mean().item()
+        assert run.evaluate() == pytest.approx({"val/loss": loss.item(), "val/accuracy": right}, abs=1e-6) and right > 0
 
 
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
@@ -419,7 +421,8 @@ def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
         ("128", "not written as"),
         ("5:4", "begin at 0"),
         ("0:4,0:8", "to rise"),
-        ("0:5", "5 does not divide block_size = 16"),
+        ("0:17", "17 is not between 1 and block_size = 16"),
+        ("0:4,9:5", "make total_bs a multiple of 5, or change 5"),
     ],
 )
 def test_bad_block_size_schedules_are_refused(tiny, capsys, schedule, message):
