@@ -21,6 +21,7 @@ from analysis.stats import verdict
 from analysis.tables import markdown, speed_rows
 from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
+from model import GPTConfig
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training import exchange, memory
@@ -55,15 +56,11 @@ OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
 # ----- reading
 
 
-def state_of(name):
-    return read_sweep(EXPERIMENTS / name)
-
-
 @cache
 def groups_of(name):
     """{(optimizer, steps, learning rate): the group of its seeds} of experiments/NAME/runs."""
     found = {}
-    for run in state_of(name)["runs"]:
+    for run in read_sweep(EXPERIMENTS / name)["runs"]:
         if (folder := EXPERIMENTS / name / "runs" / run["run"]).exists():
             one = read_run(folder)
             key = run["optimizer"], one.config["max_iters"], one.config["learning_rate"]
@@ -164,7 +161,7 @@ def speedups(baseline, names):
 
 def results_large_batches():
     """Per optimizer the learning rates that were tried, and held-out seeds of the best."""
-    groups, runs, rows = groups_of("30m_large"), state_of("30m_large")["runs"], []
+    groups, runs, rows = groups_of("30m_large"), read_sweep(EXPERIMENTS / "30m_large")["runs"], []
     order = [name for name in NAMES if any(run["optimizer"] == name for run in runs)]
     best = {}
     for name in order:
@@ -240,7 +237,26 @@ def several_gpus():
 
 
 SIZES_ON_GPUS = {"124M": GPT2_SIZES["124M"], "1.5B": GPT2_SIZES["1.5B"], "6.6B": (32, 32, 4096)}
+
+
+def memory_of_neox():
+    """What a GPU holds in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
+    rows = []
+    for size in ("1.5b", "6.6b"):
+        config = load_config(AdamConfig, [str(ROOT / f"config/train_neox_{size}_adam.py")])
+        batch = config.batch_size * config.block_size * memory.token_bytes(config, GPTConfig.vocab_size) / 2**30
+        cells = []
+        for gpus in (1, 2, 8, 64):
+            config.fsdp, config.gradient_accumulation_steps = gpus > 1, config.total_bs // (config.batch_size * gpus)
+            state = memory.state_bytes(config, gpus) / 2**30
+            cells.append(f"{state:.1f} + {batch:.1f} = {state + batch:.1f}" if config.fsdp else f"{state:.1f}")
+        rows.append((f"GPT-NeoX {size.upper()}", f"{memory.sizes(config)[0] / 1e9:.2f}B", *cells))
+    head = "GiB a GPU: state + micro-batch", "parameters", "state without fsdp", "2 GPUs", "8 GPUs", "64 GPUs"
+    return table(head, rows)
+
+
 TABLES = {
+    "memory": memory_of_neox,
     "several-gpus": several_gpus,
     "results-main": results_main,
     "results-30m": results_30m,

@@ -37,31 +37,36 @@ def micro_batch_sizes(total_bs, ranks):
     return [size for size in range(1, total_bs // ranks + 1) if total_bs % (size * ranks) == 0]
 
 
-def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
-    """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does.
+def token_bytes(config, vocab_size):
+    """Bytes that a token of a micro-batch takes.
 
-    34 bytes a token, layer and unit of width are the activations in bfloat16, measured on an H200 (docs/speed.md); 6
-    bytes a token and row of the vocabulary are the logits of an evaluation.
+    34 bytes a layer and unit of width are the activations in bfloat16, measured on an H200 (docs/speed.md); 6 bytes a
+    row of the vocabulary are the logits of an evaluation.
     """
     layers = 2 * config.n_layer + 68 if config.activation_checkpointing else 34 * config.n_layer
-    wide = 2 if config.dtype == "float32" else 1
-    per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
+    return (2 if config.dtype == "float32" else 1) * max(layers * config.n_embd, 6 * vocab_size)
+
+
+def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
+    """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does."""
     left = (1 - FREE) * memory - state_bytes(config, ranks, vocab_size)
-    return max(0, int(left / (per_token * config.block_size)))
+    return max(0, int(left / (token_bytes(config, vocab_size) * config.block_size)))
 
 
 def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
-    """Bytes on a GPU of parameters, gradients and the optimizer's state, 16 a parameter without fsdp and Muon.
+    """Bytes of a rank's parameters, gradients and two moments, float32 each; with fsdp of its share of them.
 
-    Muon has one average of a matrix, and of the whitening factors (float32) and roots (bfloat16) the rank's share.
+    A sharded rank that accumulates gradients over several micro-batches keeps what fsdp_keep says until the last. Muon
+    has one moment of a matrix, and its share of the whitening factors (float32) and roots (bfloat16).
     """
     model = model_config(config, vocab_size)
     parameters, matrices = sizes(config, vocab_size)
     muon = config.optimizer_name in MUON_TRIPS
     shards = (config.fsdp_shard or ranks) if config.fsdp else 1
-    state = (16 * parameters - 4 * matrices * muon) / shards
-    if config.fsdp and (config.gradient_accumulation_steps or 1) > 1:
-        state += {"nothing": 0, "gradients": 4, "all": 6}[config.fsdp_keep] * parameters
+    accumulates = config.fsdp_keep != "nothing" and (config.gradient_accumulation_steps or 1) > 1
+    state = (12 * parameters - 4 * matrices * muon) / shards + 4 * parameters / (1 if accumulates else shards)
+    if config.fsdp and config.fsdp_keep == "all":
+        state += 2 * parameters
     if muon and config.optimizer_name != "muon":
         squares = {"input": slice(1, 2), "output": slice(0, 1), "both": slice(2)}[config.whiten_sides]
         widths = [width for shape in _block_matrices(model) for width in shape[squares]]
@@ -87,12 +92,12 @@ def largest(sizes, fits, guess):
     return next((size for size in reversed(sizes[:i]) if fits(size)), None)
 
 
-def memory_of(device, ranks_here=1):
+def memory_of(device):
     """Bytes of memory of a rank's device; of a CPU its share of the host's. None where the system does not say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (AttributeError, ValueError, OSError):
         return None
 
@@ -108,7 +113,6 @@ def sentence(error, config, device_name, memory, ranks, vocab_size):
     if within and size != "auto":
         remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
     remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
-    return (
-        f"the memory of {where} is too small for batch_size = {size}, with {config.n_layer} layers of width "
-        f"{config.n_embd} and block_size = {config.block_size}; use {' or '.join(remedies) or 'a smaller model'}"
-    )
+    model = f"{config.n_layer} layers of width {config.n_embd} and block_size = {config.block_size}"
+    problem = f"the memory of {where} is too small for batch_size = {size}, with {model}"
+    return f"{problem}; use {' or '.join(remedies) or 'a smaller model'}"
