@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer
 __all__ = ["JORDAN", "MINIMAX", "Muon", "WhitenedMuon", "inverse_root", "orthogonalize"]
 
 # Newton-Schulz steps (a, b, c): x <- a x + (b x x^T + c (x x^T)^2) x. K. Jordan's (2024) bring singular values above
-# 0.0015 to 0.68 to 1.21. Each of MINIMAX, as in Polar Express (arXiv:2505.16932), minimizes the largest |1 - value| over
+# 0.0015 to 0.68 to 1.21. Each of MINIMAX, as in Polar Express (arXiv:2505.16932), minimizes the largest |1 - value| on
 # the interval left by the one before, at first 0.001 to 1. The last leaves 0.113.
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 MINIMAX = ((8.470329, -25.108075, 18.629276), (4.182837, -3.108703, 0.580607), (3.961893, -2.954089, 0.562979),
