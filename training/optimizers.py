@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from muon import Muon, WhitenedMuon
+from muon import JORDAN, MINIMAX, Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
@@ -79,7 +79,8 @@ def _beside_adamw(cls, config, groups, device, betas, **settings):
     """An optimizer of matrices for the group "matrices", and AdamW for the others."""
     matrices = [group for group in groups if group["name"] == "matrices"]
     others = [group for group in groups if group["name"] != "matrices"]
-    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    steps = MINIMAX if config.muon_steps == "minimax" else JORDAN
+    optimizer = cls(matrices, cautious=config.cautious_decay, ns_coefficients=steps, **settings)
     return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
 
 
@@ -332,6 +333,12 @@ def take_momentum(optimizer, before):
 def has_parts(optimizer):
     """Whether ranks hold states that the others do not, although the parameters are whole."""
     return any(getattr(part, "_share", None) for part in _parts(optimizer))
+
+
+def owns(optimizer, p):
+    """Whether this rank holds the states of `p` that are not sharded as `p` is."""
+    shares = [part._share for part in _parts(optimizer) if getattr(part, "_share", None)]
+    return all(share.owner.get(p, share.rank) == share.rank for share in shares)
 
 
 def named_state(optimizer, names):
