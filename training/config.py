@@ -136,7 +136,7 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
-    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
+    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), on Hopper the loss too")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     fsdp_shard: int | None = setting(
