@@ -16,6 +16,7 @@ import typing
 from dataclasses import dataclass
 
 from training.errors import UserError
+from training.foreign import read_bytes
 from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
@@ -27,7 +28,7 @@ WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
 WSD = ("lr_schedule", ("wsd",))
 RESTARTS = ("lr_schedule", ("cosine_restarts",))
-CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a PATH"
 
 
 def setting(default, help, **limits):
@@ -268,7 +269,7 @@ def _run_config_file(cls, path):
 def run_file(path, function, *arguments, **options):
     """The result of `function`, which runs code of the file `path`: its exceptions become UserErrors."""
     try:
-        open(path).close()
+        read_bytes(path, 1 << 24)
     except OSError as error:
         raise UserError(f"{path}: cannot read this file ({error.strerror}); settings are --key=value.") from None
     try:

@@ -334,6 +334,12 @@ def has_parts(optimizer):
     return any(getattr(part, "_share", None) for part in _parts(optimizer))
 
 
+def owns(optimizer, p):
+    """Whether this rank holds the states of `p` that are not sharded as `p` is."""
+    shares = [part._share for part in _parts(optimizer) if getattr(part, "_share", None)]
+    return all(share.owner.get(p, share.rank) == share.rank for share in shares)
+
+
 def named_state(optimizer, names):
     """The state_dict with the names {parameter: name} in place of numbers."""
     if isinstance(optimizer, OptimizerContainer):

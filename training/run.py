@@ -391,7 +391,7 @@ class Run:
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
-                    self.world.on_all_ranks(lambda: read_state(self._resumed, self._names))
+                    self.world.on_all_ranks(lambda: read_state(self._resumed, optimizer, self._names))
                 optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])

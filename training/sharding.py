@@ -11,7 +11,7 @@ FSDP and DTensor are imported where they are used, because importing them takes 
 import torch
 
 from training.errors import UserError
-from training.optimizers import OPTIMIZERS
+from training.optimizers import OPTIMIZERS, owns
 from training.shards import read_part
 
 
@@ -61,14 +61,15 @@ def load_weights(model, checkpoint, device):
             _take_part(p, checkpoint["model"][name])
 
 
-def read_state(checkpoint, names):
-    """Read the optimizer's state of a folder: of sharded tensors this rank's part. names: {parameter: name}."""
-    parameters = {name: p.detach() for p, name in names.items()}
+def read_state(checkpoint, optimizer, names):
+    """Read what this rank has of the optimizer's state in a folder. names: {parameter: name}."""
+    parameters = {name: p for p, name in names.items()}
 
     def target(path, meta):
+        p = parameters.get(path.split("/")[-2])
         if checkpoint.manifest["tensors"][path]["sharded"]:
-            return torch.empty_like(parameters[path.split("/")[-2]], dtype=meta.dtype)
-        return torch.empty_like(meta, device="cpu")
+            return torch.empty_like(p.detach(), dtype=meta.dtype)
+        return torch.empty_like(meta, device="cpu") if owns(optimizer, p) else None
 
     read_part(checkpoint, "optimizer", target)
 

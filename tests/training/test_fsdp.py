@@ -1,6 +1,7 @@
 """fsdp=True against DistributedDataParallel: the same losses, the same checkpoints, a share of the memory."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ import export_hf
 import sample
 import train_adam
 import train_sophiag
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, losses, read_lines, tiny_words, torchrun, write_corpus
 from tests.training.test_run import refused
 from training.checkpoint import all_checkpoints, load_checkpoint, read_checkpoint
@@ -85,6 +87,21 @@ def test_sophia_takes_the_same_steps(runs):
     same_run(runs / "True", runs / "False")
     lines = read_lines(runs / "True")
     assert lines[-2]["train/clip_rate"] == 1 and 0.05 < lines[-2]["train/win_rate"] < 0.95
+
+
+def test_each_rank_copies_and_writes_its_part_alone(runs):
+    """torch.save writes all memory behind a tensor, so a file is as large as what its rank had copied."""
+    manifest = json.loads((runs / "True" / "ckpt" / "manifest.json").read_text())
+    model = GPT(GPTConfig(**load_checkpoint(runs / "True")[0]["model_args"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    sharded = {path: about for path, about in manifest["tensors"].items() if about["sharded"]}
+    assert sum(math.prod(about["shape"]) for about in sharded.values()) == 3 * parameters, "tied weights count once"
+    for rank in range(2):
+        size = (runs / "True" / "ckpt" / f"__{rank}_0.distcp").stat().st_size
+        tensors = sum(
+            chunk["file"] == f"__{rank}_0.distcp" for t in manifest["tensors"].values() for chunk in t["chunks"]
+        )
+        assert 0 <= size - 12 * parameters / 2 < 1700 * tensors  # of torch.save's form
 
 
 @pytest.mark.slow
