@@ -115,7 +115,7 @@ class TrainConfig:
     min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
     wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(2.0, "of each period's steps, torch's T_mult", at_least=1.0, needs=RESTARTS)
+    restart_multiplier: float = setting(2.0, "growth of the periods, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -268,8 +268,9 @@ def describe(cls):
     """Yield every setting of `cls` as (name, type, default, help with its limits), for --help and docs/settings.md."""
     for field in dataclasses.fields(cls):
         default = "" if field.default in (None, "") else str(field.default)
-        help = field.metadata["help"] + (f" ({limits})" if (limits := _allowed(field)) else "")
-        yield field.name, _kind(field)[0].__name__, default, help
+        name, values = field.metadata.get("needs", ("", ()))
+        limits = ", ".join(filter(None, [_allowed(field), f"with {name} {' or '.join(values)}" if name else ""]))
+        yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
 def _run_config_file(cls, path):
