@@ -199,7 +199,9 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if a checkpoint is named that would not be read."""
+        """UserError if no folder is named, or a checkpoint that would not be read."""
+        if not self.out_dir:  # it would be the working directory
+            raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
             other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
             raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")

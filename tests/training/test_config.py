@@ -176,3 +176,9 @@ def test_every_need_names_a_setting_and_possible_values():
             name, values = field.metadata.get("needs", ("optimizer_name", ()))
             choices = FIRST_ORDER + SECOND_ORDER if name == "optimizer_name" else fields[name].metadata.get("choices")
             assert all(value in (choices or (True, False)) for value in values), field.name
+
+
+def test_no_name_for_out_dir_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="out_dir = ''"):
+        load_config(SophiaConfig, ["--out_dir="])
