@@ -42,11 +42,6 @@ class SophiaConfig(TrainConfig):
     nesterov: bool = setting(
         False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average", needs=SOPHIA
     )
-    eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
-    spectral: bool = setting(
-        False,
-        "with eigenbasis, orthogonalize the step in coordinates that the curvature whitens; Muon's learning rates",
-    )
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
@@ -72,10 +67,9 @@ class SophiaConfig(TrainConfig):
         if self.rho is None:
             self.rho = 0.01 if hutchinson else 0.05
         if self.optimizer_name == "sophia_muon":
-            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter or self.eigenbasis:
+            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter:
                 raise UserError(
-                    "sophia_muon has AdamW for all but the matrices: leave out adamw_for, eigenbasis and "
-                    "sophia_start_iter."
+                    "sophia_muon has AdamW for all but the matrices: leave out adamw_for and sophia_start_iter."
                 )
             self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
@@ -90,16 +84,6 @@ class SophiaConfig(TrainConfig):
             raise UserError(
                 "adamw_lr and embedding_lr both set the learning rate of the embeddings here; give one of them."
             )
-        if self.eigenbasis and hutchinson:
-            raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
-        if self.spectral and not self.eigenbasis:
-            raise UserError("spectral needs the eigenvectors of the curvature; set eigenbasis = True as well.")
-        if self.spectral and self.adamw_for != "embeddings+scalars":
-            raise UserError(
-                "spectral takes Muon's learning rates, too high for Sophia; set adamw_for = embeddings+scalars."
-            )
-        if self.eigenbasis and self.fsdp:
-            raise UserError("eigenbasis needs complete matrices, and fsdp = True splits them; leave one at False.")
         if hutchinson and self.fp8:
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:

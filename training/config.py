@@ -19,6 +19,11 @@ from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
+# Settings of older versions, off by default, and files of config/: what somebody is told who still uses them.
+REMOVED = dict.fromkeys(
+    ("eigenbasis", "spectral", *(f"train_gpt2_30m_sophiag_{name}.py" for name in ("eigenbasis", "spectral", "tuned"))),
+    "was replaced by whitened_muon (train_adam.py) and sophia_muon (train_sophiag.py); commit efa612d still has it",
+)
 PRETRAINED = (
     "gpt2",
     "gpt2-medium",
@@ -250,6 +255,8 @@ def load_config(cls, argv=None):
             values |= _run_config_file(cls, argument)
             continue
         key, equals, text = argument[2:].partition("=")
+        if _is_removed(key, text, "the command line"):
+            continue
         if not equals:
             raise UserError(f"{argument}: write it as --{key}=VALUE.")
         field = _field(cls, key, "the command line")
@@ -280,17 +287,24 @@ def _check_read(config, values, on_command_line):
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
 
 
-def with_current_values(cls, settings):
+def with_current_values(cls, settings, where=""):
     """`settings`, a dict, with the values that older versions wrote replaced by those of now.
 
-    UserError for a value of another type than the setting's.
+    UserError for a value of another type than the setting's, and for one of REMOVED that is on; it says `where`.
     """
-    current = dict(settings)
+    current = {name: value for name, value in settings.items() if not _is_removed(name, value, where)}
     for field in dataclasses.fields(cls):
         if field.name in current:
             value = current[field.name]
             current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
     return current
+
+
+def _is_removed(name, value, where):
+    """Whether the setting is one of REMOVED. UserError if it is on."""
+    if name in REMOVED and value not in (False, "False", "false"):
+        raise UserError(f"{where}: {name} {REMOVED[name]}.")
+    return name in REMOVED
 
 
 def describe(cls):
@@ -310,6 +324,7 @@ def _run_config_file(cls, path):
     try:
         code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
     except OSError as error:
+        _is_removed(os.path.basename(path), True, path)
         raise UserError(
             f"{path}: cannot read this config file ({error.strerror}); settings are given as --key=value."
         ) from None
@@ -323,6 +338,8 @@ def _run_config_file(cls, path):
     values = {}
     for key, value in names.items():
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        if _is_removed(key, value, path):
             continue
         field = _field(cls, key, path)
         values[field.name] = _convert(field, value)
