@@ -26,14 +26,13 @@ BENCHMARKS = {
 def main(argv=None):
     parser = Parser(description=__doc__)
     commit, clean = git_state()
+    head = commit if clean else f"{commit}-dirty"
     commands = parser.add_subparsers(dest="what", required=True)
     for name, (module, help) in BENCHMARKS.items():
         sub = commands.add_parser(name, help=help)
         module.add_arguments(sub)
         sub.add_argument("--out", default=f"assets/bench/{name}.json")
-        sub.add_argument(
-            "--commit", default=commit if clean else f"{commit}-dirty", help="recorded in the JSON; default: git's HEAD"
-        )
+        sub.add_argument("--commit", default=head, help="recorded in the JSON; default: git's HEAD")
         sub.set_defaults(run=module.run)
     sub = commands.add_parser("table", help="print another subcommand's JSON as a Markdown table")
     sub.add_argument("result", metavar="JSON")

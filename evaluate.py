@@ -20,29 +20,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
+from training.config import ModelSource, load_config, setting
 from training.data import check_split, open_dataset
 from training.distributed import Distributed
 from training.hf import load_model
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelSource):
     """The settings of evaluate.py."""
 
-    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
-    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    checkpoint: str = setting("newest", CHECKPOINT)
     dataset: str = setting("", "folder under data/ (or its path), or a mixture; default what the run was trained on")
     split: str = setting("val", "which of its files", choices=("train", "val"))
     stride: int | None = setting(None, "tokens from a window to the next; default half of block_size", at_least=1)
     batch_size: int = setting(8, "windows in a forward pass", at_least=1)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
     dtype: str = setting("float32", "autocast type", choices=("float32", "bfloat16"))
-
-    def check(self):
-        check_checkpoint(self)
-        """These settings cannot contradict each other."""
 
 
 def main(argv=None):
@@ -91,8 +84,8 @@ def check_tokens(corpus, split, tokenizer, origin):
         raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")
     largest, _ = check_split(corpus, split)
     if largest >= tokenizer.vocab_size:
-        file = corpus.folder / f"{split}.bin"
-        raise UserError(f"{file} holds token {largest}, beyond the model's {tokenizer.vocab_size}; prepare it again.")
+        beyond = f"token {largest}, beyond the model's {tokenizer.vocab_size}"
+        raise UserError(f"{corpus.folder}/{split}.bin holds {beyond}; prepare it again.")
 
 
 def count_bytes(tokens, tokenizer):

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder: GPT2LMHeadModel and tokenizer, which transformers loads offline.
+"""Write a checkpoint as a Hugging Face folder: a model and its tokenizer, which transformers loads offline.
 
 python export_hf.py --out_dir=out/gpt2_small_sophiag --to=exported
 python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
@@ -6,34 +6,33 @@ python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
-The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as GPT2Tokenizer, a tokenizer of characters as
-PreTrainedTokenizerFast with one token for each character. As always in transformers, and unlike in training,
-"<|endoftext|>" in a text is the end-of-text token.
+The model is a GPT-2, Llama, Qwen3 or GPT-NeoX of transformers, whichever has its settings (docs/models.md); settings
+that none of them has are refused. The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as
+GPT2Tokenizer, a tokenizer of characters as PreTrainedTokenizerFast with one token for each character. As always in
+transformers, and unlike in training, "<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import CHECKPOINT, PRETRAINED, check_checkpoint, load_config, setting
-from training.errors import UserError, command
+from training.config import ModelSource, load_config, setting
+from training.errors import UserError, command, file_errors
 from training.hf import load_model, quiet, to_hf
 from training.terminal import warn
 from training.tokenizer import gpt2_files
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(ModelSource):
     """The settings of export_hf.py."""
 
-    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
-    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
-    checkpoint: str = setting("newest", CHECKPOINT)
     to: str = setting("", "folder to write, which must be empty or not exist")
 
     def check(self):
-        check_checkpoint(self)
+        super().check()
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 
@@ -44,12 +43,15 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name another one with --to=DIR.")
     model, tokenizer, _ = load_model(config.init_from, config.out_dir, config.checkpoint)
+    existed = folder.exists()
     try:
-        export(model, tokenizer, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); name another one.") from None
-    except ImportError as error:
-        raise UserError(f"exporting needs the package {error.name}: pip install {error.name}.") from None
+        with file_errors(folder, "name another folder"):
+            export(model, tokenizer, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # no part of it stays
+        if existed:
+            folder.mkdir(exist_ok=True)
+        raise
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
@@ -59,7 +61,10 @@ def export(model, tokenizer, folder):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    hf_model = to_hf(model, tokenizer.vocab_size)
+    try:
+        hf_model = to_hf(model, tokenizer.vocab_size)
+    except ValueError as error:
+        raise UserError(f"{error}; sample.py and evaluate.py read the checkpoint itself.") from None
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none
     hf_model.save_pretrained(folder)
     if tokenizer.spec is None:
@@ -100,9 +105,7 @@ def tiktoken_tokenizer(tokenizer):
     vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
     merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
     merged.add_special_tokens(list(encoding._special_tokens))
-    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace(
-        "$", r"\z"
-    )  # the same in that package's dialect
+    pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace("$", r"\z")  # in that package's dialect
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     merged.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     merged.decoder = decoders.ByteLevel()

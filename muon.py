@@ -191,7 +191,7 @@ class WhitenedMuon(Muon):
     """Muon's step in coordinates that the gradient's second moments whiten.
 
         L <- decay L + (1 - decay) grad grad^T          R <- decay R + (1 - decay) grad^T grad
-        P_l = (L / mean eigenvalue + ridge)^-exponent   P_r = (R / mean eigenvalue + ridge)^-exponent
+        P_l, P_r = inverse_root(L, exponent, ridge), inverse_root(R, exponent, ridge)
         p <- p - lr c P_l orthogonalize(P_l M P_r) P_r
 
     with M the (Nesterov) momentum and c such that the update is as long as Muon's. Exponent 0 is Muon. Mousse
@@ -200,7 +200,7 @@ class WhitenedMuon(Muon):
     Args (beside Muon's):
         sides: "input" (P_r only), "output" (P_l only) or "both".
         exponent: of the factors. 1/2, 1/4 and 1/8 take matrix products alone; others take eigenvectors, in float64.
-        ridge: added to the factors, in units of their mean eigenvalue. Below 1e-3 the roots take eigenvectors.
+        ridge: added to the factors, in units of their mean eigenvalue.
         decay: of the factors' averages.
         interval: steps between two computations of P_l and P_r. The factors are updated in every step.
         source: "gradient" takes the factors from the gradients of step(). With "update_factors" they come from the
@@ -363,43 +363,54 @@ def orthogonalize(
     return x.to(matrices.dtype).view(matrices.shape)
 
 
-# (a, b, c) of the steps of the coupled iteration below, for eigenvalues from 1e-4 to 1. With t the p-th root of an
-# eigenvalue, each step minimizes the largest |1 - t (a + b t^p + c t^2p)| over the interval left by the one before.
+_FLOOR = 2.0**-10  # of the largest eigenvalue; float16 rounds a matrix by at most half of it, so none becomes negative
+
+# (a, b, c) of the steps of _inverse_root, for eigenvalues from 9.5e-4 to 1. With t the p-th root of an eigenvalue, each
+# step minimizes the largest |1 - t (a + b t^p + c t^2p)| over the interval left by the one before.
 _ROOT_STEPS = {
-    2: ((8.093369, -23.62043, 17.446152), (3.636586, -2.721927, 0.536546), (2.6613, -1.977155, 0.452616),
-        (1.956172, -1.337508, 0.383853), (1.875166, -1.250184, 0.375018)),
-    4: ((3.850032, -10.85386, 8.618934), (1.809921, -0.587778, 0.064785), (1.50394, -0.594516, 0.121161),
-        (1.408623, -0.563777, 0.155179)),
-    8: ((2.145429, -4.688327, 3.864602), (1.299996, -0.193069, 0.015548), (1.212705, -0.259989, 0.053781),
-        (1.195448, -0.265607, 0.070159)),
+    2: ((7.335269, -20.636305, 15.075552), (2.897082, -2.166338, 0.473727), (2.037421, -1.42061, 0.392429),
+        (1.876189, -1.25132, 0.375132)),
+    4: ((3.28389, -8.152679, 6.29362), (1.596296, -0.602372, 0.098418), (1.420137, -0.569501, 0.150184)),
+    8: ((1.901023, -3.344746, 2.648522), (1.241832, -0.241608, 0.035318), (1.19734, -0.2653, 0.068066)),
 }  # fmt: skip
 
 
 def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
-    """(A / mean eigenvalue + ridge)^-exponent of every symmetric positive semi-definite A in (..., width, width).
+    """(A / mean eigenvalue + ridge + b / 1024)^-exponent of the symmetric semi-definite A in (..., width, width).
 
-    For 1/2, 1/4 and 1/8 and a ridge of at least 1e-3 it takes matrix products alone: the coupled iteration
-    M <- T^p M, X <- X T with T a polynomial of M (N. Higham, Functions of Matrices, section 7.3). The relative error is
-    below 1e-3 in float32 where the largest eigenvalue is at most 1e4 times the ridge. On GPUs float32 factors have
-    their products in float16, which has TF32's precision at twice its speed; the error was 1e-3 to 2e-3 (one H200,
-    widths 768 to 3072, four decades of eigenvalues). Otherwise it takes an eigendecomposition in float64. A matrix of
-    zeros gives ridge^-exponent times the identity.
+    b is a bound of the largest eigenvalue of A / mean eigenvalue + ridge: 1.01 times the root of its square's norm.
+
+    For 1/2, 1/4 and 1/8 it takes matrix products alone, on GPUs in float16 where A is in float32: that has TF32's
+    precision at twice its speed. The relative error is below 4e-3. Other exponents take an eigendecomposition in
+    float64. A matrix of zeros gives a multiple of the identity.
     """
     scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)
-    power = round(1 / exponent) if exponent else 0
-    if power not in _ROOT_STEPS or power * exponent != 1 or ridge < 1e-3:
-        values, vectors = torch.linalg.eigh(scaled.double())
-        values = (values.clamp(min=0) + ridge).clamp(min=_TINY) ** -exponent
-        return ((vectors * values[..., None, :]) @ vectors.mT).to(factors.dtype)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    bound = torch.linalg.matrix_norm(scaled)[..., None, None]
-    m = (scaled / bound).flatten(0, -3)
+    norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_TINY)
+    m = (scaled / norm).flatten(0, -3)
     dtype = torch.float16 if m.is_cuda and m.dtype == torch.float32 else m.dtype
     with torch.autocast(m.device.type, enabled=False):
-        low = m.to(dtype)
-        closer = 1.01 * torch.linalg.matrix_norm((low @ low).to(m.dtype)).sqrt()[:, None, None]  # >= the eigenvalues
-        m, root = (m / closer).to(dtype), None
-        steps = _ROOT_STEPS[power]
+        square = m.to(dtype) @ m.to(dtype)
+    bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_TINY)
+    m = m / bound
+    m.diagonal(dim1=-2, dim2=-1).add_(_FLOOR)
+    if (power := round(1 / exponent) if exponent else 0) in _ROOT_STEPS and power * exponent == 1:
+        m = m / (1 + _FLOOR)
+        bound = bound * (1 + _FLOOR)
+        root = _inverse_root(m.to(dtype), power).to(m.dtype)
+    else:
+        values, vectors = torch.linalg.eigh(m.double())
+        root = ((vectors * (values.clamp(min=_TINY) ** -exponent)[..., None, :]) @ vectors.mT).to(m.dtype)
+    return root.view(factors.shape) * (norm * bound.view(norm.shape)) ** -exponent
+
+
+def _inverse_root(m: Tensor, power: int) -> Tensor:
+    """M^(-1/power) of symmetric M in (n, width, width) with eigenvalues from 9.5e-4 to 1.
+
+    The coupled iteration M <- T^power M, X <- X T, T a polynomial of M (N. Higham, Functions of Matrices, 7.3).
+    """
+    steps, root = _ROOT_STEPS[power], None
+    with torch.autocast(m.device.type, enabled=False):
         for i, (a, b, c) in enumerate(steps):
             t = torch.baddbmm(m, m, m, beta=b, alpha=c)
             t.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -409,9 +420,8 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
                     t = t @ t
                 m = m @ t
                 m = (m + m.mT) / 2
-        assert root is not None
-    root = (root + root.mT).to(factors.dtype).view(factors.shape)
-    return root * ((bound * closer.view(bound.shape)) ** -exponent / 2)
+    assert root is not None
+    return (root + root.mT) / 2
 
 
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:

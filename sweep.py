@@ -12,21 +12,9 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-or defines `def sweep(steps=780)` that returns {"common": ..., "optimizers": ..., "runs": ...}. The parameters of that
-function are options of the command line: --steps=1560. `python sweep.py FILE.py --help` lists them.
-
-A list is swept, any other value is fixed. A grid search runs all combinations. A random search draws `runs` of them,
-always the same ones, and each value about equally often. Every optimizer gets the same number of runs with the same
-number of tokens.
-
-Runs go one after another, one on each GPU, or --jobs at a time: small models use a GPU better together, but their times
-are then not compared. Started again after an interruption, the sweep does what is missing, and a run that was cut off
-resumes from its checkpoint. A sweep file may get more values, more optimizers or a larger `runs`; finished runs stay.
-A failed or diverged run has loss inf, and so has one whose settings were changed at a resume. Remove its folder to
-repeat it.
-
-Writes a folder for each run (adamw_3fa21c: the digits stand for the swept values), sweep.json with the swept values and
-the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
+A list is swept, any other value is fixed. A file may instead define `def sweep(steps=780)` that returns these; its
+parameters are then options: --steps=1560. Started again after an interruption, a sweep does what is missing. A failed
+or diverged run has loss inf; remove its folder to repeat it. docs/comparing.md has the rules, and what is written.
 """
 
 import inspect
@@ -45,7 +33,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from training.errors import Parser, UserError, command  # first: Ctrl-C during the other imports is then quiet
+# first: Ctrl-C during the other imports is then quiet
+from training.errors import Parser, UserError, command, file_errors
 
 # isort: split
 import numpy as np
@@ -56,16 +45,11 @@ from analysis.figures import draw_sweep
 from analysis.runs import HARMLESS, changed_keys, label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import ALIASES, load_config
+from training.config import ALIASES, load_config, run_file
 from training.foreign import is_plain_name, read_json
+from training.lock import lock_file
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
-from training.terminal import warn
 from training.tracking import SHARED, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
@@ -127,7 +111,8 @@ class Trial:
         command = [sys.executable, *self.argv, "--init_from=auto"]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else (), **streams), log
+        inherited = [lock.fileno()] if os.name == "posix" else ()
+        return subprocess.Popen(command, env=environment, pass_fds=inherited, **streams), log
 
 
 def main(argv=None):
@@ -138,10 +123,8 @@ def main(argv=None):
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
     if not arguments.dirty and (changed := changed_files()):
-        raise UserError(
-            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
-            "or start the sweep with --dirty=True to have its runs marked as not clean."
-        )
+        why = f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had"
+        raise UserError(f"{why}; commit it, or have the runs marked as not clean with --dirty=True.")
     with locked(out_dir) as lock:
         gpus = visible_gpus() or [None]
         devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
@@ -209,17 +192,6 @@ def boolean(text):
     return text == "True"
 
 
-def run_file(path, function, *arguments, **options):
-    """The result of `function`, which runs code of the sweep file `path`: its exceptions become UserErrors."""
-    try:
-        open(path).close()
-        return function(*arguments, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this sweep file ({error.strerror}).") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: running this sweep file raised {type(error).__name__}: {error}.") from None
-
-
 def check_definition(names, path):
     """The definition in `names`, as it will be read back from sweep.json. UserError if it is none."""
     names = names if isinstance(names, dict) else {}
@@ -254,10 +226,8 @@ def grid(definition, out_dir, known=()):
     names = {key_of(run["optimizer"], run["swept"]): run["run"] for run in known if run["seed"] is None}
     for optimizer in definition["optimizers"]:
         if not is_plain_name(optimizer) or not optimizer.isprintable() or len(optimizer.encode()) > LONGEST_NAME:
-            raise UserError(
-                f"{optimizer!r:.80} is to be in the names of folders; name this optimizer without '/', and with "
-                f"{LONGEST_NAME} bytes at most."
-            )
+            limits = f"without '/', and with {LONGEST_NAME} bytes at most"
+            raise UserError(f"{optimizer!r:.80} is to be in the names of folders; name this optimizer {limits}.")
         settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
@@ -282,9 +252,7 @@ def grid(definition, out_dir, known=()):
         if len(tokens) != len(reference) and "runs" not in definition:
             raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
         if odd := [n for n in tokens if n != reference[0]]:
-            raise UserError(
-                f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {reference[0]:,}; make them equal."
-            )
+            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, not {reference[0]:,}; make them equal.")
     return list(draw(trials, definition["runs"], set(names.values()))) if "runs" in definition else trials
 
 
@@ -335,17 +303,11 @@ def best_again(trials, seeds, out_dir):
 
 def locked(out_dir):
     """An open file, locked until this process and its runs, which inherit it, have ended."""
-    try:
+    with file_errors(out_dir, "name another --out_dir"):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w")
-        if fcntl is None:
-            warn(f"no locks on this system: start no second sweep in {out_dir}.")
-        else:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it.") from None
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); name another one.") from None
+        taken = f"a sweep or one of its runs is still at work in {out_dir}; wait for it or stop it."
+        lock_file(lock, taken, f"start no second sweep in {out_dir}.")
     return lock
 
 

@@ -19,11 +19,7 @@ class AdamConfig(TrainConfig):
 
     optimizer_name: str = setting("adamw", "which optimizer", choices=FIRST_ORDER)
     momentum: float = setting(
-        0.95,
-        "sgd, muon, whitened_muon: decay of the gradient average (Nesterov's)",
-        at_least=0.0,
-        below=1.0,
-        needs=("optimizer_name", ("sgd", "muon", "whitened_muon")),
+        0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))
     )
 
 

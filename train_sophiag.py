@@ -10,8 +10,10 @@ from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
 from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
 from training.run import Run
+from training.schedule import check_whole, stages
 
 SOPHIA = ("optimizer_name", ("sophiag", "sophiah"))
+ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
 
 
 @dataclass
@@ -26,40 +28,22 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(
-        None,
-        "clipping threshold (the paper's gamma), larger clips less; default 0.05, for sophiah 0.01",
-        above=0.0,
-        needs=SOPHIA,
-    )
+    rho: float | None = setting(None, "the paper's gamma; default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
-    hess_bs: int | None = setting(
-        None, "sequences in a curvature estimate; default a quarter of total_bs, for sophiah 32", at_least=1
-    )
-    bias_correction: bool = setting(
-        False, "divide the curvature average by 1 - beta2^n after n estimates", needs=SOPHIA
-    )
-    nesterov: bool = setting(
-        False, "step by beta1 m + (1 - beta1) gradient instead of by m, the new gradient average", needs=SOPHIA
-    )
+    hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, for sophiah 32", at_least=1)
+    bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)
+    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient, m the new gradient average", needs=SOPHIA)
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
-        choices=("none", "embeddings", "scalars", "embeddings+scalars"),
+        choices=ADAMW_FOR,
         former={"vectors": "scalars", "embeddings+vectors": "embeddings+scalars"},
     )
     adamw_lr: float | None = setting(
-        None,
-        "AdamW's peak rate for these groups; default learning_rate",
-        above=0.0,
-        needs=("adamw_for", ("embeddings", "scalars", "embeddings+scalars")),
+        None, "AdamW's peak rate for these groups; default learning_rate", above=0.0, needs=("adamw_for", ADAMW_FOR[1:])
     )
-    sophia_start_iter: int = setting(
-        0, "AdamW (betas 0.9, 0.95, the same learning rate) before this step, then Sophia", at_least=0
-    )
-    hess_warmup: int = setting(
-        10, "curvature estimates before Sophia's first step, if that is sophia_start_iter", at_least=0
-    )
+    sophia_start_iter: int = setting(0, "AdamW (betas 0.9, 0.95) before this step, then Sophia", at_least=0)
+    hess_warmup: int = setting(10, "curvature estimates at sophia_start_iter, before Sophia's first step", at_least=0)
 
     def check(self):
         super().check()
@@ -68,9 +52,7 @@ class SophiaConfig(TrainConfig):
             self.rho = 0.01 if hutchinson else 0.05
         if self.optimizer_name == "sophia_muon":
             if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter:
-                raise UserError(
-                    "sophia_muon has AdamW for all but the matrices: leave out adamw_for and sophia_start_iter."
-                )
+                raise UserError("sophia_muon has AdamW for all but the matrices: no adamw_for, no sophia_start_iter.")
             self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
@@ -81,13 +63,13 @@ class SophiaConfig(TrainConfig):
         if self.adamw_lr and not self.learning_rate:
             raise UserError("adamw_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
-            raise UserError(
-                "adamw_lr and embedding_lr both set the learning rate of the embeddings here; give one of them."
-            )
+            raise UserError("adamw_lr and embedding_lr both set the embeddings' learning rate here; give one of them.")
         if hutchinson and self.fp8:
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
+        for _, length in stages(self):
+            check_whole("hess_bs", self.hess_bs, self.block_size, length)
 
 
 def main(argv=None):

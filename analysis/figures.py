@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import loss_unit, size_name
-from training.errors import UserError
+from analysis.runs import SMOOTHING, loss_unit, size_name
+from training.errors import UserError, file_errors
 from training.terminal import printable
 
 COLOURS = (  # that colour-blind readers can tell apart
@@ -21,7 +21,6 @@ DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
 MARKERS = "osD^vPX*"
 LEGEND = 14  # with more groups, the legend names only optimizers, and train/loss is not drawn
 STRONG = {"marker": "o", "markersize": 4, "linewidth": 1.8}  # for val/loss; train/loss is thin and light
-SMOOTHING = 0.02  # width of the running mean, as a share of a run's logged steps
 QUANTITIES = {"optimizer steps": "step", "tokens": "tokens", "FLOPs": "flops", "training time (seconds)": "seconds"}
 METERS = {  # metric -> label of its axis
     "lr": "learning rate",
@@ -34,11 +33,9 @@ METERS = {  # metric -> label of its axis
 
 
 def new_figure(rows, columns, width=11, height=4.4):
-    """(figure, array of its panels). UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot no window opens
-    except ImportError:
-        raise UserError("a figure needs matplotlib: pip install matplotlib, or run without --out.") from None
+    """(figure, array of its panels)."""
+    from matplotlib.figure import Figure  # without pyplot no window opens
+
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
@@ -46,6 +43,13 @@ def new_figure(rows, columns, width=11, height=4.4):
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def log_ticks(axes, ticks, labels=None):
+    """Give a panel a logarithmic x-axis with these ticks and no others."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, labels or [f"{tick:,}" for tick in ticks])
+    axes.xaxis.minorticks_off()
 
 
 def readable(name):
@@ -57,13 +61,10 @@ def save(figure, prefix):
     """Write PREFIX.png and PREFIX.svg; returns the name of the PNG."""
     from matplotlib import rc_context
 
-    try:
+    with file_errors(prefix, "name another --out"), rc_context({"svg.hashsalt": "sophia"}):  # the same file each time
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "sophia"}):  # the same runs give the same file
-            figure.savefig(f"{prefix}.png", dpi=150)
-            figure.savefig(f"{prefix}.svg", metadata={"Date": None})
-    except OSError as error:
-        raise UserError(f"--out={prefix}: cannot write there ({error.strerror}); name another prefix.") from None
+        figure.savefig(f"{prefix}.png", dpi=150)
+        figure.savefig(f"{prefix}.svg", metadata={"Date": None})
     return f"{prefix}.png"
 
 
@@ -80,6 +81,8 @@ def draw(groups, prefix, scaling=False):
     styled = list(zip(groups, styles, strict=True))
     written = [draw_losses(styled, prefix, unit), draw_training(styled, f"{prefix}_training")]
     written.append(draw_finals(styled, f"{prefix}_final", unit))
+    if any("val/accuracy" in run.final for group in groups for run in group.runs):
+        written.append(draw_accuracy(styled, f"{prefix}_accuracy"))
     if scaling:
         written.append(draw_scaling(groups, f"{prefix}_scaling", unit))
     return written
@@ -177,6 +180,18 @@ def draw_training(styled, prefix):
     return save(figure, prefix)
 
 
+def draw_accuracy(styled, prefix):
+    """Draw the accuracy of each run's evaluations against steps and epochs."""
+    figure, panels = new_figure(1, 2)
+    for axes, (label, key) in zip(panels, {"optimizer steps": "step", "epochs": "epoch"}.items(), strict=True):
+        for group, style in styled:
+            for run in group.runs:
+                axes.plot(*run.curve("val/accuracy", key), **STRONG, **style)
+        axes.set(xlabel=label, ylabel="accuracy on the validation text", xlim=(0, None), ylim=(0, None))
+    legend(figure, panels[0], styled)
+    return save(figure, prefix)
+
+
 def best_of_each(items, key, loss=lambda group: group.losses.mean()):
     """{key(item): the item with the lowest loss of those with that key}, sorted by key."""
     keys = sorted({key(group) for group in items})
@@ -194,8 +209,6 @@ def means_and_errors(groups):
 
 def draw_finals(styled, prefix, unit):
     """Draw each group's final losses, their mean and 95% interval; and, of several horizons, loss against steps."""
-    from matplotlib.ticker import NullLocator
-
     finished = [(group, style) for group, style in styled if group.converged]
     horizons = len({group.steps for group, _ in finished}) > 1
     optimizers = list(dict.fromkeys(group.optimizer for group, _ in styled))
@@ -218,11 +231,9 @@ def draw_finals(styled, prefix, unit):
             best = best_by_horizon([group for group, _ in own])
             style = STRONG | {"color": own[0][1]["color"], "label": readable(optimizer), "capsize": 4}
             panels[1].errorbar(list(best), *means_and_errors(best.values()), **style)
-        panels[1].set(xscale="log", ylabel=f"final val/loss ({unit})")
+        panels[1].set_ylabel(f"final val/loss ({unit})")
         panels[1].set_xlabel("training steps of the complete schedule;\nthe best settings at each horizon")
-        steps = sorted({group.steps for group, _ in finished})
-        panels[1].set_xticks(steps, [f"{step:,}" for step in steps])
-        panels[1].xaxis.set_minor_locator(NullLocator())
+        log_ticks(panels[1], sorted({group.steps for group, _ in finished}))
         panels[1].legend(frameon=False, fontsize=8, loc="upper right")
     return save(figure, prefix)
 
@@ -236,8 +247,6 @@ def draw_final_losses(groups, out, labels=None):
     labels: {optimizer, as in Group.optimizer: its name in the figure}; others are left out. None: all, as they are.
     out: the prefix of the PNG, whose name is returned, and of the SVG.
     """
-    from matplotlib.ticker import NullLocator
-
     finished = [group for group in groups if group.converged]
     labels = labels or {group.optimizer: group.optimizer for group in finished}
     curves = {name: best_by_horizon([group for group in finished if group.optimizer == name]) for name in labels}
@@ -247,30 +256,26 @@ def draw_final_losses(groups, out, labels=None):
     figure, (axes,) = new_figure(1, 1, width=9, height=5.4)
     for i, (name, best) in enumerate(curves.items()):
         apart = 1.013 ** (i - (len(curves) - 1) / 2)
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "label": readable(labels[name]),
-        }
         means, errors = means_and_errors(best.values())
-        style |= {"markersize": 7, "linewidth": 2, "elinewidth": 1.5, "capsize": 4}
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 7}
+        style |= {"label": readable(labels[name]), "linewidth": 2, "elinewidth": 1.5, "capsize": 4}
         axes.errorbar([steps * apart for steps in best], means, errors, **style)
     ticks = sorted({steps for best in curves.values() for steps in best})
-    axes.set(xscale="log", xlim=(ticks[0] / 1.1, ticks[-1] * 1.1))
-    axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+    log_ticks(axes, ticks)
+    axes.set_xlim(ticks[0] / 1.1, ticks[-1] * 1.1)
     axes.tick_params(labelsize=12)
     axes.set_xlabel("training steps of the complete schedule (log scale)", fontsize=13)
     axes.set_ylabel(f"final val/loss ({loss_unit([run for group in finished for run in group.runs])})", fontsize=13)
     lines, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: -next(iter(list(curves.values())[i].values())).losses.mean())
+    heights = [-min(best.items())[1].losses.mean() for best in curves.values()]
+    order = sorted(range(len(names)), key=heights.__getitem__)
     axes.legend([lines[i] for i in order], [names[i] for i in order], frameon=False, fontsize=13, loc="upper right")
     return save(figure, out)
 
 
 def draw_scaling(groups, prefix, unit):
     """Draw final loss against model size for each optimizer, with a fitted power law from three sizes on."""
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
     from scipy import stats
 
     figure, (axes,) = new_figure(1, 1, width=8, height=5)
@@ -287,11 +292,9 @@ def draw_scaling(groups, prefix, unit):
             axes.plot(sizes, np.exp(fit.intercept) * np.power(sizes, fit.slope), "--", linewidth=1, color=colour)
         axes.errorbar(sizes, losses, error, fmt="o", capsize=4, color=colour, label=label)
     positive = all(group.losses.min() > 0 for group in finished)  # 0 has no place on a log scale
-    axes.set(xscale="log", yscale="log" if positive else "linear")
-    axes.set(xlabel="parameters (N)", ylabel=f"final val/loss ({unit})")
-    axes.set_xticks(ticks, [size_name(n) for n in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="parameters (N)", ylabel=f"final val/loss ({unit})", yscale="log" if positive else "linear")
+    log_ticks(axes, ticks, [size_name(n) for n in ticks])
+    axes.yaxis.minorticks_off()
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.legend(frameon=False)
@@ -329,9 +332,8 @@ def draw_sweep(trials, out_dir):
                 best = sorted(finite, key=lambda trial: trial.loss)[:1]
                 strong = {"marker": "*", "markersize": 13, "markeredgecolor": "black", "linestyle": "none"}
                 notes["star: best run"] = True
-            lines = axes.plot(
-                [t.swept[key] for t in best], [t.loss for t in best], label=readable(optimizer), **style, **strong
-            )
+            values, heights = [trial.swept[key] for trial in best], [trial.loss for trial in best]
+            lines = axes.plot(values, heights, label=readable(optimizer), **style, **strong)
             for trial in own:
                 place = trial.swept[key], above if math.isinf(trial.loss) else trial.loss
                 lines += axes.plot(*place, "x" if math.isinf(trial.loss) else "o", alpha=0.35, **style)
@@ -344,8 +346,7 @@ def draw_sweep(trials, out_dir):
         places = sorted({trial.swept[key] for trial in here})
         numbers = all(isinstance(place, int | float) for place in places)
         if numbers and min(places) > 0 and max(places) > 4 * min(places):
-            axes.set_xscale("log")
-            axes.xaxis.minorticks_off()
+            log_ticks(axes, places)
         axes.set_xticks(places, [tick(place) for place in places], rotation=45 if len(places) > 3 else 0)
         axes.set(xlabel=key, ylabel=f"final val/loss\n({'; '.join(notes)})")
         figure.legend(loc="outside lower center", ncols=5, frameon=False)

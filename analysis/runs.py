@@ -5,6 +5,7 @@ check_comparable(runs)
 groups = group(runs)               # groups[0], the group of the first run, is the baseline
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from training.config import TrainConfig
 from training.errors import UserError
 from training.foreign import is_plain_name, read_json
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
 
 LINES = 1000  # lines of metrics that are enough for any figure
+SMOOTHING = 0.02  # share of a run's logged steps over which train/loss is averaged
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
 # A run may be resumed with these changed and stays what it was: they do not train, or only change rounding. The
 # path of the data is one of them; other data are seen by their SHA-256.
@@ -30,6 +33,7 @@ HARMLESS = NOT_SETTINGS - {"seed"} | {
 }  # fmt: skip
 SPEED = {"world_size", "device_name", "activation_checkpointing"}  # but its seconds are then of two kinds
 TOKENIZER = str | dict | None
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # what runs without them did
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
 FOLLOW = {"lr_decay_iters": "max_iters", "min_lr": "learning_rate"}  # a label leaves these out where the other differs
 
@@ -72,6 +76,11 @@ class Run:
         points = [(line[against], line[key]) for line in self.lines if key in line and against in line]
         points = np.array(points, dtype=float).reshape(-1, 2)
         return points[~np.isnan(points).any(axis=1)].T
+
+    def late(self, key, share=0.0):
+        """Mean of a metric over the last `share` of its lines, at least of one; None if it was not logged."""
+        values = self.curve(key, "step")[1]
+        return values[-max(1, round(share * len(values))) :].mean() if len(values) else None
 
 
 @dataclass
@@ -148,9 +157,8 @@ def unclean(runs):
 
 def loss_unit(runs):
     """The unit of a loss."""
-    return (
-        "nats a character" if all("characters" in (r.conditions["tokenizer"] or "") for r in runs) else "nats a token"
-    )
+    of_characters = all("characters" in (run.conditions["tokenizer"] or "") for run in runs)
+    return "nats a character" if of_characters else "nats a token"
 
 
 def size_name(parameters):
@@ -173,9 +181,8 @@ def label(optimizer, swept):
 def read_run(folder):
     """The run in `folder`. UserError if files are missing or damaged, or if the run was never evaluated."""
     metrics, path = Path(folder, METRICS), Path(folder, CONFIG)
-    for file in (metrics, path):
-        if not os.path.isfile(file):
-            raise UserError(f"{file} is missing: name the out_dir of a run.")
+    if missing := [file for file in (metrics, path) if not os.path.isfile(file)]:
+        raise UserError(f"{missing[0]} is missing: name the out_dir of a run.")
     try:
         facts = read_json(path, 1 << 26)
         config, data, parameters = facts["config"], facts["data"], facts["model"]["num_params"]
@@ -259,11 +266,8 @@ def check_comparable(runs, scaling=False):
     """UserError that lists how a run differs from the first. With `scaling`, model sizes may differ."""
     for run in runs[1:]:
         pairs = ((name, runs[0].conditions[name], value) for name, value in run.conditions.items())
-        differing = [
-            f"{name} ({value!s:.16}, not {first!s:.16})"
-            for name, first, value in pairs
-            if first != value and not (scaling and name == "model parameters")
-        ]
+        pairs = ((name, *pair) for name, *pair in pairs if not (scaling and name == "model parameters"))
+        differing = [f"{name} ({value!s:.16}, not {first!s:.16})" for name, first, value in pairs if first != value]
         if differing:
             raise UserError(f"{run.name} differs from {runs[0].name} in {', '.join(differing)}; --force allows it.")
 
@@ -274,8 +278,10 @@ def group(runs):
     A run whose settings changed at a resume is a group of its own.
     """
     groups, settings, labels = {}, {}, set()
+    newer = {key for run in runs for key in run.config if any(key not in other.config for other in runs)}
     for run in runs:
         used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
+        used = {k: v for k, v in used.items() if k not in newer or v != DEFAULTS.get(k)}
         own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
         key = json.dumps([own, run.conditions, run.changed and run.name], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
@@ -287,7 +293,7 @@ def group(runs):
         rivals = [settings[other] for other in groups if groups[other].optimizer == seeds.optimizer]
         differing = [name for name in settings[key] if any(r.get(name) != settings[key][name] for r in rivals)]
         differing = [name for name in differing if FOLLOW.get(name) not in differing]
-        parts = [f"{name}={settings[key][name]}" for name in differing if name not in SHAPE]
+        parts = [f"{name}={settings[key][name]!s:.24}" for name in differing if name not in SHAPE]
         folder = re.sub(r"[._-]*s(eed)?[=_-]?\d+$", "", Path(seeds.runs[0].name).name)
         size = [size_name(seeds.parameters)] if len({run.parameters for run in runs}) > 1 else []
         seeds.label = ", ".join([seeds.optimizer, *size, *(parts if len(parts) <= 3 else [folder])])

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from analysis.runs import loss_unit, unclean
+from analysis.runs import SMOOTHING, loss_unit, unclean
 from analysis.stats import ALPHA, baseline_horizons, baseline_needs, baseline_of, step_cost, verdict
 from training.terminal import printable
 
@@ -15,19 +15,24 @@ COSTS = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seco
 
 
 def report(groups):
-    """The lines that compare.py prints: final losses, speed-ups, notes."""
-    yield from markdown(loss_rows(groups), left=(0, 7))
-    if rows := list(speed_rows(groups)):
-        yield ""
-        yield from markdown(rows, left=(0,))
+    """The lines that compare.py prints: final losses, stages, speed-ups, notes."""
+    yield from markdown(loss_rows(groups), left=(0, HEADS.index("verdict")))
+    for table in (stage_rows(groups), speed_rows(groups)):
+        if rows := list(table):
+            yield ""
+            yield from markdown(rows, left=(0,))
     yield ""
     yield from map(plain, notes(groups))
 
 
+STAGE = {"stage/length", "stage/clip_rate"}
+HEADS = ["group", "seeds", "steps", "tokens", "final val/loss", "difference", "p", "verdict"]
+MORE = ["train/loss", "accuracy", "seconds", "s/epoch", "tokens/s", "clipped"]  # those that no run has are left out
+
+
 def loss_rows(groups):
     """The head and the rows, tuples of strings, of the table of final losses."""
-    heads = "group,seeds,steps,tokens,final val/loss,difference,p,verdict,seconds,tokens/s,clipped"
-    yield tuple(heads.split(","))
+    rows = []
     for group in groups:
         half, baseline, p, difference = group.interval, baseline_of(group, groups), None, ""
         loss = f"{group.losses.mean():.4f}" + (f" ± {half:.4f}" if half is not None else "")
@@ -42,16 +47,50 @@ def loss_rows(groups):
         else:
             p, words = verdict(group.losses, baseline.losses)
             difference = f"{group.losses.mean() - baseline.losses.mean():+.4f}"
-        steps, tokens = group.mean("step"), group.mean("tokens")
-        times = "shared", ""
+        p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+        sizes = f"{len(group.runs)}", f"{group.mean('step'):,.0f}", f"{group.mean('tokens'):,.0f}"
+        own = dict(zip(HEADS, (group.label, *sizes, loss, difference, p, words), strict=True)) | {
+            "seconds": "shared",
+            "tokens/s": "",
+        }
+        for head, key, share, form in (
+            ("train/loss", "train/loss", SMOOTHING, "{:.4f}"),
+            ("accuracy", "val/accuracy", 0, "{:.2%}"),
+            ("clipped", "train/clip_rate", 0, "{:.1%}"),
+        ):
+            ends = [run.late(key, share) for run in group.runs]
+            if None not in ends:
+                own[head] = form.format(np.mean(ends))
         if timed := group.timed:
             took, trained = (np.mean([run.final[key] for run in timed]) for key in ("seconds", "tokens"))
-            times = f"{took:,.1f}", f"{trained / took:,.0f}" if took else ""
-        p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
-        sizes = f"{len(group.runs)}", f"{steps:,.0f}", f"{tokens:,.0f}"
-        rates = [run.curve("train/clip_rate", "step")[1][-1:] for run in group.runs]
-        clipped = f"{np.mean(rates):.1%}" if all(len(rate) for rate in rates) else ""
-        yield group.label, *sizes, loss, difference, p, words, *times, clipped
+            own |= {"seconds": f"{took:,.1f}", "tokens/s": f"{trained / took:,.0f}" if took else ""}
+            if all(run.final.get("epoch") for run in timed):
+                own["s/epoch"] = f"{np.mean([run.final['seconds'] / run.final['epoch'] for run in timed]):,.1f}"
+        rows.append(own)
+    heads = [*HEADS, *(head for head in MORE if any(head in row for row in rows))]
+    yield tuple(heads)
+    for row in rows:
+        yield tuple(row.get(head, "") for head in heads)
+
+
+def stage_rows(groups):
+    """The head and the rows of the table of the stages of block_size_schedule; nothing where no run has any.
+
+    A row is a stage. Of each group with stages it has clipped steps in 1,000, and the loss at the full length after it.
+    """
+    cells, heads = {}, {}
+    for group in groups:
+        ends = [[line for line in run.evaluations if line.keys() >= STAGE] for run in group.runs]
+        for lines in zip(*ends, strict=False):
+            rate, loss = (np.mean([line[key] for line in lines]) for key in ("stage/clip_rate", "val/loss"))
+            own = f"{group.label}: clipped in 1,000", f"{group.label}: val/loss"
+            stage = cells.setdefault((lines[0]["step"], lines[0]["stage/length"]), {})
+            stage |= dict(zip(own, (f"{1000 * rate:.0f}", f"{loss:.4f}"), strict=True))
+            heads |= dict.fromkeys(own)
+    if cells:
+        yield "stage ends at step", "tokens in a sequence", *heads
+    for (step, length), stage in sorted(cells.items()):
+        yield f"{step:,}", f"{length:,}", *(stage.get(head, "") for head in heads)
 
 
 def speed_rows(groups):
@@ -120,6 +159,10 @@ def notes(groups):
     """What a reader of the tables has to know, one sentence a line."""
     runs = [run for group in groups for run in group.runs]
     yield f"Losses are in {loss_unit(runs)}. Seconds: training time without compilation, evaluation and checkpoints."
+    if any("train/loss" in line for run in runs for line in run.lines):
+        yield f"train/loss: mean over the last {SMOOTHING:.0%} of the logged steps."
+    if any("val/accuracy" in run.final for run in runs):
+        yield "Accuracy: share of the evaluation's tokens that the model gives the highest probability."
     if any("train/clip_rate" in line for run in runs for line in run.lines[-2:]):
         yield "Clipped: share of steps whose gradient norm was above grad_clip."
     if any(len(group.runs) > 1 for group in groups):

@@ -10,6 +10,7 @@ import itertools
 import json
 import sysconfig
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -56,7 +57,7 @@ def write_sources(folder):
     texts, size = {}, 0
     for path in python._python_files([sysconfig.get_path("stdlib")]):
         content = path.read_bytes()
-        if size < TEXT_BYTES and len(content) <= python.MAX_BYTES and content.strip() and python._is_utf8(content):
+        if size < TEXT_BYTES and len(content) <= python.MAX_BYTES and content.strip() and python.is_utf8(content):
             texts[content.decode("utf-8-sig")] = content
             size += len(content)
     for i, content in enumerate(texts.values()):
@@ -97,9 +98,7 @@ def measure_tokenizing(report, texts, folder):
     contenders = {"tiktoken": bare_tiktoken, "text": lambda: prepare(text, "--source", source, "--val_fraction", 0.01)}
     contenders |= {"python": prepare_python, "shakespeare_char": prepare_characters}
 
-    def failed(name, error):
-        report.error(name, "gpt2", "tokens_per_second", error)
-
+    failed = partial(report.error, model="gpt2", metric="tokens_per_second")
     for name, milliseconds in alternate(contenders, ROUNDS, 1, "cpu", failed).items():
         tokens = "characters" if name == "shakespeare_char" else "gpt2"
         report.add(name, tokens, "tokens_per_second", counts[name] / milliseconds * 1e3, "tokens/s")
@@ -128,9 +127,7 @@ def measure_training(report, folder, device):
 
         contenders = {"resident batch": lambda: step(resident), "pipeline": lambda: step(run.train_batch(next(steps)))}
 
-        def failed(name, error):
-            report.error(name, model, "train_step_ms", error)
-
+        failed = partial(report.error, model=model, metric="train_step_ms")
         times = alternate(contenders, 3 * ROUNDS, 5, device, failed)
         for name, milliseconds in times.items():
             report.add(name, model, "train_step_ms", milliseconds, "ms")

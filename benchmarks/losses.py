@@ -38,26 +38,22 @@ def run(args):
     gpus = visible_gpus()
     if args.device == "cuda" and not gpus:
         raise UserError("this machine has no CUDA device: use --device cpu and a small --base.")
+    free = list(gpus) or [None]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        free = list(gpus) or [None]
         try:
             places = [place_of(run, folder / f"tree{i}") for i, run in enumerate(args.runs)]
             report = Report(args)
+            runs = [(args, *place, folder / f"run{i}", free) for i, place in enumerate(places)]
             with ThreadPoolExecutor(len(free)) as pool:
-                jobs = [
-                    pool.submit(losses_of, args, *place, folder / f"run{i}", free) for i, place in enumerate(places)
-                ]
-                losses = [job.result() for job in jobs]
+                losses = list(pool.map(losses_of, *zip(*runs, strict=True)))
         finally:
             for tree in folder.glob("tree*"):
                 subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False)
     for name, compared in zip(args.runs[1:], losses[1:], strict=True):
         if not compared or list(compared) != list(losses[0]):
-            raise UserError(
-                f"{name!r} and {args.runs[0]!r} do not log losses at the same steps; give both as many steps, and "
-                "learning rates at which the losses stay finite."
-            )
+            problem = f"{name!r} and {args.runs[0]!r} do not log losses at the same steps"
+            raise UserError(f"{problem}; give both as many steps, and learning rates at which losses stay finite.")
         difference = {step: abs(compared[step] - loss) for step, loss in losses[0].items()}
         for steps in (5, 20, 50):  # rounding grows from step to step; another cause differs at once
             early = max((value for step, value in difference.items() if step < steps), default=0.0)
@@ -78,10 +74,7 @@ def place_of(run, tree):
         raise UserError(f"{run!r} cannot be read as a run ({error}); quote it once more.") from None
     if Path(place).is_dir():
         return (ROOT if place == "." else Path(place).resolve()), settings
-    done = subprocess.run(
-        ["git", "-C", ROOT, "worktree", "add", "--detach", tree, place], capture_output=True, text=True
-    )
-    if done.returncode:
+    if subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", tree, place], capture_output=True).returncode:
         raise UserError(f"{place!r} is neither a folder nor a commit of this repository.")
     return tree, settings
 
@@ -91,9 +84,8 @@ def losses_of(args, checkout, settings, out_dir, free):
     gpu = free.pop()
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     command = [sys.executable, args.script, *shlex.split(args.base), *EVERY_STEP, f"--device={args.device}", *settings]
-    done = subprocess.run(
-        [*command, f"--out_dir={out_dir}"], cwd=checkout, env=environment, capture_output=True, text=True
-    )
+    command.append(f"--out_dir={out_dir}")
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     free.append(gpu)
     if done.returncode:
         raise UserError(f"{shlex.join(settings) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")

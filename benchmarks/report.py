@@ -10,17 +10,15 @@ from pathlib import Path
 
 import torch
 
-from training.errors import UserError
+from training.errors import UserError, file_errors
 from training.foreign import read_json
 from training.tracking import write_atomically
 
 GPT2_SIZES = {  # layers, heads, width
-    "30M": (6, 6, 384),
-    "124M": (12, 12, 768),
-    "355M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1.5B": (48, 25, 1600),
-}
+    "30M": (6, 6, 384), "124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1.5B": (48, 25, 1600)
+}  # fmt: skip
+LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}
+LLAMA_SIZES = {f"llama-{size}": size for size in ("30M", "124M")}  # as wide and deep, a third of the heads for keys
 
 
 class Report:
@@ -47,11 +45,9 @@ class Report:
         self.write()
 
     def write(self):
-        try:
+        with file_errors(self.path, "name another file with --out"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out={self.path} cannot be written ({error.strerror}); name another file.") from None
 
     def value(self, contender, model, metric):
         rows = self.content["rows"]
@@ -92,7 +88,7 @@ def alternate(functions, rounds, calls, device, failed=None):
             except Exception as error:  # one contender's failure must not cost the others their rows
                 times[name] = None
                 if failed is not None:
-                    failed(name, error)
+                    failed(name, error=error)
     return {name: statistics.median(values) for name, values in times.items() if values}
 
 
@@ -135,8 +131,15 @@ def _number(value, metric, unit):
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.4g}"
 
 
-def model_names(text):
+def model_names(text, known=GPT2_SIZES):
     names = text.split(",")
-    if unknown := sorted(set(names) - set(GPT2_SIZES)):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(GPT2_SIZES)}")
+    if unknown := sorted(set(names) - set(known)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(known)}")
     return names
+
+
+def model_shape(name):
+    """The model's settings of a name in GPT2_SIZES or LLAMA_SIZES."""
+    layers, heads, width = GPT2_SIZES[LLAMA_SIZES.get(name, name)]
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": width}
+    return shape | LLAMA | {"n_kv_head": max(1, heads // 3)} if name in LLAMA_SIZES else shape

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_names
+from benchmarks.report import GPT2_SIZES, LLAMA_SIZES, Report, alternate, load_module, model_names, model_shape
 from data.corpus import positive
 from model import GPT, GPTConfig
 from sweep import visible_gpus
@@ -34,6 +34,7 @@ from training.run import Run
 
 # Sequences. At 124M on an H200 nanoGPT was fastest at 64 of 12, 32 and 64, and ours as fast at 128. 355M: only 32 ran.
 MICRO_BATCH = {"30M": 128, "124M": 64, "355M": 32, "774M": 16, "1.5B": 8}
+MICRO_BATCH |= {name: MICRO_BATCH[size] for name, size in LLAMA_SIZES.items()}
 OFFICIAL_MICRO_BATCH = {"30M": 64, "124M": 32, "355M": 32, "774M": 8, "1.5B": 4}  # only 32 ran here
 ACCUMULATION = 8  # micro-batches in a step where curvature and scaling are measured: at 124M x 64 half a million tokens
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def add_arguments(parser):
     parser.add_argument("--nanogpt", metavar="PATH", help="checkout of karpathy/nanoGPT")
     parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
-    parser.add_argument("--models", type=model_names, default="124M,355M", help=f"of {', '.join(GPT2_SIZES)}")
+    names = (*GPT2_SIZES, *LLAMA_SIZES)
+    kind = partial(model_names, known=names)
+    parser.add_argument("--models", type=kind, default="124M,355M", help=f"of {', '.join(names)}")
     parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="what to measure")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=positive, default=5, help="turns of every contender; the median counts")
@@ -80,9 +83,8 @@ def write_tokens(folder, count=4_000_000):
 
 def settings(model, args, micro_batch, **more):
     """The command-line arguments of a run of `model`."""
-    layers, heads, width = GPT2_SIZES[model]
     values = {
-        "dataset": args.folder, "n_layer": layers, "n_head": heads, "n_embd": width, "block_size": args.block_size,
+        "dataset": args.folder, **model_shape(model), "block_size": args.block_size,
         "batch_size": micro_batch, "total_bs": micro_batch, "max_iters": 10**6, "warmup_iters": 10,
         "learning_rate": 3e-4, "eval_interval": 10**9, "eval_tokens": args.block_size, "log_interval": 10**9,
         "device": args.device, "compile": args.compile,
@@ -134,15 +136,9 @@ class Peer:
     def fetch(self):
         rows, length = self.shape
         starts = torch.randint(len(self.tokens) - length, (rows,)).tolist()
-        pair = (
-            torch.stack(
-                [torch.from_numpy(self.tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
-            )
-            for shift in (0, 1)
-        )
-        if self.device == "cuda":
-            return [batch.pin_memory().to("cuda", non_blocking=True) for batch in pair]
-        return list(pair)
+        windows = torch.from_numpy(np.stack([self.tokens[i : i + length + 1] for i in starts]).astype(np.int64))
+        pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return [b.pin_memory().to("cuda", non_blocking=True) for b in pair] if self.device == "cuda" else pair
 
     def __call__(self):
         with self.autocast:
@@ -158,9 +154,8 @@ class Peer:
 
 
 def peer_model(module, model, args):
-    layers, heads, width = GPT2_SIZES[model]
-    shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": GPTConfig.vocab_size}
-    config = module.GPTConfig(**shape, block_size=args.block_size, bias=False, dropout=0.0)
+    shape = model_shape(model) | {"vocab_size": GPTConfig.vocab_size, "block_size": args.block_size}
+    config = module.GPTConfig(**shape, bias=False, dropout=0.0)
     return module.GPT(config).to(args.device)
 
 
@@ -187,23 +182,22 @@ def make_official(model, args):
 def start(report, name, model, make, args):
     """A contender after its first steps, or None if it failed. Report its compilation time and memory."""
     gc.collect()
-    base = 0
-    if args.device == "cuda":
+    on_gpu, contender = args.device == "cuda", None
+    synchronize = torch.cuda.synchronize if on_gpu else torch.cpu.synchronize
+    if on_gpu:
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
-    contender = None
     try:
         contender = make()
-        if args.device == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         report.add(name, model, "compile_seconds", time.perf_counter() - begun, "s")
         contender()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        if on_gpu:
+            synchronize()
             report.add(name, model, "peak_gib", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
         return contender
     except Exception as error:  # one contender's failure must not cost the others their rows
@@ -228,12 +222,10 @@ def started(report, model, makers, args):
 
 def compare(report, model, contenders, tokens, args):
     """{name: milliseconds of a step}; tokens/s and MFU are reported. tokens: {name: tokens in a step}."""
-    times = alternate(
-        contenders, args.rounds, args.steps, args.device, lambda name, error: report.error(name, model, "step", error)
-    )
-    layers, heads, width = GPT2_SIZES[model]
+    failed = partial(report.error, model=model, metric="step")
+    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width, block_size=args.block_size))
+        gpt = GPT(GPTConfig(**model_shape(model), block_size=args.block_size))
     peak = peak_flops(report.content["device"], "bfloat16")
     for name, milliseconds in times.items():
         report.add(name, model, "tokens_per_second", tokens[name] / milliseconds * 1e3, "tokens/s")
@@ -245,26 +237,23 @@ def compare(report, model, contenders, tokens, args):
 
 def speed(report, model, args):
     micro = MICRO_BATCH[model]
-    sizes = {"ours": micro, "ours_fp8": micro, "nanogpt": micro, "official": OFFICIAL_MICRO_BATCH[model]}
+    sizes = {"ours": micro, "ours_fp8": micro, "nanogpt": micro, "official": OFFICIAL_MICRO_BATCH.get(model)}
     makers = {"ours": lambda: Ours(settings(model, args, micro), args.folder / f"ours_{model}")}
     if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         makers["ours_fp8"] = lambda: Ours(settings(model, args, micro, fp8=True), args.folder / f"fp8_{model}")
-    if args.nanogpt:
+    if args.nanogpt and model in GPT2_SIZES:
         makers["nanogpt"] = lambda: make_nanogpt(model, args)
-    if args.official:
+    if args.official and model in GPT2_SIZES:
         makers["official"] = lambda: make_official(model, args)
     with started(report, model, makers, args) as contenders:
         for name in contenders:
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
     for name in ("nanogpt", "official", "ours_fp8"):
-        metrics = ("tokens_per_second", "peak_gib")
-        ratios = [
-            (metric, report.value("ours", model, metric), report.value(name, model, metric)) for metric in metrics
-        ]
-        text = ", ".join(f"{metric} {ours / peers:.3f}" for metric, ours, peers in ratios if ours and peers)
-        if text:
-            print(f"{model:>6}  ours over {name}: {text}", flush=True)
+        for metric in ("tokens_per_second", "peak_gib"):
+            ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
+            if ours and peers:
+                print(f"{model:>6}  {metric}: ours over {name} {ours / peers:.3f}", flush=True)
 
 
 def curvature(report, model, args):
@@ -308,9 +297,8 @@ def ended_run(ranks, script, argv, out_dir, gpu=None):
     """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use; None: any."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    done = subprocess.run(
-        [*command, str(ROOT / script), *argv, f"--out_dir={out_dir}"], capture_output=True, text=True, env=environment
-    )
+    command += [str(ROOT / script), *argv, f"--out_dir={out_dir}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))

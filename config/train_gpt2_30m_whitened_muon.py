@@ -27,8 +27,6 @@ grad_clip = 1.0
 
 max_iters = 1560
 warmup_iters = 312
-# min_lr is learning_rate / 20 where it is not given
 
 eval_interval = 390
-log_interval = 10
 compile = True

@@ -21,8 +21,5 @@ grad_clip = 1.0
 
 max_iters = 100_000
 warmup_iters = 2000
-# min_lr is learning_rate / 20 where it is not given
 
-eval_interval = 1000
-log_interval = 10
 compile = True

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.corpus import expanded
 from training.data import check_split, open_dataset
 from training.errors import Parser, UserError, command
+from training.foreign import read_bytes
 from training.tracking import write_atomically
 
 LARGEST = 1 << 26  # bytes of a meta.pkl
@@ -34,18 +36,14 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_plain(path):
     """The content of a pickle of plain containers, strings and numbers. UserError for any other."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is not a file of at most {LARGEST >> 20} MiB; name the folder of a meta.pkl")
-        return _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        return _PlainUnpickler(io.BytesIO(read_bytes(path, LARGEST))).load()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name the folder of a meta.pkl") from None
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(
-            f"{path} is damaged, or holds more than containers, strings and numbers, and is not read ({error}); "
-            "write a meta.json by hand"
-        ) from None
+        problem = f"is damaged, or holds more than containers, strings and numbers ({error})"
+        raise UserError(f"{path} {problem}; write a meta.json by hand") from None
 
 
 def convert(found, path):
@@ -67,9 +65,7 @@ def convert(found, path):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "folder", type=lambda text: Path(text).expanduser(), help="it holds meta.pkl and the .bin files"
-    )
+    parser.add_argument("folder", type=expanded, help="it holds meta.pkl and the .bin files")
     folder = parser.parse_args().folder
     target, found = folder / "meta.json", read_plain(folder / "meta.pkl")
     if os.path.lexists(target):

@@ -10,7 +10,6 @@ are in memory, or one str where that is larger.
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -24,39 +23,29 @@ import numpy as np
 
 from training.errors import Parser, UserError
 from training.foreign import is_plain_name, read_json
-from training.terminal import warn
-from training.tokenizer import get_tokenizer, identity
+from training.lock import lock_file
+from training.tokenizer import get_tokenizer, identity, parts_of
 from training.tracking import write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide the hand-over, small enough to share out
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE
 
 
 class EmptySplit(UserError):
     """There are documents, but none of them is in train.bin, or none in val.bin."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help shows what there is)")
-
-
 def arguments(description, script):
     """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=description)
-    parser.add_argument("--out_dir", type=_path, default=Path(script).resolve().parent, help="default: %(default)s")
+    folder = Path(script).resolve().parent
+    parser.add_argument("--out_dir", type=expanded, default=folder, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser
 
 
-def _path(text):
+def expanded(text):
     return Path(text).expanduser()
 
 
@@ -113,11 +102,9 @@ def write(args, documents, tokenizer, source, max_tokens=None):
                 document = []
         for split in bins:
             if not bins[split].tokens:
+                none = f"none of the {count.total()} documents came into {split}.bin"
                 kind = EmptySplit if count.total() else UserError
-                raise kind(
-                    f"none of the {count.total()} documents came into {split}.bin: "
-                    "more of them are needed, or another --val_fraction"
-                )
+                raise kind(f"{none}: more of them are needed, or another --val_fraction")
         dtype = tokenizer.dtype.name
         meta = {"vocab_size": tokenizer.vocab_size, "tokenizer": identity(spec), "dtype": dtype, "source": source}
         meta |= {f"{split}_tokens": bins[split].tokens for split in bins}
@@ -142,17 +129,12 @@ class _Bin:
         self.path, self.temporary, self._itemsize = path, path.with_name(path.name + ".tmp"), dtype.itemsize
         self.tokens, self.sha256, self.is_mine = 0, hashlib.sha256(), False
         self.file = open(self.temporary, "ab")
+        taken = f"another prepare.py is writing {path}: wait for it or choose another --out_dir"
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOLCK, "not on this system")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another prepare.py is writing {path}: wait for it or choose another --out_dir") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                self.temporary.unlink()
-                raise
-            warn(f"no locks here ({error.strerror}): let no other prepare.py write {path}")
+            lock_file(self.file, taken, f"let no other prepare.py write {path}")
+        except OSError:
+            self.temporary.unlink()
+            raise
         self.is_mine = True
         self.file.truncate(0)  # what a killed run left
 
@@ -196,7 +178,7 @@ def _tasks(documents, tokenizer):
     """Group the pieces of documents, blank ones aside, into lists of (split, piece); (split, None) ends a document."""
     task, size = [], 0
     for split, text in documents:
-        parts, blank, is_blank = iter([text] if isinstance(text, str) else text), [], True
+        parts, blank, is_blank = parts_of(text), [], True
         while is_blank and (part := next(parts, None)) is not None:
             blank.append(part)
             is_blank = not part or part.isspace()

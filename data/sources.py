@@ -7,7 +7,6 @@
 A document is a str, or a TextFile where it is a text file of more than 16 MB: its parts, read anew in each iteration.
 """
 
-import argparse
 import bz2
 import codecs
 import contextlib
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from data import corpus
 from training.errors import UserError
-from training.tokenizer import characters_of, check_spec, read_tokenizer_json
+from training.tokenizer import characters_of, check_spec, parts_of, read_tokenizer_json
 
 BLOCK = 1 << 20  # bytes read at a time
 LARGE = 1 << 24  # bytes from which on a text file is not held in memory
@@ -62,28 +61,21 @@ def add_arguments(parser, val_fraction, required, separator=None):
         help="gpt2, another name that tiktoken knows, char, or a tokenizer.json (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--val_fraction", type=_fraction,
+        "--val_fraction", type=float,
         help=f"share of the documents to hold out, chosen by a hash of each (default: {val_fraction}); of one text "
         f"without documents the last share (default: {VAL_OF_ONE_TEXT})",
     )  # fmt: skip
     parser.set_defaults(default_fraction=val_fraction, source_required=required)
 
 
-def _fraction(text):
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
-
-
 def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, max_tokens=None):
     """Prepare the corpus `name` from the files that `args` names or, where it names none, from `hub`.
 
     hub: (its description, a function that gives pairs of "train" or "val" and a text). articles: makes documents of
-    the texts in the files. by_name: files with "train" and "valid" in their names are these splits.
+    the texts in the files. by_name: files with "train" and "valid" in their names, or their folders', are these splits.
     """
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction {args.val_fraction}: give a number between 0 and 1")
     if args.separator == "":
         raise UserError("--separator '': give the text between two documents, or leave it out")
     if bool(args.train) != bool(args.val) or (args.train and args.source):
@@ -98,7 +90,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
     if args.source:
         files = find_files(args.source)
         splits = _splits_by_name(files) if by_name else None
-        files = [path for path in files if not by_name or "test" not in path.name.lower()]
+        files = [path for path in files if not by_name or _split_of(path) != "test"]
         at_end = len(files) == 1 and _kind(files[0]) in TEXTS and not args.separator
         if at_end:
             fraction = args.val_fraction or VAL_OF_ONE_TEXT
@@ -119,9 +111,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
             return hub[1]()
         if splits:
             return ((split, text) for split, paths in splits.items() for text in read(paths))
-        if at_end:
-            return split_at_end(again, fraction)
-        return split_by_hash(read(files), fraction)
+        return split_at_end(again, fraction) if at_end else split_by_hash(read(files), fraction)
 
     if corpus.is_prepared(args, source):
         return
@@ -166,11 +156,19 @@ def _tokenizer_file(tokenizer):
     return path if path.suffix.lower() == ".json" else None
 
 
+def _split_of(path):
+    """ "train", "val" or "test" by the name of a file or, where that has none of them, of its folder; else None."""
+    name, folder = path.name.lower(), path.parent.name.lower()
+    for word, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        if word in name:
+            return split
+    return {"train": "train", "validation": "val", "valid": "val", "test": "test"}.get(folder)
+
+
 def _splits_by_name(files):
-    """{"train": files, "val": files} by the names of the files; None where one of them would be empty."""
-    train = [path for path in files if "train" in path.name.lower()]
-    val = [path for path in files if "valid" in path.name.lower() and path not in train]
-    return {"train": train, "val": val} if train and val else None
+    """{"train": files, "val": files} by their names; None where one of them would be empty."""
+    splits = {split: [path for path in files if _split_of(path) == split] for split in ("train", "val")}
+    return splits if all(splits.values()) else None
 
 
 def find_files(sources, option="--source"):
@@ -298,7 +296,7 @@ def split_by_hash(documents, val_fraction):
     """Pair each text with "train" or "val", by the text alone: the same text is always on the same side."""
     for text in documents:
         digest = hashlib.blake2b(digest_size=8)
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             digest.update(part.encode("utf-8", "surrogatepass"))
         yield ("val" if int.from_bytes(digest.digest(), "big") < val_fraction * 2**64 else "train"), text
 
@@ -310,7 +308,7 @@ def split_at_end(read, val_fraction):
     """
     count = total = 0  # without the blanks at the end
     for text in read():
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             total = count + len(part.rstrip()) if part.strip() else total
             count += len(part)
     left = total - max(1, round(total * val_fraction))
@@ -328,7 +326,7 @@ def split_at_end(read, val_fraction):
             yield part
 
     for text in read():
-        parts, rest = iter([text] if isinstance(text, str) else text), []
+        parts, rest = parts_of(text), []
         if left:
             yield "train", head(parts, rest)
         yield "val", itertools.chain(rest, parts)
@@ -342,17 +340,20 @@ def load_from_hub(name, config=None):
     except (OSError, ValueError) as error:
         if not isinstance(error, urllib.error.HTTPError) and not isinstance(getattr(error, "reason", 0), ssl.SSLError):
             os.environ["HF_HUB_OFFLINE"] = "1"  # a copy in the local cache will do
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{name} needs `pip install datasets`, or its files, named with --source") from error
+    import datasets
+
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{name} cannot be had from {endpoint} ({reason}): get its files another way and name them with --source"
-        ) from error
+        remedy = "get its files another way and name them with --source"
+        raise UserError(f"{name} cannot be had from {endpoint} ({reason}): {remedy}") from error
+
+
+def hub_splits(dataset, val="validation", articles=lambda texts: texts):
+    """Pairs of "train" or "val" and a text of a dataset from the hub. val: what it calls its held-out split."""
+    for split, part in (("train", dataset["train"]), ("val", dataset[val])):
+        yield from ((split, text) for text in articles(texts_of(part, split)))
 
 
 def texts_of(part, name):
@@ -362,8 +363,9 @@ def texts_of(part, name):
 
 
 def _kind(path):
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+    """Its suffix without that of a compression; WikiText's own names (wiki.train.tokens, wiki.train.raw) are texts."""
+    path = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
+    return ".txt" if re.fullmatch(r"wiki\.\w+\.(tokens|raw)", path.name.lower()) else path.suffix.lower()
 
 
 @contextlib.contextmanager
@@ -374,15 +376,9 @@ def _open(path):
 
 
 def _open_zst(file):
-    return io.BufferedReader(_pyarrow("a .zst file").CompressedInputStream(file, "zstd"), BLOCK)
+    import pyarrow
 
-
-def _pyarrow(what):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"reading {what} needs pyarrow: pip install pyarrow") from error
-    return pyarrow
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), BLOCK)
 
 
 # A reader yields texts, and a UserError for each record that cannot be read.
@@ -427,9 +423,8 @@ def _read_separated(path, stream, separator):
             del buffer[: len(part) + len(separator)]
         searched = max(0, len(buffer) - len(separator) + 1)
         if len(buffer) > RECORD:
-            raise UserError(
-                f"{path}, line {line}: no separator {separator.decode()!r} in {len(buffer):,} bytes from here"
-            )
+            size = f"{len(buffer):,} bytes from here"
+            raise UserError(f"{path}, line {line}: no separator {separator.decode()!r} in {size}")
 
 
 def _lines(path, stream):
@@ -536,7 +531,9 @@ def _read_csv(path, stream, field, separator):
 
 
 def _read_parquet(path, stream, field, separator):
-    pyarrow, row = _pyarrow(path), 0
+    import pyarrow.parquet
+
+    row = 0
     with tempfile.TemporaryFile() as unpacked:
         is_packed = path.suffix.lower() in COMPRESSED
         if is_packed:  # parquet is read from its end

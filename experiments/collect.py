@@ -26,8 +26,9 @@ from training.tracking import write_atomically
 EXPERIMENTS = Path(__file__).resolve().parent
 LINES = 64  # of a run's metrics
 KEYS = (
-    "step", "tokens", "flops", "seconds", "train/loss", "val/loss", "val/accuracy", "lr", "grad_norm",
-    "train/clip_rate", "train/win_rate", "train/win_rate/matrices", "tokens_per_second", "memory_gib",
+    "step", "tokens", "epoch", "flops", "seconds", "train/loss", "val/loss", "val/accuracy", "lr", "grad_norm",
+    "train/clip_rate", "stage/length", "stage/clip_rate", "train/win_rate", "train/win_rate/matrices",
+    "tokens_per_second", "memory_gib",
 )  # fmt: skip
 FOLDERS = re.compile(r"""(?<![^\s=:'"(])(?:~|\.\.)?/(?:[^\s/]+/)*(?=[^\s/])""")  # of an absolute path, or from ~ or ..
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.forks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
@@ -76,9 +76,8 @@ def read_lines(out_dir):
 
 
 def torchrun(ranks, script, words, timeout=120):
-    """Start a script of this project with torchrun on `ranks` processes; the finished process, its output as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # says where a rank crashed
-    return subprocess.run(
-        [*command, str(ROOT / script), *words], capture_output=True, text=True, timeout=timeout, env=environment
-    )
+    """Run a script of this project on `ranks` processes, as torchrun does; the finished process, its output as text.
+
+    torchrun itself takes ten seconds more on one core. `tests.test_crash.start` starts it, where a test is of it.
+    """
+    return run_ranks(ranks, str(ROOT / script), list(map(str, words)), timeout)

@@ -77,7 +77,7 @@ def test_each_source_is_tokenized_once(tmp_path, monkeypatch):
         ("table /no/such.json", "is no result of this script"),
         ("table EMPTY", "is no result of this script"),
         ("table NAMELESS", "is no result of this script"),
-        ("optimizer --device cpu --models 30M --out /proc/none/o.json", "cannot be written"),
+        ("optimizer --device cpu --models 30M --out /proc/none/o.json", "cannot be read or written"),
         ("optimizer --out OUT", "no CUDA device"),
         ("data --device cuda --out OUT", "no CUDA device"),
         ("losses it's . --device cpu --out OUT", "cannot be read as a run"),
@@ -135,18 +135,21 @@ def test_train_gives_a_row_for_every_part(tmp_path, monkeypatch):
     """Toy models on the CPU; all parts but scaling, for which the next test is."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     monkeypatch.setitem(train.MICRO_BATCH, "30M", 4)
+    monkeypatch.setitem(train.MICRO_BATCH, "llama-30M", 4)
     monkeypatch.setattr(train, "ACCUMULATION", 2)
     monkeypatch.setattr(train, "SHORT", train.SHORT | {"max_iters": 11, "log_interval": 4})
     monkeypatch.setitem(sys.modules, "model_of_ours", model)
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer" / "model.py").write_text(PEER)
     out = tmp_path / "t.json"
-    argv = f"train --device cpu --models 30M --rounds 1 --steps 2 --block_size 16 --compile False --out {out}"
+    argv = f"train --device cpu --models 30M,llama-30M --rounds 1 --steps 2 --block_size 16 --compile False --out {out}"
     argv += " --parts speed,curvature,checkpointing,fsdp"
     bench.main([*argv.split(), f"--nanogpt={tmp_path / 'peer'}", "--commit=abc"])
     result = json.loads(out.read_text())
     assert result["errors"] == []
-    value = {(row["contender"], row["metric"]): row["value"] for row in result["rows"]}
+    value = {(row["contender"], row["metric"]): row["value"] for row in result["rows"] if row["model"] == "30M"}
+    llama = {(row["contender"], row["metric"]) for row in result["rows"] if row["model"] == "llama-30M"}
+    assert value.keys() - llama == {key for key in value if key[0] == "nanogpt"}, "which has no such model"
     for contender in ("ours", "nanogpt", "ours_checkpointing", "ours_fsdp", "ours_fsdp_checkpointing"):
         assert value[contender, "tokens_per_second"] > 0, contender
     assert {("ours_sophiag", "curvature_overhead"), ("ours_sophiah", "curvature_overhead")} <= set(value)

@@ -50,7 +50,7 @@ def test_bad_command_lines_are_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         command(lambda: compare.main([run, f"--out={tmp_path}/file/figure"]))
-    assert "cannot write there" in capsys.readouterr().err
+    assert "cannot be read or written" in capsys.readouterr().err
 
 
 def refused(capsys, arguments, message):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import export_hf
+from sample import generate
 from tests.conftest import ROOT
 from tests.test_sample import CHARACTERS, write_run
 from training.errors import command
@@ -41,7 +43,21 @@ def export(tmp_path, *argv):
     return load(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("shape", [{}, {"bias": False}, {"scale_attn_by_inverse_layer_idx": True}, {"gelu": "exact"}])
+LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1, "bias": False, "tie_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"bias": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"gelu": "exact"},
+        LLAMA,
+        LLAMA | {"qk_norm": True, "tie_embeddings": True},
+        {"position": "rope", "rope_dim": 4, "parallel_block": True},
+    ],
+)
 def test_logits_and_files(tmp_path, capsys, shape):
     model = write_run(tmp_path / "run", 50304, "gpt2", n_layer=2, spread=5.0, **shape).eval()
     hf_model, hf_tokenizer = export(tmp_path)
@@ -55,12 +71,13 @@ def test_logits_and_files(tmp_path, capsys, shape):
     assert [generation[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [50256] * 3
 
 
-def test_its_greedy_text_is_ours(tmp_path):
-    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0).eval()
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_its_greedy_text_is_ours(tmp_path, shape):
+    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, **shape).eval()
     hf_model, hf_tokenizer = export(tmp_path)
     inputs = hf_tokenizer("To be", return_tensors="pt")
     text = hf_model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
-    assert torch.equal(text, model.generate(inputs["input_ids"], 10, temperature=0, vocab_size=50257))
+    assert torch.equal(text, generate(model, inputs["input_ids"], 10, temperature=0, vocab_size=50257))
 
 
 def test_its_tokenizer_encodes_like_tiktoken(tmp_path):
@@ -102,16 +119,19 @@ def test_a_run_on_characters(tmp_path):
         (["--to="], "give the folder to write as --to=DIR"),
         (["--to={folder}/run"], "run is not an empty folder"),
         (["--out_dir={folder}/none"], "none holds no checkpoint"),
-        (["--to=/proc/self/hf"], "cannot be written"),
+        (["--to=/proc/self/hf"], "cannot be read or written"),
+        (["--out_dir={folder}/relu2"], "the nearest, GPT2, cannot have mlp='relu2'"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, argv, message):
     write_run(tmp_path / "run", 50304, "gpt2")
+    write_run(tmp_path / "relu2", mlp="relu2")
     argv = [f"--out_dir={tmp_path}/run", f"--to={tmp_path}/hf", *(word.format(folder=tmp_path) for word in argv)]
     with pytest.raises(SystemExit) as ended:
         command(lambda: export_hf.main(argv))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "hf").exists()
 
 
 TASK = """
@@ -129,10 +149,29 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_disk_that_takes_no_weights_keeps_no_part_of_them(tmp_path, capsys, existed):
+    """The limit on the size of a file stands for a full disk; the writer is a library's in Rust."""
+    write_run(tmp_path / "run", 50304, "gpt2")
+    folder = tmp_path / "hf"
+    if existed:
+        folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command(lambda: export(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "File too large" in error
+    assert folder.exists() == existed and not list(tmp_path.glob("hf/*"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -r requirements-eval.txt")
 def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path):
     """The path of the SuperGLUE numbers in Sophia's paper: choices are compared by their likelihood after examples."""
-    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64).eval()
+    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64, **LLAMA).eval()
     export(tmp_path)
     things = {"train": [("rose", 0), ("leaf", 1), ("frog", 1), ("blood", 0)], "test": [("grass", 1), ("brick", 0)] * 4}
     for split, rows in things.items():

@@ -1,13 +1,15 @@
 """model.py against numbers counted by hand, PyTorch's own counts and what sampling must do."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, MLP, GPTConfig, cross_entropy, sample
+from model import GPT, MLP, GPTConfig, cross_entropy
+from sample import draw, generate
 
 SMALL = dict(block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
 SIZES = {
@@ -23,7 +25,8 @@ def randomize(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + ("ln_" in name and name.endswith("weight")))
+            gain = re.search(r"ln_|norm", name) and name.endswith("weight")
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (1 if gain else 0))
     return model.eval()
 
 
@@ -219,13 +222,13 @@ def greedy(model, idx, n):
 @pytest.mark.parametrize("prompt_length", [1, 40])  # 40 is longer than block_size
 def test_the_limits_of_sampling_are_greedy(settings, prompt_length):
     model, idx = small_gpt(), tokens(3, prompt_length)
-    assert torch.equal(model.generate(idx, 8, **settings), greedy(model, idx, 8))
+    assert torch.equal(generate(model, idx, 8, **settings), greedy(model, idx, 8))
 
 
 def test_a_seed_makes_text_reproducible():
     model, idx = small_gpt(), tokens(2, 4)
     state = torch.get_rng_state()
-    first, again, other = (model.generate(idx, 20, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (generate(model, idx, 20, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state()), "a seed must leave torch's global generator alone"
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (2, 24) and torch.equal(first[:, :4], idx)
@@ -233,16 +236,16 @@ def test_a_seed_makes_text_reproducible():
 
 def test_generate_turns_dropout_off_and_the_mode_back_on():
     model, idx = small_gpt(dropout=0.5), tokens(2, 4)
-    expected = model.generate(idx, 10, seed=1)
+    expected = generate(model, idx, 10, seed=1)
     assert not model.training
-    assert torch.equal(model.train().generate(idx, 10, seed=1), expected)
+    assert torch.equal(generate(model.train(), idx, 10, seed=1), expected)
     assert model.training
 
 
 @pytest.mark.parametrize("top_k", [None, 3, 1000])
 def test_sampled_frequencies(top_k):
     logits = torch.tensor([2.0, -1.0, 0.5, 1.0, 0.0])
-    drawn = sample(logits.expand(40_000, -1), 0.7, top_k, torch.Generator().manual_seed(0))
+    drawn = draw(logits.expand(40_000, -1), 0.7, top_k, torch.Generator().manual_seed(0))
     kept = logits if top_k != 3 else torch.where(logits >= 0.5, logits, -torch.inf)
     frequencies = drawn.flatten().bincount(minlength=5) / 40_000
     torch.testing.assert_close(frequencies, F.softmax(kept / 0.7, dim=0), atol=0.01, rtol=0)
@@ -251,7 +254,7 @@ def test_sampled_frequencies(top_k):
 @pytest.mark.parametrize("settings", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
 def test_impossible_sampling(settings):
     with pytest.raises(ValueError, match=r"temperature must be >= 0 and top_k >= 1|top_p must be above 0"):
-        small_gpt().generate(tokens(1, 1), 1, **settings)
+        generate(small_gpt(), tokens(1, 1), 1, **settings)
 
 
 def test_activation_checkpointing_keeps_one_tensor_a_block():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from muon import _ROOT_STEPS, Muon, WhitenedMuon, inverse_root, orthogonalize
+from muon import _ROOT_STEPS, Muon, WhitenedMuon, _inverse_root, inverse_root, orthogonalize
 
 SHAPES = [(6, 6), (6, 24), (24, 6), (6, 6), (18, 6)]
 SPLITS = [1, 1, 1, 1, 3]
@@ -34,8 +34,11 @@ def newton_schulz(x):
 
 
 def root_of(factor, exponent, ridge):
+    """(A / mean + ridge + b / 1024)^-exponent by eigenvectors, b the bound of the largest eigenvalue."""
     values, vectors = torch.linalg.eigh(factor / factor.diagonal().mean())
-    return (vectors * (values + ridge) ** -exponent) @ vectors.T
+    values = values.clamp(min=0) + ridge
+    bound = 1.01 * (values**4).sum() ** 0.25
+    return (vectors * (values + bound / 1024) ** -exponent) @ vectors.T
 
 
 class Reference:
@@ -137,32 +140,60 @@ def test_muon_is_torchs_to_its_rounding(nesterov):
     torch.testing.assert_close(*buffers)
 
 
-@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125, 0.3])
 @pytest.mark.parametrize("decades", [0, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse_root_is_that_of_the_eigenvalues(exponent, decades, dtype):
     generator = torch.Generator().manual_seed(decades)
     basis = torch.linalg.qr(torch.randn(2, 64, 64, generator=generator, dtype=torch.float64))[0]
-    values = torch.logspace(0, -decades, 64, dtype=torch.float64) * 1e-7
-    factors = (basis * values) @ basis.mT
-    roots = inverse_root(factors.to(dtype), exponent, 0.01).double()
-    expected = (basis * (values / values.mean() + 0.01) ** -exponent) @ basis.mT
-    assert (roots - expected).norm() < 1e-3 * expected.norm()
+    factors = (basis * torch.logspace(0, -decades, 64, dtype=torch.float64) * 1e-7) @ basis.mT
+    for root, factor in zip(inverse_root(factors.to(dtype), exponent, 0.01).double(), factors, strict=True):
+        expected = root_of(factor, exponent, 0.01)
+        assert (root - expected).norm() < 4e-3 * expected.norm()
 
 
-def test_inverse_root_of_a_rank_one_factor_is_finite_and_near():
-    g = torch.randn(48, 1, generator=torch.Generator().manual_seed(0))
-    roots = inverse_root((g @ g.T)[None], 0.25, 0.01)[0].double()
-    expected = root_of((g @ g.T).double(), 0.25, 0.01)
-    assert (roots - expected).norm() < 1e-2 * expected.norm()
+def hard_factors(width=128):
+    """Factors of which float16 rounds more than the smallest eigenvalues: of rank one, and with few large rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, width, width, generator=generator, dtype=torch.float64)
+    x[0, :, 1:] = 0
+    x[1, 3:] *= 1e-3
+    x[2] *= torch.logspace(0, -4, width, dtype=torch.float64)[:, None]
+    x[3] = torch.eye(width)
+    return x @ x.mT
+
+
+@pytest.mark.parametrize("power", _ROOT_STEPS)
+def test_the_iteration_in_float16_stays_near(power):
+    factors = hard_factors()
+    norm = torch.linalg.matrix_norm(factors, 2)[:, None, None]
+    m = (factors / norm + torch.eye(128) / 1024) / (1 + 1 / 1024)
+    values, vectors = torch.linalg.eigh(m)
+    expected = (vectors * values[:, None] ** (-1 / power)) @ vectors.mT
+    for root, exact in zip(_inverse_root(m.half(), power).double(), expected, strict=True):
+        assert (root - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_inverse_root_on_a_gpu_stays_near(exponent, ridge):
+    factors = hard_factors()
+    for root, factor in zip(inverse_root(factors.float().cuda(), exponent, ridge).cpu().double(), factors, strict=True):
+        expected = root_of(factor, exponent, ridge)
+        assert (root - expected).norm() < 0.05 * expected.norm()
+
+
+def test_inverse_root_of_zeros_is_a_multiple_of_the_identity():
     zeros = inverse_root(torch.zeros(1, 5, 5), 0.25, 0.01)[0]
-    torch.testing.assert_close(zeros, 0.01**-0.25 * torch.eye(5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(zeros, zeros[0, 0] * torch.eye(5), rtol=1e-3, atol=1e-3)
+    assert zeros[0, 0] == pytest.approx(0.01**-0.25, rel=5e-3)
 
 
 @pytest.mark.parametrize("p", _ROOT_STEPS)
 def test_the_steps_of_the_root_are_minimax(p):
     """No other (a, b, c) has a smaller largest error: it is reached four times, with alternating signs."""
-    low, high = 1e-4 ** (1 / p), 1.0
+    low, high = 9.5e-4 ** (1 / p), 1.0
     for a, b, c in _ROOT_STEPS[p]:
         t = torch.logspace(math.log10(low), math.log10(high), 100001, dtype=torch.float64)
         error = 1 - t * (a + b * t**p + c * t ** (2 * p))
@@ -457,19 +488,4 @@ def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
         torch.cuda.set_sync_debug_mode("default")
     for p, q, s in zip(ours, exact, start, strict=True):
         moved, expected = p.cpu().double() - s.cpu().double(), q.detach() - s.cpu().double()
-        assert (moved - expected).norm() < 0.03 * expected.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.125])
-def test_inverse_root_on_a_gpu_has_the_precision_of_float16(exponent):
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(2, 512, 512, generator=generator, dtype=torch.float64))[0]
-    for values in (
-        torch.logspace(0, -4, 512, dtype=torch.float64),
-        torch.ones(512).double(),
-        torch.eye(512)[0].double(),
-    ):
-        expected = (basis * (values / values.mean() + 0.01) ** -exponent) @ basis.mT
-        roots = inverse_root(((basis * values) @ basis.mT * 1e-6).float().cuda(), exponent, 0.01).cpu().double()
-        assert torch.isfinite(roots).all() and (roots - expected).norm() < 0.02 * expected.norm()
+        assert (moved - expected).norm() < 0.1 * expected.norm()

@@ -170,7 +170,8 @@ def test_a_mixture_validates_each_and_their_mean_and_counts_epochs(tmp_path, mix
     train(mixture, tmp_path / "run")
     lines = read_lines(tmp_path / "run")
     for line in (lines[0], lines[-1]):
-        assert line["val/loss"] == pytest.approx(0.75 * line["val/loss/a"] + 0.25 * line["val/loss/b"], abs=1e-6)
+        for key in ("val/loss", "val/accuracy"):
+            assert line[key] == pytest.approx(0.75 * line[f"{key}/a"] + 0.25 * line[f"{key}/b"], abs=1e-6)
         assert line["val/loss/a"] != line["val/loss/b"]
     assert lines[-1]["epoch/a"] == pytest.approx(48 * 0.75 / 187) and lines[-1]["epoch/b"] == pytest.approx(
         48 * 0.25 / 125

@@ -43,7 +43,7 @@ def test_a_run_and_a_sweep_without_posix_signals_and_locks(tiny, tmp_path):
     assert read_lines(tmp_path / "out")[-1]["step"] == 4
     first, second = done.stderr.splitlines()
     assert first.startswith("warning: ") and "run.lock cannot be locked" in first
-    assert second == f"warning: no locks on this system: start no second sweep in {tmp_path / 'sweep'}."
+    assert second.startswith("warning: no file locks here") and str(tmp_path / "sweep") in second
 
 
 class Mps(TorchFunctionMode):

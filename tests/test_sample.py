@@ -9,7 +9,7 @@ import torch
 
 import sample
 from model import GPT, Cache, GPTConfig
-from model import sample as draw
+from sample import draw, generate, stream
 from training.checkpoint import save_checkpoint
 from training.errors import UserError, command
 from training.hf import load_model
@@ -55,7 +55,7 @@ def test_streamed_text_is_generates_text(tmp_path, capsys, start, shown):
     prompt = tokenizer.encode(start or "\n")
     expected = []
     for seed in (5, 6):
-        ids = model.generate(torch.tensor([prompt]), 40, temperature=0.8, top_k=7, seed=seed)[0, len(prompt) :]
+        ids = generate(model, torch.tensor([prompt]), 40, temperature=0.8, top_k=7, seed=seed)[0, len(prompt) :]
         expected.append(shown + tokenizer.decode(ids.tolist()) + "\n")
     assert printed.out == "---------------\n".join(expected)
     assert printed.err == ("" if len(prompt) <= 16 else "warning: the prompt has 30 tokens, each new one is drawn "
@@ -87,9 +87,9 @@ def test_padding_is_never_drawn(tmp_path, capsys, settings):
     favourite = 50300  # a row without a token: its logit is far the largest
     model = write_run(tmp_path, 50304, "gpt2", favourite)
     prompt = torch.tensor([[50256]])
-    assert (model.generate(prompt, 5, temperature=0.0)[0, 1:] == favourite).all(), "else this test shows nothing"
+    assert (generate(model, prompt, 5, temperature=0.0)[0, 1:] == favourite).all(), "else this test shows nothing"
     settings = {"temperature": 0.8, "top_k": 200} | settings
-    assert model.generate(prompt, 50, seed=1, vocab_size=50257, **settings).max() < 50257
+    assert generate(model, prompt, 50, seed=1, vocab_size=50257, **settings).max() < 50257
     sample.main(argv(tmp_path, max_new_tokens=5, **settings))
     assert len(capsys.readouterr().out) > 1, "padding would decode to nothing"
 
@@ -113,14 +113,14 @@ def test_the_cache_changes_no_text(tmp_path, length, settings):
     model = write_run(tmp_path, spread=5.0)
     idx = torch.randint(12, (3, length), generator=torch.Generator().manual_seed(1))
     for seed in range(3):
-        text = model.generate(idx, 20, seed=seed, **settings)
+        text = generate(model, idx, 20, seed=seed, **settings)
         assert torch.equal(text, recomputed(model.eval(), idx, 20, seed, **settings))
 
 
 def test_a_token_costs_one_position_until_the_context_is_full(tmp_path, monkeypatch):
     model, forward, positions = write_run(tmp_path), GPT.forward, []
     monkeypatch.setattr(GPT, "forward", lambda m, idx, **more: positions.append(idx.size(1)) or forward(m, idx, **more))
-    model.generate(torch.zeros(1, 5, dtype=torch.long), 15)
+    generate(model, torch.zeros(1, 5, dtype=torch.long), 15)
     assert positions == [5] + [1] * 11 + [16] * 3
 
 
@@ -131,9 +131,9 @@ def test_the_cache_is_five_times_faster_at_512_tokens(top_k):
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384)).eval(), torch.tensor([[50256]])
     times = []
-    for generate in (model.generate, functools.partial(recomputed, model, last_only=True)):
+    for write in (functools.partial(generate, model), functools.partial(recomputed, model, last_only=True)):
         start = time.perf_counter()
-        times.append((generate(idx, 512, seed=1, top_k=top_k), time.perf_counter() - start))
+        times.append((write(idx, 512, seed=1, top_k=top_k), time.perf_counter() - start))
     (text, cached), (expected, plain) = times
     print(f"{cached:.1f} s with the cache, {plain:.1f} s without: {plain / cached:.1f} times faster")
     assert torch.equal(text, expected) and plain > 5 * cached
@@ -146,7 +146,7 @@ def test_logits_of_a_cached_token(tmp_path):
     for t in range(7, 12):
         logits, _ = model(idx[:, t : t + 1], caches=caches)
         torch.testing.assert_close(logits, model(idx[:, : t + 1])[0], atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="5 tokens are more than the model's block_size=16"):
+    with pytest.raises(ValueError, match="17 tokens are more than the model's block_size=16"):
         model(idx[:, :5], caches=caches)
 
 
@@ -167,9 +167,9 @@ def test_top_p_keeps_the_fewest_tokens_that_have_it(settings, kept):
 
 def test_a_stream_that_is_left_early_gives_the_mode_back(tmp_path):
     model = write_run(tmp_path).train()
-    next(stream := model.stream(torch.tensor([[0]]), 5))
+    next(tokens := stream(model, torch.tensor([[0]]), 5))
     assert not model.training and torch.is_grad_enabled()
-    stream.close()
+    tokens.close()
     assert model.training
 
 
@@ -243,5 +243,5 @@ def test_text_from_openais_model(monkeypatch, tmp_path, capsys):
     sample.main(argv(tmp_path / "none", init_from="gpt2", start="To be", top_k=None, top_p=0.9, max_new_tokens=12))
     tokenizer = get_tokenizer("gpt2")
     idx = torch.tensor([tokenizer.encode("To be")])
-    ids = model.generate(idx, 12, 0.8, None, 1337, top_p=0.9)[0].tolist()
+    ids = generate(model, idx, 12, 0.8, None, 1337, top_p=0.9)[0].tolist()
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"

@@ -500,7 +500,7 @@ def test_bad_files_are_refused(stub, tmp_path, capsys):
     refused(capsys, [str(tmp_path / "none.py"), "--out_dir=x"], "cannot read")
     refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "ends in .py")
     path = write_sweep(tmp_path, {"adamw": {}})
-    refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot write there")
+    refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot be read or written")
     refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 or more")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{")

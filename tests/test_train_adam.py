@@ -95,7 +95,7 @@ def test_embeddings_have_a_rate_of_their_own(tiny, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     "name, module, package",
-    [("lion", "lion_pytorch.foreach", "lion-pytorch"), ("soap", "pytorch_optimizer", "pytorch_optimizer")],
+    [("lion", "lion_pytorch.foreach", "lion_pytorch"), ("soap", "pytorch_optimizer", "pytorch_optimizer")],
 )
 def test_a_package_that_is_missing(tiny, monkeypatch, capsys, name, module, package):
     monkeypatch.setitem(sys.modules, module, None)

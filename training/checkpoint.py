@@ -369,8 +369,6 @@ def read_checkpoint(path, parts=PARTS, verify=True):
             raise UserError(f"{path} cannot be read (it is not a file).")
         digest, left = hashlib.sha256(), status.st_size - _TRAILER
         with open(path, "rb") as file:
-            if not verify:
-                file.seek(left)
             while verify and left > 0 and (block := file.read(min(left, 1 << 24))):
                 digest.update(block)
                 left -= len(block)

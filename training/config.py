@@ -7,15 +7,17 @@ A later argument wins over earlier ones. A config file is Python and is run as c
 
 import dataclasses
 import difflib
+import operator
 import os
+import runpy
 import sys
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 from training.errors import UserError
-from training.schedule import SCHEDULES, TO_ZERO, parse_block_sizes
+from training.foreign import read_bytes
+from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
@@ -24,21 +26,14 @@ REMOVED = dict.fromkeys(
     ("eigenbasis", "spectral", *(f"train_gpt2_30m_sophiag_{name}.py" for name in ("eigenbasis", "spectral", "tuned"))),
     "was replaced by whitened_muon (train_adam.py) and sophia_muon (train_sophiag.py); commit efa612d still has it",
 )
-PRETRAINED = (
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "gpt2-xl",
-    "hf:DIR",
-    "import:PATH",
-    "ckpt:PATH",
-)  # weights from elsewhere
-
-
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH", "ckpt:PATH")
+STARTS = ("scratch", "resume", "auto", *PRETRAINED)
 MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
 WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
-CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a FILE"
+WSD = ("lr_schedule", ("wsd",))
+RESTARTS = ("lr_schedule", ("cosine_restarts",))
+CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a PATH"
 
 
 def setting(default, help, **limits):
@@ -56,38 +51,19 @@ class TrainConfig:
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
-        "scratch",
-        "start new, resume the checkpoint in out_dir (auto: if there is one), or start with weights from elsewhere",
-        choices=("scratch", "resume", "auto", *PRETRAINED),
+        "scratch", "start new, resume out_dir's checkpoint (auto: if there is one), or take weights", choices=STARTS
     )
     checkpoint: str = setting("newest", CHECKPOINT)
-    max_skipped: int = setting(
-        20, "stop the run after this many steps, or curvature estimates, in a row that were not finite", at_least=1
-    )
+    max_skipped: int = setting(20, "non-finite steps, or curvature estimates, in a row that stop the run", at_least=1)
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
-    seed: int = setting(
-        1337,
-        "seed of the initial weights, the order of the data, dropout and sampled labels",
-        at_least=0,
-        below=2**31,
-    )
+    seed: int = setting(1337, "seed of weights, order of the data, dropout, sampled labels", at_least=0, below=2**31)
 
-    dataset: str = setting(
-        "openwebtext",
-        "folder under data/ (or its path) with train.bin and val.bin, or a mixture: NAME:SHARE,NAME:SHARE",
-    )
+    dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
-    batch_size: int = setting(
-        12, "sequences in one forward pass of one rank; auto: the most that fit", at_least=1, words=("auto",)
-    )
-    gradient_accumulation_steps: int | None = setting(
-        None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
-    )
+    batch_size: int = setting(12, "sequences in a rank's forward pass; auto: what fits", at_least=1, words=("auto",))
+    gradient_accumulation_steps: int | None = setting(None, "derived: total_bs / (batch_size * ranks)", at_least=1)
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
-
-    block_size_schedule: str = setting(
-        "", "shorter sequences from a step on, e.g. 0:128,2000:256 (STEP:LENGTH,...); tokens per step stay the same"
-    )
+    block_size_schedule: str = setting("", "sequence length from a step on, as STEP:LENGTH,...; tokens per step stay")
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads in a block", at_least=1)
@@ -96,82 +72,56 @@ class TrainConfig:
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
     gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
+    norm: str = setting("layernorm", "the norms of the residual stream", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
+    position: str = setting(
+        "learned", "an embedding of positions, or rotated queries and keys (RoPE)", choices=("learned", "rope")
+    )
+    rope_base: float = setting(10000.0, "rope: base of the wavelengths", above=0.0)
+    rope_dim: int = setting(0, "rope: rotated coordinates of each head; 0: all", at_least=0)
+    n_kv_head: int = setting(0, "heads of keys and values, shared by the query heads (GQA); 0: n_head", at_least=0)
+    mlp: str = setting("gelu", "the MLP's activation", choices=("gelu", "swiglu", "relu2"))
+    mlp_hidden: int = setting(
+        0, "the MLP's width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64", at_least=0
+    )
+    qk_norm: bool = setting(False, "RMSNorm of every query and key, as in Qwen3")
+    tie_embeddings: bool = setting(True, "one matrix for the tokens in and out")
+    parallel_block: bool = setting(False, "the MLP reads the block's input beside attention, as in GPT-NeoX")
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
-    embedding_lr: float | None = setting(
-        None, "peak learning rate of the embeddings, min_lr in proportion; default learning_rate", above=0.0
-    )
+    embedding_lr: float | None = setting(None, "peak learning rate of the embeddings; default learning_rate", above=0.0)
     weight_decay: float = setting(0.1, "weight decay of the Linear weights; decoupled, except for sgd", at_least=0.0)
     beta1: float = setting(0.9, "decay of the gradient average", at_least=0.0, below=1.0, needs=WITH_BETAS)
     beta2: float = setting(0.95, "decay of the second-moment average", at_least=0.0, below=1.0, needs=WITH_BETAS)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
-    cautious_decay: bool = setting(
-        False, "muon and its kin: decay only coordinates that the update moves towards 0", needs=MUON
-    )
-    whiten_sides: str = setting(
-        "both",
-        "whitened_muon, sophia_muon: whiten a matrix's inputs, outputs or both",
-        choices=("input", "output", "both"),
-        needs=WHITENED,
-    )
-    whiten_exponent: float = setting(
-        0.125, "the same: power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED
-    )
-    whiten_ridge: float = setting(
-        0.01, "the same: added to the factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED
-    )
-    whiten_decay: float = setting(
-        0.95, "the same: decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED
-    )
+    cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
+    whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
+    whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
+    whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
+    whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
-        10,
-        "whitened_muon: steps between two roots of the factors",
-        at_least=1,
-        needs=("optimizer_name", ("whitened_muon",)),
+        10, "steps between two roots of the factors", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(
-        None, "the same as for whiten_sides: wider sides are whitened in diagonal blocks", at_least=1, needs=WHITENED
-    )
+    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
     lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(
-        None, "step at which the learning rate reaches min_lr; default max_iters", at_least=1
-    )
-    min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
-    )
-    wsd_decay: float = setting(
-        0.2,
-        "wsd: share of lr_decay_iters in which the learning rate falls",
-        above=0.0,
-        at_most=1.0,
-        needs=("lr_schedule", ("wsd",)),
-    )
-    restart_iters: int | None = setting(
-        None, "cosine_restarts: steps of the first period", at_least=1, needs=("lr_schedule", ("cosine_restarts",))
-    )
-    restart_multiplier: float = setting(
-        2.0,
-        "cosine_restarts: steps of a period over steps of the one before",
-        at_least=1.0,
-        needs=("lr_schedule", ("cosine_restarts",)),
-    )
+    lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
+    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
+    wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
+    restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
+    restart_multiplier: float = setting(2.0, "of each period's steps, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
-    eval_iters: int | None = setting(
-        None, "nanoGPT's setting: eval_tokens = eval_iters * batch_size * block_size", at_least=1
-    )
+    eval_iters: int | None = setting(None, "nanoGPT's: eval_tokens = eval_iters * batch_size * block_size", at_least=1)
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
-    always_save_checkpoint: bool = setting(
-        True, "write a checkpoint at every evaluation; off: only at a new best val/loss"
-    )
+    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; off: only at a new best val/loss")
     keep_checkpoints: int = setting(0, "how many ckpt_STEP.pt to keep beside ckpt.pt and ckpt_prev.pt", at_least=0)
 
     wandb_log: bool = setting(False, "log to Weights & Biases too")
@@ -187,28 +137,21 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile the model")
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
-    fsdp: bool = setting(
-        False, "split the model and its optimizer over the ranks (FSDP2), instead of a copy on each rank"
-    )
-    backend: str = setting(
-        "auto", "torch.distributed backend; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
-    )
+    fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
+    backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
-        check_checkpoint(self)
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; change one of them.")
+        ModelSource.check(self)
+        model_config(self)
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.min_lr is None:
             self.min_lr = 0.0 if self.lr_schedule in TO_ZERO else self.learning_rate / 20
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
-            raise UserError(
-                f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
-                "shorten the warm-up, or train for more steps."
-            )
+            beyond = f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}"
+            raise UserError(f"{beyond}; shorten the warm-up, or train for more steps.")
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
@@ -217,24 +160,38 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
-        parse_block_sizes(self.block_size_schedule, self.block_size)
-        if self.batch_size == "auto":
-            for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
-                if getattr(self, name):
-                    raise UserError(
-                        f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number."
-                    )
+        stages(self)
+        for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
+            if self.batch_size == "auto" and getattr(self, name):
+                raise UserError(f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number.")
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
-def check_checkpoint(config):
-    """UserError if a checkpoint is named that would not be read."""
-    if config.checkpoint != "newest" and config.init_from != "resume":
-        raise UserError(
-            f"checkpoint = {config.checkpoint!r} goes with --init_from=resume, this is {config.init_from!r}; use that, "
-            "or --init_from=ckpt:PATH to start new from its weights."
-        )
+def model_config(config, vocab_size=1):
+    """The GPTConfig of a run's settings. UserError for a model that cannot be."""
+    from model import GPTConfig  # imports torch, which takes seconds
+
+    shape = {field.name: getattr(config, field.name, vocab_size) for field in dataclasses.fields(GPTConfig)}
+    try:
+        return GPTConfig(**shape)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+
+
+@dataclass
+class ModelSource:
+    """The settings of a script that reads a model."""
+
+    out_dir: str = setting("out", "folder of the run whose checkpoint is read")
+    init_from: str = setting("resume", "the run in out_dir, or weights from elsewhere", choices=("resume", *PRETRAINED))
+    checkpoint: str = setting("newest", CHECKPOINT)
+
+    def check(self):
+        """UserError if a checkpoint is named that would not be read."""
+        if self.checkpoint != "newest" and self.init_from != "resume":
+            other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
+            raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")
 
 
 def load_config(cls, argv=None):
@@ -251,17 +208,17 @@ def load_config(cls, argv=None):
         sys.exit(0)
     values, on_command_line = {}, set()
     for argument in argv:
+        key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
             values |= _run_config_file(cls, argument)
+        elif _is_removed(key, text, "the command line"):
             continue
-        key, equals, text = argument[2:].partition("=")
-        if _is_removed(key, text, "the command line"):
-            continue
-        if not equals:
+        elif not equals:
             raise UserError(f"{argument}: write it as --{key}=VALUE.")
-        field = _field(cls, key, "the command line")
-        values[field.name] = _parse(field, text)
-        on_command_line.add(field.name)
+        else:
+            field = _field(cls, key, "the command line")
+            values[field.name] = _parse(field, text)
+            on_command_line.add(field.name)
     config = cls(**with_current_values(cls, values))
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
@@ -278,10 +235,8 @@ def _check_read(config, values, on_command_line):
         if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
             continue
         if field.name in on_command_line:
-            raise UserError(
-                f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}; leave it "
-                f"out, or set {name} to {' or '.join(map(repr, allowed))}."
-            )
+            unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
+            raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
         unread.append(field.name)
     if unread and os.environ.get("RANK", "0") == "0":
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
@@ -308,42 +263,35 @@ def _is_removed(name, value, where):
 
 
 def describe(cls):
-    """Every setting of `cls` as (name, type, default, help with its limits), for --help and the documentation."""
-    rows = []
+    """Yield every setting of `cls` as (name, type, default, help with its limits), for --help and docs/settings.md."""
     for field in dataclasses.fields(cls):
-        kind, _ = _kind(field)
-        limits = _allowed(field)
         default = "" if field.default in (None, "") else str(field.default)
-        help = field.metadata["help"] + (f" ({limits})" if limits else "")
-        rows.append((field.name, kind.__name__, default, help))
-    return rows
+        help = field.metadata["help"] + (f" ({limits})" if (limits := _allowed(field)) else "")
+        yield field.name, _kind(field)[0].__name__, default, help
 
 
 def _run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
+    values = {}
+    for key, value in run_file(path, runpy.run_path, path).items():
+        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+        if own and not _is_removed(key, value, path):
+            field = _field(cls, key, path)
+            values[field.name] = _convert(field, value)
+    return values
+
+
+def run_file(path, function, *arguments, **options):
+    """The result of `function`, which runs code of the file `path`: its exceptions become UserErrors."""
     try:
-        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
+        read_bytes(path, 1 << 24)
     except OSError as error:
         _is_removed(os.path.basename(path), True, path)
-        raise UserError(
-            f"{path}: cannot read this config file ({error.strerror}); settings are given as --key=value."
-        ) from None
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a config file of Python assignments ({error}).") from None
-    names = {"__file__": path}
+        raise UserError(f"{path}: cannot read this file ({error.strerror}); settings are --key=value.") from None
     try:
-        exec(code, names)
+        return function(*arguments, **options)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: running this config file raised {type(error).__name__}: {error}.") from None
-    values = {}
-    for key, value in names.items():
-        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-            continue
-        if _is_removed(key, value, path):
-            continue
-        field = _field(cls, key, path)
-        values[field.name] = _convert(field, value)
-    return values
+        raise UserError(f"{path}: running this file raised {type(error).__name__}: {error}; mend it.") from None
 
 
 def _field(cls, key, where):
@@ -392,10 +340,10 @@ def _convert(field, value):
 
 
 _LIMITS = {
-    "at_least": (lambda value, limit: value >= limit, "at least"),
-    "above": (lambda value, limit: value > limit, "above"),
-    "at_most": (lambda value, limit: value <= limit, "at most"),
-    "below": (lambda value, limit: value < limit, "below"),
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
     "choices": (lambda value, limit: _kind_of(value) in [_kind_of(choice) for choice in limit], "one of"),
 }
 
@@ -407,11 +355,8 @@ def _kind_of(choice):
 
 
 def _allowed(field):
-    parts = []
-    for key, (_, relation) in _LIMITS.items():
-        if key in field.metadata:
-            limit = field.metadata[key]
-            parts.append(f"{relation} {', '.join(limit) if key == 'choices' else limit}")
+    limits = [(relation, field.metadata[key]) for key, (_, relation) in _LIMITS.items() if key in field.metadata]
+    parts = [f"{relation} {', '.join(limit) if isinstance(limit, tuple) else limit}" for relation, limit in limits]
     return ", ".join([*parts, *field.metadata.get("words", ())])
 
 

@@ -34,6 +34,8 @@ from training.tracking import write_atomically
 GPT2_VOCAB_SIZE = 50257
 PADDED_GPT2_VOCAB_SIZE = GPTConfig.vocab_size  # for faster matrix products; the padding rows are never a target
 _ORDER, _LABELS, _CORPUS = 0, 1, 2  # what a stream of random numbers is for
+AGAIN = "prepare the corpus again"
+GO_ON = "go on with --init_from=resume"
 MIXED = 10_000  # sequences of a mixture in which each corpus has its share exactly
 
 
@@ -72,19 +74,14 @@ class TokenDataset:
     def check_unchanged(self):
         """UserError if a file is no longer the one that was opened: what was read since may be from another corpus."""
         for path, identity in self.identity.items():
-            if _identity(path) != identity:
-                raise UserError(
-                    f"{path} was changed while the run was using it; put the old file back "
-                    "and go on with --init_from=resume."
-                )
+            if _stat(path)[:2] != identity:
+                raise UserError(f"{path} was changed during the run; put the old file back and {GO_ON}.")
 
     def check_whole(self):
         """UserError if a training file was cut short: reading its map beyond the end would kill the process."""
         for path in self.files["train"]:
-            if (_identity(path) or (0,))[0] < self.identity[path][0]:
-                raise UserError(
-                    f"{path} was cut short or removed during the run; put it back and go on with --init_from=resume."
-                )
+            if (_stat(path) or (0,))[0] < self.identity[path][0]:
+                raise UserError(f"{path} was cut short or removed during the run; put it back and {GO_ON}.")
 
     @property
     def model_vocab_size(self):
@@ -101,10 +98,8 @@ class TokenDataset:
         if theirs is not None and tokenizer_identity(theirs) != tokenizer_identity(self.tokenizer):
             of, ours = describe(theirs), describe(self.tokenizer)
             add = "" if self.tokenizer else f"name the tokenizer in {self.folder / 'meta.json'}, or "
-            raise UserError(
-                f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}; "
-                f"{add}give data of the tokenizer that {origin} was trained with."
-            )
+            problem = f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}"
+            raise UserError(f"{problem}; {add}give data of the tokenizer that {origin} was trained with.")
 
 
 class MixtureDataset:
@@ -113,27 +108,23 @@ class MixtureDataset:
     def __init__(self, corpora, weights):
         first, total = corpora[0], sum(weights)
         self.corpora, self._shares = corpora, [weight / total for weight in weights]
-        for other in corpora[1:]:
-            if (
-                tokenizer_identity(other.tokenizer) != tokenizer_identity(first.tokenizer)
-                or other.model_vocab_size != first.model_vocab_size
-            ):
-                raise UserError(
-                    f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}; "
-                    "a mixture needs one tokenizer: prepare one of them again with the other's."
-                )
+        kinds = [(tokenizer_identity(corpus.tokenizer), corpus.model_vocab_size) for corpus in corpora]
+        if other := next((corpus for corpus, kind in zip(corpora, kinds, strict=True) if kind != kinds[0]), None):
+            both = f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}"
+            raise UserError(f"{both}; a mixture needs one tokenizer: prepare one of them again with the other's.")
         self._counts = _shares_of(MIXED, self._shares)
-        for corpus, count in zip(corpora, self._counts, strict=True):
-            if not count:
-                raise UserError(
-                    f"{corpus.name} has less than one sequence in {MIXED}; raise its share or leave it out."
-                )
+        if 0 in self._counts:
+            rare = corpora[self._counts.index(0)].name
+            raise UserError(f"{rare} has less than one sequence in {MIXED}; raise its share or leave it out.")
         self.name, self.folder = ", ".join(corpus.name for corpus in corpora), first.folder
         self.train, self.val = (Rings([getattr(corpus, split) for corpus in corpora]) for split in ("train", "val"))
         self.tokenizer, self.vocab_size = first.tokenizer, max(corpus.vocab_size for corpus in corpora)
         self.model_vocab_size = first.model_vocab_size
+        self.identity = {path: identity for corpus in corpora for path, identity in corpus.identity.items()}
+        self.files = {"train": [path for corpus in corpora for path in corpus.files["train"]]}
 
     fits, check_tokenizer = TokenDataset.fits, TokenDataset.check_tokenizer
+    check_unchanged, check_whole = TokenDataset.check_unchanged, TokenDataset.check_whole
 
     @property
     def parts(self):
@@ -156,18 +147,8 @@ class MixtureDataset:
         return starts
 
     def epochs(self, sequences, block_size):
-        return {
-            f"epoch/{corpus.name}": corpus.epochs(sequences * share, block_size)["epoch"]
-            for corpus, share in self.parts
-        }
-
-    def check_unchanged(self):
-        for corpus in self.corpora:
-            corpus.check_unchanged()
-
-    def check_whole(self):
-        for corpus in self.corpora:
-            corpus.check_whole()
+        epochs = {corpus.name: corpus.epochs(sequences * share, block_size)["epoch"] for corpus, share in self.parts}
+        return {f"epoch/{name}": epoch for name, epoch in epochs.items()}
 
 
 def _shares_of(total, shares):
@@ -244,10 +225,8 @@ def _parse_mixture(dataset):
         except (ValueError, ZeroDivisionError):
             weight = 0
         if not name or weight <= 0 or name in shares:
-            raise UserError(
-                f"dataset = '{dataset}': {part!r} is not NAME:SHARE with a share above 0, each name once; "
-                "write a mixture as in fineweb:0.7,python:0.3."
-            )
+            problem = f"dataset = '{dataset}': {part!r} is not NAME:SHARE with a share above 0, each name once"
+            raise UserError(f"{problem}; write a mixture as in fineweb:0.7,python:0.3.")
         shares[name] = weight
     return shares
 
@@ -262,31 +241,21 @@ def _open_corpus(dataset):
         count, said = len(tokens[split]), meta.get(f"{split}_tokens", len(tokens[split]))
         if count != said:
             names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
-            raise UserError(
-                f"{folder}: {names} holds {count} tokens, its meta.json says {said}; a file was cut short, is missing, "
-                "or does not belong there: copy the files again or prepare the corpus again."
-            )
-    identity = {path: _identity(path) for path in (*files["train"], *files["val"])}
+            why = "a file was cut short, is missing, or does not belong there: copy the files again"
+            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said}; {why} or {AGAIN}.")
+    identity = {path: _stat(path)[:2] for path in (*files["train"], *files["val"])}
     vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
     tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens
-    return TokenDataset(
-        folder.name,
-        folder,
-        **tokens,
-        files=files,
-        identity=identity,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        meta=meta,
-    )
+    return TokenDataset(folder.name, folder, *tokens.values(), files, identity, vocab_size, tokenizer, meta)
 
 
-def _identity(path):
+def _stat(path):
+    """Size, modification time, inode and time of the last change of any kind, the last two a copy's own; or ()."""
     try:
         stat = path.stat()
     except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
+        return ()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
 def _read_meta(folder):
@@ -300,18 +269,14 @@ def _read_meta(folder):
             raise UserError(f"{old} says what the ids stand for; make a meta.json of it with: {convert}") from None
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); prepare the corpus again.") from None
+        raise UserError(f"{path}: not readable as JSON ({error}); {AGAIN}.") from None
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(size) is not int or not 1 <= size < 2**31:
-        raise UserError(
-            f"{path}: vocab_size = {size!r}, wants a whole number from 1 to {2**31 - 1}; prepare the corpus again."
-        )
+        raise UserError(f"{path}: vocab_size = {size!r}, wants a whole number from 1 to {2**31 - 1}; {AGAIN}.")
     dtype = meta.setdefault("dtype", "uint16" if size <= 2**16 else "uint32")
     if dtype not in ("uint16", "uint32") or (dtype == "uint16" and size > 2**16):
-        raise UserError(
-            f"{path}: dtype = {dtype!r} with vocab_size = {size}; tokens are uint16, or uint32 where the vocabulary "
-            "has more than 65536: prepare the corpus again."
-        )
+        wanted = "uint16 up to a vocabulary of 65536, or uint32"
+        raise UserError(f"{path}: dtype = {dtype!r} with vocab_size = {size}; tokens are {wanted}: {AGAIN}.")
     spec = meta.get("tokenizer")
     try:
         check_spec(spec)
@@ -324,9 +289,7 @@ def _read_meta(folder):
         if meta["tokenizer"]["sha256"] != spec["sha256"]:
             raise UserError(f"{folder / spec['file']} is not the tokenizer that {path} names (its SHA-256 differs).")
     elif isinstance(spec, dict) and len(spec["characters"]) != size:
-        raise UserError(
-            f"{path}: vocab_size = {size}, but it names {len(spec['characters'])} characters; prepare the corpus again."
-        )
+        raise UserError(f"{path}: vocab_size = {size}, but it names {len(spec['characters'])} characters; {AGAIN}.")
     return meta
 
 
@@ -340,30 +303,27 @@ def check_dataset(corpus, total_bs, block_size):
         sequences = math.ceil(total_bs * share)
         need = sequences * block_size + 1
         if len(part.train) < need:
-            raise UserError(
-                f"{_named(part, 'train')} has {len(part.train)} tokens, fewer than one step's {need} "
-                f"(total_bs = {sequences} times block_size = {block_size}, and one); lower either or use more data."
-            )
+            few = f"{len(part.train)} tokens, fewer than one step's {need}"
+            product = f"total_bs = {sequences} times block_size = {block_size}, and one"
+            raise UserError(f"{_named(part, 'train')} has {few} ({product}); lower either or use more data.")
         if len(part.val) < block_size + 1:
-            raise UserError(
-                f"{_named(part, 'val')} has {len(part.val)} tokens, fewer than block_size + 1 = {block_size + 1}; "
-                "lower block_size or use more data."
-            )
+            few = f"{len(part.val)} tokens, fewer than block_size + 1 = {block_size + 1}"
+            raise UserError(f"{_named(part, 'val')} has {few}; lower block_size or use more data.")
         checked = {split: check_split(part, split) for split in ("train", "val")}
-        found[part.name] = {f"{split}_sha256": sha256 for split, (_, sha256) in checked.items()} | {"share": share}
+        facts = {f"{split}_sha256": sha256 for split, (_, sha256) in checked.items()} | {"share": share}
+        found[part.name] = facts
         note = "" if part.tokenizer else "its meta.json names no tokenizer: sample.py will print ids instead of text"
         if not part.meta and checked["train"][0] < 256:
             note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
         if note and os.environ.get("LOCAL_RANK", "0") == "0":
             warn(f"{part.folder}: {note}.")
     if len(found) == 1:
-        (facts,) = found.values()
         return {key: value for key, value in facts.items() if key != "share"}
-    together = {
-        key: hashlib.sha256(json.dumps([[facts["share"], facts[key]] for facts in found.values()]).encode()).hexdigest()
-        for key in ("train_sha256", "val_sha256")
-    }
-    return together | {"corpora": found}
+    found = {"corpora": found}
+    for key in ("train_sha256", "val_sha256"):
+        pairs = [[facts["share"], facts[key]] for facts in found["corpora"].values()]
+        found[key] = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    return found
 
 
 def _named(corpus, split):
@@ -383,9 +343,10 @@ def check_split(corpus, split):
     except (OSError, ValueError, UserError):
         known = {}
     known = known if isinstance(known, dict) else {}
-    now = [[path.name, *(_identity(path) or ()), *_on_this_disk(path)] for path in files]
-    entry = known.get(split)
-    if not _is_note(entry) or entry["files"] != now:
+    entry, now = known.get(split), [[path.name, *_stat(path)] for path in files]
+    kinds = {"files": list, "largest": int, "sha256": str}
+    is_note = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    if not is_note or entry["files"] != now:
         digest, tokens = hashlib.sha256(), getattr(corpus, split)
         parts = tokens.parts if isinstance(tokens, Shards) else [tokens]
         largest = max(_scan(path, part, digest) for path, part in zip(files, parts, strict=True))
@@ -394,33 +355,14 @@ def check_split(corpus, split):
             write_atomically(note, json.dumps(known | {split: entry}))
     name, largest, sha256 = _named(corpus, split), entry["largest"], entry["sha256"]
     if sha256 != corpus.meta.get(f"{split}_sha256", sha256):
-        raise UserError(
-            f"{name} is not the file that meta.json describes, its SHA-256 differs: it was damaged or replaced; "
-            "copy it again or prepare the corpus again."
-        )
+        problem = f"{name} is not the file that meta.json describes, its SHA-256 differs"
+        raise UserError(f"{problem}: it was damaged or replaced; copy it again or {AGAIN}.")
     if largest >= corpus.vocab_size:
-        guess = guess_why_beyond(getattr(corpus, split), corpus.vocab_size)
-        raise UserError(
-            f"{name} holds token {largest}, beyond the vocabulary of {corpus.vocab_size}{guess}; "
-            "prepare the corpus again, or mend its meta.json."
-        )
+        beyond = f"{corpus.vocab_size}{guess_why_beyond(getattr(corpus, split), corpus.vocab_size)}"
+        raise UserError(f"{name} holds token {largest}, beyond the vocabulary of {beyond}; {AGAIN}, or mend meta.json.")
     if not largest and corpus.vocab_size > 1:
         raise UserError(f"{name} holds nothing but zeros, as a failed copy does; copy it again.")
     return largest, sha256
-
-
-def _on_this_disk(path):
-    """What no copy of a file has, and what nobody sets: its inode and the time of its last change of any kind."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return ()
-    return stat.st_ino, stat.st_ctime_ns
-
-
-def _is_note(entry):
-    kinds = {"files": list, "largest": int, "sha256": str}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def _scan(path, tokens, digest):
@@ -436,10 +378,8 @@ def _scan(path, tokens, digest):
 
 def _raw(seed, stream, index, count, sub_index=0):
     """`count` 64-bit numbers: (seed, stream) is Philox's key, (index, sub_index) the high words of its counter."""
-    generator = np.random.Philox(
-        key=np.array([seed, stream], np.uint64), counter=np.array([0, 0, sub_index, index], np.uint64)
-    )
-    return generator.random_raw(count)
+    key, counter = (np.array(numbers, np.uint64) for numbers in ((seed, stream), (0, 0, sub_index, index)))
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -40,6 +41,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains).")
 
 
+@contextlib.contextmanager
+def file_errors(path, remedy):
+    """Around work on the file or folder `path`: an OSError becomes a UserError that names the file and `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename or path
+        raise UserError(f"{name} cannot be read or written ({error.strerror or error}); {remedy}.") from None
+    except Exception as error:
+        if "(os error " not in str(error):  # what libraries in Rust raise
+            raise
+        raise UserError(f"{path} cannot be read or written ({error}); {remedy}.") from None
+
+
 def is_out_of_memory(error):
     """Whether an exception says that the memory of the host or of a device is used up."""
     if error is None or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
@@ -53,8 +68,8 @@ def is_out_of_memory(error):
 def command(main, goes_on=False):
     """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
 
-    A file that cannot be used and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on: as in
-    `open_streams`.
+    A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on:
+    as in `open_streams`.
     """
     open_streams(goes_on)
     if signal.getsignal(signal.SIGINT) is interrupted:
@@ -84,6 +99,9 @@ def _explain(error):
         return RunError(f"the memory is used up ({reason}); use less at once, or a larger machine.")
     if isinstance(error, ImportError) and (error.name or "").startswith("triton"):
         return UserError(f"training on a GPU needs Triton ({error}); pip install triton, or triton-windows on Windows.")
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return UserError(f"the package {package} is missing; get it with: pip install {package}.")
     compiling, lines = type(error).__module__.startswith(("torch._dynamo", "torch._inductor")), str(error).splitlines()
     reason = next((line for line in lines if "C++ compiler" in line), None) if compiling else None
     if reason:

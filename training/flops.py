@@ -7,7 +7,7 @@ peak = peak_flops(torch.cuda.get_device_name(), "bfloat16")                # FLO
 import math
 import re
 
-from training.schedule import parse_block_sizes
+from training.schedule import stages
 
 # Dense tensor-core peaks in TFLOP/s: (bfloat16 and float16, TF32), from NVIDIA's datasheets and whitepapers, with sums
 # in float32 as PyTorch takes them; half of what a datasheet gives with 2:4 sparsity. A pattern matches the whole name:
@@ -59,7 +59,7 @@ def run_flops(step, config, flops_per_token, estimate_cost=0):
     estimate_cost: of ESTIMATE_COST. Estimates are taken on hess_bs sequences every hess_interval steps, from
     sophia_start_iter on; each step carries its share of them.
     """
-    lengths = dict(zip(*parse_block_sizes(config.block_size_schedule, config.block_size), strict=True))
+    lengths = dict(stages(config))
     first_estimate = getattr(config, "sophia_start_iter", 0)
     share = config.hess_bs / config.total_bs / config.hess_interval if estimate_cost else 0.0
     starts, total, length = sorted({0, first_estimate, *lengths}), 0, None

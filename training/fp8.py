@@ -11,19 +11,18 @@ from training.errors import UserError
 def to_fp8(model, device, emulate=False):
     """Replace the Linear layers of the blocks by layers that multiply in FP8, with one scale for each tensor.
 
-    Parameters, their names, gradients and optimizer states stay as they are. The output matrix, the embeddings and the
-    LayerNorms stay in autocast's precision. `emulate` rounds the same way, slowly, on any device.
-    Raises UserError if the device has no FP8 products, torchao is missing, or n_embd or block_size is not a multiple
-    of 16.
+    Parameters, their names, gradients and optimizer states stay as they are. The output matrix, tied or not, the
+    embeddings and the norms stay in autocast's precision. `emulate` rounds the same way, slowly, on any device.
+    Raises UserError if the device has no FP8 products, or a width of the products is no multiple of 16.
     """
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
-    for name in ("n_embd", "block_size"):  # the products sum over n_embd forward, over tokens in a weight's gradient
-        if (size := getattr(model.config, name)) % 16:
+    sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
+    sizes["n_kv_head * n_embd / n_head"] = model.config.qkv_rows[1]
+    for name, size in sizes.items():  # the products sum over widths forward, over tokens in a weight's gradient
+        if size % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("fp8 needs a package: pip install torchao.") from None
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))

@@ -1,16 +1,19 @@
-"""Weights from and to elsewhere: OpenAI's GPT-2, Hugging Face, nanoGPT's and the official Sophia repo's ckpt.pt.
+"""Weights from and to elsewhere: Hugging Face's GPT-2, Llama, Qwen3 and GPT-NeoX, ckpt.pt of nanoGPT and of Sophia.
 
 model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH", "ckpt:PATH"
 model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint
 checkpoint = start_from(config)                                        # to train on from config.init_from
-to_hf(model).save_pretrained("exported")                               # transformers.GPT2LMHeadModel
+to_hf(model).save_pretrained("exported")                               # the class of FAMILIES that the model is
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
+import re
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +28,109 @@ from training.tokenizer import get_tokenizer
 
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "dropout")]
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps these transposed, (in, out)
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 keeps these transposed, (in, out)
+
+
+# ----- families of Hugging Face
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model that Hugging Face and GPT both have.
+
+    name: of its class, less "LMHeadModel" or "ForCausalLM".
+    kind: {setting of GPTConfig: the value that makes it this family}.
+    keys: {setting of GPTConfig: the key of the family's config with that meaning}.
+    fixed: {key of its config: the only value that GPT can be}.
+    act: the key of its activation.
+    blocks, modules: where its blocks are; {module of GPT: its modules, several where GPT's is fused}.
+    """
+
+    name: str
+    kind: dict
+    keys: dict
+    fixed: dict = field(default_factory=dict)
+    act: str = "hidden_act"
+    blocks: str = "model.layers"
+    modules: dict = field(default_factory=dict)
+
+    @property
+    def cls(self):
+        import transformers
+
+        return getattr(transformers, self.name + ("LMHeadModel" if self.name == "GPT2" else "ForCausalLM"))
+
+    def names(self, name):
+        """Hugging Face's names of GPT's tensor `name`."""
+        module, _, kind = name.rpartition(".")
+        inside, layer = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", module), ""
+        if inside:
+            layer, module = f"{self.blocks}.{inside[1]}.", inside[2]
+        return [f"{layer}{their}.{kind}" for their in self.modules.get(module, module).split()]
+
+    def arranged(self, name, tensor, config, back=False):
+        """GPT's tensor `name` as this family arranges it; back: the reverse."""
+        if self.name == "GPT2" and name.endswith(CONV1D):
+            return tensor.t()
+        if self.name == "GPTNeoX" and "attn.c_attn" in name:  # query, key and value of the first head, of the second
+            parts = (config.n_head, 3) if back else (3, config.n_head)
+            return tensor.unflatten(0, (*parts, config.head_dim)).transpose(0, 1).flatten(0, 2)
+        return tensor
+
+    def misfits(self, config):
+        """The settings of a GPTConfig that this family cannot have."""
+        wanted = {"n_kv_head": config.n_head, "scale_attn_by_inverse_layer_idx": False, "rope_dim": config.head_dim}
+        wanted = {name: value for name, value in wanted.items() if name not in self.keys}
+        if config.position == "learned" or self.name == "GPTNeoX":
+            del wanted["rope_dim"]
+        return [name for name, value in (wanted | self.kind).items() if getattr(config, name) != value]
+
+
+SHAPE = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_embd": "hidden_size", "mlp_hidden": "intermediate_size",
+    "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+LLAMA_KIND = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False, "parallel_block": False}
+LLAMA_KEYS = SHAPE | {"n_kv_head": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
+LLAMA_MODULES = {
+    "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+    "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2",
+        {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "parallel_block": False},
+        {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")}
+        | {"block_size": "n_positions", "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon"}
+        | {"tie_embeddings": "tie_word_embeddings"},
+        {"scale_attn_weights": True, "add_cross_attention": False, "reorder_and_upcast_attn": False},
+        act="activation_function",
+        blocks="transformer.h",
+    ),
+    "llama": Family("Llama", LLAMA_KIND, LLAMA_KEYS, modules=LLAMA_MODULES),
+    "qwen3": Family(
+        "Qwen3",
+        LLAMA_KIND | {"qk_norm": True, "bias": False},
+        LLAMA_KEYS,
+        {"attention_bias": False, "use_sliding_window": False},
+        modules=LLAMA_MODULES,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        {"norm": "layernorm", "position": "rope", "mlp": "gelu", "qk_norm": False},
+        SHAPE | {"norm_eps": "layer_norm_eps", "parallel_block": "use_parallel_residual"},
+        {"attention_bias": True},
+        blocks="gpt_neox.layers",
+        modules={
+            "transformer.wte": "gpt_neox.embed_in", "transformer.ln_f": "gpt_neox.final_layer_norm",
+            "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_attn": "attention.query_key_value",
+            "attn.c_proj": "attention.dense", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h",
+        },
+    ),
+}  # fmt: skip
 
 
 # ----- models
@@ -86,68 +191,113 @@ def from_pretrained(name, dropout=0.0):
 
 @quiet()
 def from_hf(hf_model, dropout=0.0):
-    """A GPT with float32 copies of a `transformers.GPT2LMHeadModel`'s weights.
+    """A GPT with float32 copies of the weights of a model of transformers, whose class is one of FAMILIES.
 
-    ValueError names the setting of hf_model that GPT does not have.
+    ValueError names the key of hf_model's config that GPT cannot be.
     """
-    from transformers import GPT2LMHeadModel
-
-    if not isinstance(hf_model, GPT2LMHeadModel):
-        raise ValueError(f"from_hf takes a GPT2LMHeadModel, got a {type(hf_model).__name__}")
-    hf = hf_model.config
-    for name, allowed in dict(
-        activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu"),  # the first two are one function
-        n_inner=(None, 4 * hf.n_embd), layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,),
-        add_cross_attention=(False,), reorder_and_upcast_attn=(False,), tie_word_embeddings=(True,),
-    ).items():  # fmt: skip
-        if getattr(hf, name) not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise ValueError(f"the Hugging Face model has {name}={getattr(hf, name)!r}, GPT can only be {expected}")
-    shape = (hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
-    gelu = "exact" if hf.activation_function == "gelu" else "tanh"
+    family = next((family for family in FAMILIES.values() if isinstance(hf_model, family.cls)), None)
+    if family is None:
+        known = ", ".join(family.cls.__name__ for family in FAMILIES.values())
+        raise ValueError(f"from_hf takes one of {known}, got a {type(hf_model).__name__}")
     with torch.device("meta"):
-        model = GPT(GPTConfig(*shape, dropout, True, hf.scale_attn_by_inverse_layer_idx, gelu))
-    weights = {k: v.t() if k.endswith(CONV1D) else v for k, v in hf_model.state_dict().items()}
+        model = GPT(_config_from_hf(family, hf_model.config, dropout))
+    theirs = hf_model.state_dict()
+    weights = {name: torch.cat([theirs[their] for their in family.names(name)]) for name in model.state_dict()}
+    weights = {name: family.arranged(name, tensor, model.config, back=True) for name, tensor in weights.items()}
     return assign(model, weights, torch.float32)
+
+
+def _config_from_hf(family, hf, dropout):
+    """The GPTConfig of a config of transformers."""
+    settings = family.kind | {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
+    settings |= {"dropout": dropout, "bias": family.kind.get("bias", getattr(hf, "attention_bias", True))}
+    activations = {"silu": {}} if family.kind["mlp"] == "swiglu" else {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+                                                                     "gelu": "exact"}  # fmt: skip
+    allowed = {family.act: tuple(activations), "quantization_config": (None,)}
+    allowed |= {key: (value,) for key, value in family.fixed.items()}
+    if family.kind["position"] == "rope":
+        rope, width = hf.rope_parameters, settings["n_embd"] // settings["n_head"]
+        if rope["rope_type"] != "default":
+            raise ValueError(
+                f"the Hugging Face model has rope_parameters={rope}, GPT can only be of rope_type 'default'"
+            )
+        allowed |= {"head_dim": (None, width), "layer_types": (None, ["full_attention"] * settings["n_layer"])}
+        settings["rope_base"] = float(rope["rope_theta"])
+        if family.name == "GPTNeoX":
+            settings["rope_dim"] = int(width * rope.get("partial_rotary_factor", 1.0))
+    if family.name == "Llama":
+        allowed["mlp_bias"] = (hf.attention_bias,)
+    for key, values in allowed.items():
+        if (value := getattr(hf, key, None)) not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"the Hugging Face model has {key}={value!r}, GPT can only be {expected}")
+    if family.kind["mlp"] == "gelu":
+        settings["gelu"] = activations[getattr(hf, family.act)]
+    return GPTConfig(**{name: 0 if value is None else value for name, value in settings.items()})
 
 
 @quiet()
 def to_hf(model, vocab_size=None):
-    """A copy of a GPT as `transformers.GPT2LMHeadModel`, in eval mode.
+    """A copy of a GPT as a model of transformers, in eval mode: of the family in FAMILIES that has its settings.
 
     vocab_size: cut the rows beyond it, which pad the vocabulary (50257 for GPT-2's tokenizer); None keeps them.
-    A model without biases gets zeros, which is the same function.
+    A model without biases gets zeros where the family has them, which is the same function.
+    ValueError names the settings that no family has.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     config = model.config
     vocab_size = vocab_size or config.vocab_size
     if vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size={vocab_size} is more than the {config.vocab_size} tokens of the model")
-    end_of_text = 50256 if vocab_size > 50256 else None  # GPT-2's; other vocabularies have none
+    family = min(FAMILIES.values(), key=lambda family: len(family.misfits(config)))
+    if misfits := family.misfits(config):
+        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in misfits)
+        raise ValueError(f"Hugging Face has no such model; the nearest, {family.name}, cannot have {settings}")
     with torch.device("meta"):
-        hf_model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=vocab_size, n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
-            n_embd=config.n_embd, scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
-            activation_function="gelu" if config.gelu == "exact" else "gelu_new",
-            resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
-            bos_token_id=end_of_text, eos_token_id=end_of_text,
-        ))  # fmt: skip
-    weights = model.state_dict()
-    for name, like in hf_model.state_dict().items():
-        if name.endswith(".bias") and not config.bias:
-            weights[name] = torch.zeros(like.shape, device=model.lm_head.weight.device)
-        elif name.endswith(CONV1D):
-            weights[name] = weights[name].t()
-    weights["transformer.wte.weight"] = weights["lm_head.weight"] = weights["lm_head.weight"][:vocab_size]
+        hf_model = family.cls(family.cls.config_class(**_settings_for_hf(family, config, vocab_size)))
+    if config.position == "rope":  # its frequencies are no weights, and are still on the meta device
+        base = hf_model.base_model
+        base.rotary_emb = type(base.rotary_emb)(config=hf_model.config)
+    device, weights = model.lm_head.weight.device, {}
+    shapes = {name: tensor.shape for name, tensor in hf_model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+        names = family.names(name)
+        rows = [shapes[their][0] for their in names]
+        weights |= zip(names, family.arranged(name, tensor, config).split(rows), strict=True)
+    weights |= {name: torch.zeros(shape, device=device) for name, shape in shapes.items() if name not in weights}
     return assign(hf_model, weights, model.lm_head.weight.dtype).eval()
 
 
+def _settings_for_hf(family, config, vocab_size):
+    """The arguments of the family's config."""
+    settings = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.fixed
+    act = "silu" if config.mlp == "swiglu" else "gelu" if config.gelu == "exact" else "gelu_new"
+    end_of_text = 50256 if vocab_size > 50256 else None  # GPT-2's; other vocabularies have none
+    settings |= {"vocab_size": vocab_size, family.act: act, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    if family.name == "GPT2":
+        settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if family.name == "Llama":
+        settings |= {"attention_bias": config.bias, "mlp_bias": config.bias}
+    if config.position == "rope":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_base}
+        if family.name != "GPTNeoX":
+            settings["head_dim"] = config.head_dim
+        else:
+            share = config.rope_dim / config.head_dim
+            while int(config.head_dim * share) < config.rope_dim:  # as transformers rounds
+                share = math.nextafter(share, 2)
+            settings["rope_parameters"]["partial_rotary_factor"] = share
+    return settings
+
+
 def assign(model, weights, dtype):
-    """Give a model that was built on the meta device copies of `weights`, and tie its output matrix."""
+    """Give a model that was built on the meta device copies of `weights`, and tie its output matrix if it is tied."""
     copies = {k: v.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for k, v in weights.items()}
     model.load_state_dict(copies, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
+    if not isinstance(model, GPT):
+        model.tie_weights()
+    elif model.config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
@@ -162,8 +312,9 @@ def start_from(config):
     """
     checkpoint = load_pretrained(config.init_from)
     args, weights = checkpoint["model_args"], checkpoint["model"]
+    args |= dataclasses.asdict(GPTConfig(**args))  # older ones lack the settings of today
     block_size, positions = config.block_size, "transformer.wpe.weight"
-    if args["block_size"] < block_size:
+    if args["position"] == "learned" and args["block_size"] < block_size:
         most = args["block_size"]
         raise UserError(f"block_size = {block_size} is beyond the {most} positions of {config.init_from}; lower it.")
     name, states = checkpoint["optimizer"] or (None, {})
@@ -173,9 +324,10 @@ def start_from(config):
     elif checkpoint["step"] >= config.max_iters:
         done = f"the {checkpoint['step']} steps that {config.init_from} has done"
         raise UserError(f"max_iters = {config.max_iters} is not beyond {done}; raise it.")
-    state = {key: value[:block_size] for key, value in states.get(positions, {}).items() if key != "step"}
-    states[positions] = states.get(positions, {}) | state
-    weights[positions] = weights[positions][:block_size]
+    if args["position"] == "learned":
+        state = {key: value[:block_size] for key, value in states.get(positions, {}).items() if key != "step"}
+        states[positions] = states.get(positions, {}) | state
+        weights[positions] = weights[positions][:block_size]
     args["block_size"] = block_size
     for key in MODEL_SETTINGS:
         setattr(config, key, args[key])
@@ -231,7 +383,7 @@ def load_pretrained(init_from):
 
 @quiet()
 def _read_folder(path):
-    from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -239,9 +391,11 @@ def _read_folder(path):
         raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
     try:
         model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
-        if model_type != "gpt2":
-            raise ValueError(f"{path} holds a model of type {model_type!r}, only 'gpt2' can be read")
-        hf_model, info = GPT2LMHeadModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        if model_type not in FAMILIES:
+            known = ", ".join(map(repr, FAMILIES))
+            raise ValueError(f"{path} holds a model with model_type={model_type!r}, only {known} can be read")
+        cls = FAMILIES[model_type].cls
+        hf_model, info = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything there

@@ -22,6 +22,24 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = "run.lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # Lustre, FUSE, Windows
+
+
+def lock_file(file, taken, without):
+    """Lock an open file until this process, and those that inherit it, have ended or closed it.
+
+    UserError with the text `taken` if another process holds it. A warning, `without`, where there are no file locks.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "not on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(taken) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn(f"no file locks here ({error.strerror}): {without}")
 
 
 class RunLock:
@@ -44,10 +62,8 @@ class RunLock:
             if self._undecided(owner):
                 deadline = max(deadline, time.monotonic() + 1)
             elif time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder} is in use by the run of process {owner.get('process')} on {owner.get('host')}; let it "
-                    "end, or name another --out_dir."
-                )
+                run = f"the run of process {owner.get('process')} on {owner.get('host')}"
+                raise UserError(f"{folder} is in use by {run}; let it end, or name another --out_dir.")
             time.sleep(0.1)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
@@ -70,6 +86,9 @@ class RunLock:
             if owner is None:
                 self._file, file = file, None
             return owner
+        except OSError:  # a full disk
+            os.unlink(self.path)
+            raise
         finally:
             if file is not None:
                 os.close(file)

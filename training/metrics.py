@@ -5,7 +5,7 @@ lines = read_metrics("out/run/metrics.jsonl")       # [{"step": 0, "tokens": 0, 
 
 import contextlib
 
-from training.errors import UserError
+from training.errors import file_errors
 from training.foreign import parse_json, read_bytes
 
 METRICS, CONFIG, STATE = "metrics.jsonl", "config.json", "sweep.json"  # of a run, of a run, of a sweep
@@ -20,11 +20,15 @@ NAMES = {
     "seconds": "training time; without compilation, evaluation and checkpoints",
     "train/loss": "mean cross-entropy of the step's batch, nats a token",
     "val/loss": "the same on the fixed windows of val.bin, before the step",
+    "val/accuracy": "share of the tokens in the same windows that the model gives the highest probability",
+    "val/accuracy/NAME": "the same on one corpus of a mixture",
     "val/loss/NAME": "the same on one corpus of a mixture; val/loss is their mean by the shares",
     "train/spike": "train/loss over the median of the lines before it (101 at most)",
     "lr": "learning rate of the matrices",
     "grad_norm": "global 2-norm of the gradient before clipping",
     "train/clip_rate": "share of the steps whose grad_norm was above grad_clip",
+    "stage/length": "tokens in a sequence of the stage of block_size_schedule that ends before this line's step",
+    "stage/clip_rate": "train/clip_rate of that stage's steps",
     "train/skipped": "steps that were not finite and were skipped",
     "curvature/loss": "cross-entropy of the last curvature estimate against its sampled labels (sophiah has none)",
     "curvature/grad_norm": "global 2-norm of its gradient (sophiah: of its Hessian-vector product)",
@@ -50,10 +54,8 @@ def read_metrics(path, about=None):
 
     With `about`, a longer file gives about that many lines, evenly spread, and all lines that have a val/loss.
     """
-    try:
+    with file_errors(path, "make it readable"):
         text = read_bytes(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable.") from None
     lines = []
     for part in text.splitlines() if about is None else _thinned(text, about):
         with contextlib.suppress(ValueError):

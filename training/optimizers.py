@@ -14,7 +14,6 @@ import torch
 
 from muon import Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
-from training.errors import UserError
 
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
@@ -48,10 +47,8 @@ def sgd(config, groups, device):
 
 
 def lion(config, groups, device):
-    try:
-        from lion_pytorch.foreach import Lion
-    except ImportError:
-        raise UserError("optimizer_name = 'lion' needs a package: pip install lion-pytorch.") from None
+    from lion_pytorch.foreach import Lion
+
     return Lion(groups, betas=(config.beta1, config.beta2))
 
 
@@ -94,10 +91,8 @@ def _aux_adamw(config, groups, betas, device):
 
 
 def soap(config, groups, device):
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError:
-        raise UserError("optimizer_name = 'soap' needs a package: pip install pytorch_optimizer.") from None
+    from pytorch_optimizer import SOAP
+
     betas = config.beta1, config.beta2
     return WithAuxAdam(groups, betas, device, soap=partial(SOAP, betas=betas))
 
@@ -259,8 +254,11 @@ class WithAuxAdam(OptimizerContainer):
 
 
 def split_qkv(matrix, split):
-    """The `split` matrices of equally many rows that `matrix` holds, as views: query, key and value of a fused one."""
-    return matrix.chunk(split)
+    """The matrices that `matrix` holds, as views: query, key and value of a fused one.
+
+    split: how many of equally many rows, or the rows of each.
+    """
+    return matrix.chunk(split) if isinstance(split, int) else matrix.split(list(split))
 
 
 # ----- for all optimizers
@@ -324,6 +322,12 @@ def take_momentum(optimizer, before):
 def has_parts(optimizer):
     """Whether ranks hold states that the others do not, although the parameters are whole."""
     return any(getattr(part, "_share", None) for part in _parts(optimizer))
+
+
+def owns(optimizer, p):
+    """Whether this rank holds the states of `p` that are not sharded as `p` is."""
+    shares = [part._share for part in _parts(optimizer) if getattr(part, "_share", None)]
+    return all(share.owner.get(p, share.rank) == share.rank for share in shares)
 
 
 def named_state(optimizer, names):

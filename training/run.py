@@ -36,18 +36,18 @@ from training.checkpoint import (
     remove,
     set_aside_unreadable,
 )
-from training.config import with_current_values
+from training.config import model_config, with_current_values
 from training.distributed import Distributed
-from training.errors import RunError, UserError, is_out_of_memory
+from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
-from training.hf import load_optimizer_state, sha256_of, start_from
+from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
-from training.schedule import learning_rate, sequence_length
+from training.schedule import check_whole, learning_rate, sequence_length, stages
 from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
 from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
@@ -86,11 +86,12 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
             check_sharding(config, world)
+        for name in ("total_bs", "hess_bs")[: 1 + (config.fsdp and hasattr(config, "hess_bs"))]:
+            for _, length in stages(config):
+                check_whole(name, getattr(config, name), config.block_size, length, world.size)
         if getattr(config, "hess_bs", world.size) < world.size:
-            raise UserError(
-                f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one; "
-                f"use at least --hess_bs={world.size}."
-            )
+            few = f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one"
+            raise UserError(f"{few}; use at least --hess_bs={world.size}.")
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
@@ -98,9 +99,10 @@ class Run:
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
-        if config.init_from != "scratch":
-            checkpoint, origin = self._load_checkpoint() if resume else (self._load_weights(), None)
+        if not resume and config.init_from != "scratch":
+            checkpoint = self._load_weights()
         if resume:
+            checkpoint, origin = self._load_checkpoint()
             if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
@@ -116,13 +118,11 @@ class Run:
         model_config = self._model_config(checkpoint, differing)
         self.step = checkpoint["step"] if checkpoint else 0
         if resume and self.step > config.max_iters and not config.eval_only:
-            raise UserError(
-                f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}; "
-                f"use at least --max_iters={self.step}."
-            )
-        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
-        world.assert_same_on_all_ranks(hashes)
-        self._hashes = hashes
+            below = f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}"
+            raise UserError(f"{below}; use at least --max_iters={self.step}.")
+        sizes = config.total_bs, config.block_size
+        self._hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, *sizes))
+        world.assert_same_on_all_ranks(self._hashes)
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
 
@@ -152,27 +152,22 @@ class Run:
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
-        if resume:
-            self._train_step.load_state_dict(checkpoint)
+        self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
         self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
-        self._val_losses = {}  # of a mixture, the last of each corpus by its metric's name
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
         self._flops_before = 0 if before is None else before - self._flops(self.step)
 
         def open_files():
-            if not resume or elsewhere:
-                for path in _run_files(config.out_dir):
-                    try:
-                        remove(path)
-                    except OSError as error:
-                        raise UserError(f"{path} cannot be removed ({error.strerror}); remove it.") from None
+            for path in _run_files(config.out_dir) if not resume or elsewhere else ():
+                with file_errors(path, "remove it"):
+                    path.unlink() if path.name in (METRICS, CONFIG) else remove(path)
             if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
@@ -204,7 +199,7 @@ class Run:
         """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
         config, world = self.config, self.world
         sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
+        memory = memory_of(world.device)
         most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
         if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
             sizes = [size for size in sizes if size <= max(most, 1)]
@@ -217,25 +212,22 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
 
-    @property
-    def _ranks_here(self):
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
     def _memory_sentence(self, error):
         world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
-        return sentence(error, self.config, world.device_name, memory, world.size, rows)
+        return sentence(error, self.config, world.device_name, memory_of(world.device), world.size, rows)
 
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
         if not self.config.eval_only:
-            try:
-                Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-                self._lock = RunLock(self.config.out_dir)
-            except OSError as error:
-                raise UserError(
-                    f"out_dir = {self.config.out_dir!r} cannot be written ({error.strerror}); name another one."
-                ) from None
+            folder = Path(self.config.out_dir)
+            with file_errors(folder, "name another --out_dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(folder)
+                probe = folder / f".probe.{os.getpid()}"
+                try:
+                    probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
+                finally:
+                    probe.unlink(missing_ok=True)
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
@@ -276,14 +268,14 @@ class Run:
         before = defaults | checkpoint["config"]  # an older checkpoint has fewer settings
         now = vars(config) | {key: before[key] for key in ("init_from", "overwrite", "checkpoint")}
         changed = {key: [before[key], now.get(key)] for key in before if before[key] != now.get(key)}
+        changed = {key: pair for key, pair in changed.items() if key not in MODEL_SETTINGS}  # 0 and what it stands for
         facts, facts_now = checkpoint.get("facts", {}), self._facts | self._hashes
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
             if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
-                raise UserError(
-                    f"{split}.bin in {self.corpus.folder} is not the file that the checkpoint in {config.out_dir} was "
-                    "trained with (its SHA-256 differs); put that back, or give the new data a --dataset of their own."
-                )
+                trained = f"what the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
+                remedy = "put that back, or give the new data a --dataset of their own"
+                raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
     def _effects(self, before):
@@ -324,20 +316,19 @@ class Run:
 
         differing: [(setting, in the checkpoint, now)] of those that are known already; without data they say so.
         """
-        names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
         config = self.config
-        shape = {name: getattr(config, name) for name in names}
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
         rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
-        try:
-            wanted = GPTConfig(vocab_size=rows, **shape)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        wanted = model_config(config, rows)
         if not checkpoint:
             return wanted
-        args, differing = checkpoint["model_args"], list(differing)
-        pairs = [(name, value, getattr(wanted, name)) for name, value in args.items() if name != "dropout"]
-        differing += [(name, value, now) for name, value, now in pairs if value != now]
+        args, differing = vars(GPTConfig(**checkpoint["model_args"])), list(differing)  # older ones lack new settings
+        derived = dict.fromkeys(("n_kv_head", "mlp_hidden", "rope_dim"), 0)
+        defaults = vars(GPTConfig(**{**args, **derived}))
+        for name, value in args.items():
+            follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
+            if name != "dropout" and value != getattr(wanted, name) and not follows:
+                differing.append((name, value, getattr(wanted, name)))
         said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
@@ -375,13 +366,9 @@ class Run:
             raise explained from error
 
     def _close_files(self):
-        for close in (
-            self._writer and self._writer.wait,
-            self._tracker and self._tracker.close,
-            self._lock and self._lock.release,
-        ):
-            if close:
-                close()
+        for part, close in ((self._writer, "wait"), (self._tracker, "close"), (self._lock, "release")):
+            if part:
+                getattr(part, close)()
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -404,7 +391,7 @@ class Run:
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
-                    self.world.on_all_ranks(lambda: read_state(self._resumed, self._names))
+                    self.world.on_all_ranks(lambda: read_state(self._resumed, optimizer, self._names))
                 optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])
@@ -447,6 +434,7 @@ class Run:
     def steps(self):
         """Yield the steps to do. Around each: learning rate, evaluation, checkpoint, metrics."""
         config = self.config
+        stage_starts = [first for first, _ in stages(config)[1:]]
         step = self.step
         self._clock.start()
         while True:
@@ -459,15 +447,17 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(
-                        f"torchrun is gone and step {step} is checkpointed; go on with torchrun and --init_from=auto."
-                    )
+                    raise RunError(f"torchrun is gone and step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
-            if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
+            stage_ends = step in stage_starts or (bool(stage_starts) and step == config.max_iters)
+            if step % config.eval_interval == 0 or stage_ends or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
-                    metrics |= {"val/loss": self.evaluate()} | self._val_losses
+                    metrics |= self.evaluate()
+                    if stage_ends:
+                        metrics["stage/length"] = sequence_length(step - 1, config)
+                        metrics["stage/clip_rate"] = self._train_step.stage_clip_rate(step)
                     trained = step > self.step or self._origin  # else there is nothing to keep
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
@@ -475,6 +465,8 @@ class Run:
                         self._save(step, improved)
                     elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)
+            if step in stage_starts:  # after the checkpoint, with which a resume logs the stage that ends here again
+                self._train_step.start_stage(step)
             if step >= config.max_iters or config.eval_only:
                 self._log(step, metrics | {"seconds": self._clock.seconds})
                 self._finish_writing()
@@ -514,17 +506,22 @@ class Run:
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
     def evaluate(self):
-        """Mean cross-entropy over the fixed windows of val.bin in nats a token; of a mixture the mean by the shares."""
+        """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
+
+        Of a mixture these are the means by the shares; each corpus has its own too.
+        """
         self.world.local_rank0_first(self.corpus.check_unchanged)
         if self._tracker:
             self._tracker.check()
-        losses = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
-        self._val_losses = {f"val/loss/{name}": loss for name, _, loss in losses} if len(losses) > 1 else {}
-        return sum(share * loss for _, share, loss in losses)
+        parts = [(corpus.name, share, self._evaluate(corpus.val)) for corpus, share in self.corpus.parts]
+        metrics = {key: sum(share * values[key] for _, share, values in parts) for key in parts[0][2]}
+        if len(parts) > 1:
+            metrics |= {f"{key}/{name}": values[key] for name, _, values in parts for key in values}
+        return metrics
 
     @torch.no_grad()
     def _evaluate(self, tokens):
-        """The loss on one corpus. The ranks share its windows."""
+        """val/loss and val/accuracy of one corpus. The ranks share its windows."""
         config, world = self.config, self.world
         windows = data.evaluation_starts(len(tokens), config.eval_tokens, config.block_size)
         starts, most = windows[world.rank :: world.size], -(-len(windows) // world.size)
@@ -540,14 +537,12 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             batches = self._batches
-            loss = self._train_step.evaluation_loss(
-                *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
-            )
+            moved = [batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets)]
+            means = self._train_step.evaluation(*moved)
             if len(places):
-                total += torch.stack([loss, torch.ones_like(loss)]).to(exact) * (len(places) * config.block_size)
+                total += means.to(exact) * len(places)
         self.model.train()
-        loss, count = world.sum(total).tolist()
-        return loss / count
+        return dict(zip(("val/loss", "val/accuracy"), (world.sum(total) / len(windows)).tolist(), strict=True))
 
     def _training_metrics(self, step):
         """The metrics of the step just done. All ranks call it and wait once for their device."""
@@ -580,10 +575,8 @@ class Run:
                 continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
-            raise RunError(
-                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
-                f"in {config.out_dir}, with a lower --learning_rate."
-            )
+            problem = f"the last {count:.0f} {what} up to step {step} were not finite and were skipped"
+            raise RunError(f"{problem}; {remedy} in {config.out_dir}, with a lower --learning_rate.")
         if self._recent_losses and (median := statistics.median(self._recent_losses)):
             metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):
@@ -597,10 +590,8 @@ class Run:
                 metrics["mfu"] = speed * flops / self._peak_flops / world.size
         if world.size > 1:
             busy, self._busy = world.gather(self._busy), 0.0
-            metrics |= {
-                "slowest_rank": busy.index(max(busy)),
-                "seconds_behind": max(busy) - statistics.median_low(busy),
-            }
+            metrics["slowest_rank"] = busy.index(max(busy))
+            metrics["seconds_behind"] = max(busy) - statistics.median_low(busy)
         if world.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._logged = (step, seconds)
@@ -660,21 +651,15 @@ def _warn_of_separate_tasks():
     for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
-            warn(
-                f"{count} = {tasks}, but RANK is not set: this process trains alone; start one torchrun a machine "
-                "(docs/training.md) to train together."
-            )
+            alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
+            warn(f"{alone}; start one torchrun a machine (docs/training.md) to train together.")
 
 
 def _resolve_dtype(dtype, device):
-    if dtype != "auto":
-        if dtype == "float16" and device.type != "cuda":
-            raise UserError(
-                f"dtype = 'float16' needs a cuda device, this is {device}; use --dtype=bfloat16 or float32."
-            )
-        return dtype
-    if device.type != "cuda":
-        return "float32"
+    if dtype == "float16" and device.type != "cuda":
+        raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
+    if dtype != "auto" or device.type != "cuda":
+        return "float32" if dtype == "auto" else dtype
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
@@ -694,22 +679,14 @@ def _accumulation(config, ranks):
     steps, rest = divmod(config.total_bs, once)
     given = config.gradient_accumulation_steps
     if given is not None and given * once != config.total_bs:
-        fit = f"use --total_bs={given * once}" + (f" or --gradient_accumulation_steps={steps}." if not rest else ".")
-        raise UserError(
-            f"total_bs = {config.total_bs} is not batch_size {config.batch_size} x gradient_accumulation_steps {given} "
-            f"x {ranks} ranks = {given * once}; {fit}"
-        )
+        fit = f"use --total_bs={given * once}" + (f" or --gradient_accumulation_steps={steps}" if not rest else "")
+        product = f"batch_size {config.batch_size} x gradient_accumulation_steps {given} x {ranks} ranks"
+        raise UserError(f"total_bs = {config.total_bs} is not {product} = {given * once}; {fit}.")
     if rest:
-        sizes = micro_batch_sizes(config.total_bs, ranks)
-        fit = (
-            f"batch_size can be {', '.join(map(str, sizes))}."
-            if sizes
-            else f"use a total_bs that is a multiple of {ranks}, or another number of ranks."
-        )
-        raise UserError(
-            f"total_bs = {config.total_bs} sequences cannot be split into batch_size {config.batch_size} "
-            f"x {ranks} ranks; {fit}"
-        )
+        sizes = ", ".join(map(str, micro_batch_sizes(config.total_bs, ranks)))
+        fit = f"batch_size can be {sizes}" if sizes else f"use a multiple of {ranks}, or another number of ranks"
+        parts = f"batch_size {config.batch_size} x {ranks} ranks"
+        raise UserError(f"total_bs = {config.total_bs} sequences cannot be split into {parts}; {fit}.")
     return steps
 
 
@@ -721,33 +698,15 @@ def _run_files(out_dir):
 def _check_empty(config):
     """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
     if _run_files(config.out_dir) and not config.overwrite:
-        raise UserError(
-            f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong; name another "
-            "--out_dir, or replace it with --overwrite=True."
-        )
+        other = f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong"
+        raise UserError(f"{other}; name another --out_dir, or replace it with --overwrite=True.")
 
 
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run or cannot be written."""
-    folder = Path(config.out_dir)
-    init_from = config.init_from
-    if init_from == "auto":
-        init_from = "resume" if all_checkpoints(folder) else "scratch"
-    elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
-        raise UserError(
-            f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
-            "or name another --out_dir."
-        )
-    if config.eval_only:
-        return init_from  # writes nothing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
-        finally:
-            probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"out_dir = {config.out_dir!r:.300} cannot be written ({reason}); name another one.") from None
-    return init_from
+    """init_from, with "auto" resolved. UserError if out_dir holds another run."""
+    if config.init_from == "auto":
+        return "resume" if all_checkpoints(config.out_dir) else "scratch"
+    if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
+        remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
+        raise UserError(f"{config.out_dir} already holds a run; {remedy}.")
+    return config.init_from

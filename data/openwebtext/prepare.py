@@ -20,8 +20,7 @@ NAME = "Skylion007/openwebtext"
 def from_hub():
     """Pairs of "train" or "val" and a text, in nanoGPT's order."""
     dataset = sources.load_from_hub(NAME)["train"].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for split, part in (("train", dataset["train"]), ("val", dataset["test"])):
-        yield from ((split, text) for text in sources.texts_of(part, split))
+    return sources.hub_splits(dataset, val="test")
 
 
 def main():

@@ -37,7 +37,7 @@ def find_sources(folders):
             left_out["copies"] += 1
         elif len(content) > MAX_BYTES:
             left_out[f"over {MAX_BYTES:,} bytes"] += 1
-        elif not _is_utf8(content):
+        elif not is_utf8(content):
             left_out["not UTF-8"] += 1
         else:
             found[digest] = path
@@ -54,7 +54,7 @@ def _python_files(folders):
             yield from (path for path in paths if path.is_file() and os.access(path, os.R_OK))
 
 
-def _is_utf8(content):
+def is_utf8(content):
     try:
         content.decode()
     except UnicodeDecodeError:

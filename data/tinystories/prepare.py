@@ -17,16 +17,10 @@ from training.errors import command
 NAME = "roneneldan/TinyStories"
 
 
-def from_hub():
-    dataset = sources.load_from_hub(NAME)
-    for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
-        yield from ((split, text) for text in sources.texts_of(part, split))
-
-
 def main():
     parser = corpus.arguments(__doc__, __file__)
     sources.add_arguments(parser, val_fraction=0.01, required=False, separator="<|endoftext|>")
-    hub = f"{NAME} from the Hugging Face hub", from_hub
+    hub = f"{NAME} from the Hugging Face hub", lambda: sources.hub_splits(sources.load_from_hub(NAME))
     sources.prepare(parser.parse_args(), "TinyStories", hub, by_name=True)
 
 

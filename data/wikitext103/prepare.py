@@ -3,9 +3,11 @@
     python data/wikitext103/prepare.py                      # Salesforce/wikitext from the Hugging Face hub
     python data/wikitext103/prepare.py --source PATH...     # from files, read as data/text/prepare.py does
 
-WikiText comes as lines: those from an article's title (" = Title = ") to the next become one document. Files with
-"train" and "valid" in their names are those splits, with "test" are left out; where "train" or "valid" is missing, a
-hash of each document decides, with --val_fraction.
+PATH is the folder of an unpacked wikitext-103-v1.zip (wiki.train.tokens, ...) or wikitext-103-raw-v1.zip
+(wiki.train.raw, ...), or parquet files of the hub. WikiText comes as lines: those from an article's title
+(" = Title = ") to the next become one document. Files with "train" and "valid" in their names, or in folders of the
+name, are those splits, "test" is left out; where "train" or "valid" is missing, a hash of each document decides, with
+--val_fraction.
 """
 
 import io
@@ -40,9 +42,7 @@ def articles(texts):
 
 
 def from_hub():
-    dataset = sources.load_from_hub(NAME, CONFIG)
-    for split, part in (("train", dataset["train"]), ("val", dataset["validation"])):
-        yield from ((split, article) for article in articles(sources.texts_of(part, split)))
+    return sources.hub_splits(sources.load_from_hub(NAME, CONFIG), articles=articles)
 
 
 def main():

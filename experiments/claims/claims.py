@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.figures import COLOURS, new_figure
+from analysis.figures import COLOURS, log_ticks, means_and_errors, new_figure
 from analysis.runs import group, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,9 +83,8 @@ def draw_sensitivity(axes, python, runs):
         losses, alpha = [points[rho, beta2] for rho in rhos], 0.4 + 0.6 * i / (len(betas) - 1)
         style = {"color": COLOUR["sophiag+adamw"], "alpha": alpha, "label": f"beta2 {beta2:g}"}
         axes.plot(rhos, losses, marker="osD^"[i % 4], **style)
-    axes.set(xscale="log", xlabel="rho", ylabel="final val/loss (nats)")
-    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-    axes.xaxis.minorticks_off()
+    axes.set(xlabel="rho", ylabel="final val/loss (nats)")
+    log_ticks(axes, rhos, [f"{rho:g}" for rho in rhos])
     axes.set_title("rho and beta2, Sophia-G with AdamW for embeddings, 780 steps, one seed", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
@@ -105,18 +104,10 @@ def draw_estimators(axes, python):
     for name in ("adamw", "sophiag", "sophiah"):
         lengths = [length for length in ticks if (name, length) in python]
         own = [python[name, length] for length in lengths]
-        axes.errorbar(
-            lengths,
-            [one.losses.mean() for one in own],
-            [one.interval or 0 for one in own],
-            fmt="o-",
-            capsize=4,
-            color=COLOUR[name],
-            label=NAMES[name],
-        )
-    axes.set(xscale="log", xlabel="training steps of the complete schedule", ylabel="final val/loss (nats)")
-    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
-    axes.xaxis.minorticks_off()
+        style = {"fmt": "o-", "capsize": 4, "color": COLOUR[name], "label": NAMES[name]}
+        axes.errorbar(lengths, *means_and_errors(own), **style)
+    axes.set(xlabel="training steps of the complete schedule", ylabel="final val/loss (nats)")
+    log_ticks(axes, ticks)
     axes.set_title("Sophia-H against Sophia-G, mean and 95% interval")
     axes.legend(frameon=False)
 

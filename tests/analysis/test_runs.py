@@ -139,9 +139,10 @@ def test_settings_that_are_off_or_unknown_to_older_runs_make_no_group(tmp_path):
     runs = write_seeds(tmp_path / "old", "adamw", [2.0, 2.01])
     runs += write_seeds(tmp_path / "7", "adamw", [2.02], seed=7, embedding_lr=None)
     runs += write_seeds(tmp_path / "8", "adamw", [2.03], seed=8, embedding_lr=None, eigenbasis=False)
+    runs += write_seeds(tmp_path / "9", "adamw", [2.04], seed=9, norm="layernorm", n_kv_head=0, norm_eps=1e-5)
     runs += write_seeds(tmp_path / "own", "adamw", [1.8, 1.81], embedding_lr=0.1)
     found = [(one.label, len(one.runs)) for one in groups_of(*runs)]
-    assert found == [("adamw", 4), ("adamw, embedding_lr=0.1", 2)]
+    assert found == [("adamw", 5), ("adamw, embedding_lr=0.1", 2)]
 
 
 def test_the_former_name_of_the_scalars_makes_no_group(tmp_path):

@@ -1,5 +1,8 @@
 """The numbers in the tables, and the notes a reader needs."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -31,12 +34,50 @@ def test_the_numbers_of_the_table(tmp_path):
     (rows,), text = reported(a, b)
     assert rows["adamw"] == {
         "group": "adamw", "seeds": "1", "steps": "100", "tokens": "153,600", "final val/loss": "2.0500",
-        "difference": "", "p": "", "verdict": "baseline", "seconds": "50.0", "tokens/s": "3,072", "clipped": "25.0%",
+        "difference": "", "p": "", "verdict": "baseline", "train/loss": f"{2 + 2 * 0.9**95:.4f}", "seconds": "50.0",
+        "tokens/s": "3,072", "clipped": "25.0%",
     }  # fmt: skip
     row = rows["lion"]
     assert (row["final val/loss"], row["difference"], row["verdict"]) == ("2.0200", "-0.0300", "no claim: one seed")
     assert "nats a character" in text and "No speed-up" in text
     assert not any(words in text for words in ("not finished", "Seconds on", "clean"))
+
+
+def add(run, lines):
+    """Add metrics to lines of a run: {step: {name: number}}."""
+    path = Path(run, "metrics.jsonl")
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | lines.get(line["step"], {})) + "\n" for line in old))
+
+
+def test_accuracy_and_seconds_an_epoch_are_shown_where_runs_have_them(tmp_path):
+    a, b = write_seeds(tmp_path, "adamw", [2.0, 2.1])
+    other = write_run(tmp_path / "other", config={"optimizer_name": "lion"})
+    for run, accuracy, epochs in ((a, 0.25, 2.0), (b, 0.35, 4.0)):
+        add(run, {100: {"val/accuracy": accuracy, "epoch": epochs}})
+    (rows,), text = reported(a, b, other)
+    assert (rows["adamw"]["accuracy"], rows["adamw"]["s/epoch"]) == ("30.00%", "18.8")  # of 50/2 and 50/4
+    assert (rows["lion"]["accuracy"], rows["lion"]["s/epoch"]) == ("", "") and "Accuracy: " in text
+    assert "accuracy" not in reported(other)[0][0]["lion"]
+
+
+def test_train_loss_is_the_mean_of_its_last_lines(tmp_path):
+    run = write_run(tmp_path / "a", config={"max_iters": 500, "lr_decay_iters": 500}, val={0: 4.0, 500: 2.0})
+    add(run, {490: {"train/loss": 1.0}, 495: {"train/loss": 3.0}})  # 2% of 100 lines
+    assert reported(run)[0][0]["adamw"]["train/loss"] == "2.0000"
+
+
+def test_stages_have_clips_in_1000_steps_and_the_loss_after_them(tmp_path):
+    adamw, hybrid = write_seeds(tmp_path, "adamw", [2.0, 2.1]), write_seeds(tmp_path, "sophiag", [1.9, 1.8])
+    for run, rate in zip([*adamw, *hybrid], (0.1, 0.3, 0.004, 0.006), strict=True):
+        ends = {50: {"stage/length": 8, "stage/clip_rate": rate}, 100: {"stage/length": 64, "stage/clip_rate": 0.0}}
+        add(run, ends)
+    (_, stages), _ = reported(*adamw, *hybrid, write_run(tmp_path / "c", config={"optimizer_name": "lion"}))
+    assert stages["50"] == {
+        "stage ends at step": "50", "tokens in a sequence": "8", "adamw: clipped in 1,000": "200",
+        "adamw: val/loss": "2.0000", "sophiag: clipped in 1,000": "5", "sophiag: val/loss": "2.0000",
+    }  # fmt: skip
+    assert stages["100"]["adamw: val/loss"] == "2.0500" and stages["100"]["sophiag: clipped in 1,000"] == "0"
 
 
 def test_the_mean_has_students_interval_and_the_difference_a_p(tmp_path):

@@ -1,6 +1,7 @@
 """What is particular to each corpus; what they share is in test_corpus.py."""
 
 import contextlib
+import gzip
 import hashlib
 import io
 import os
@@ -166,12 +167,28 @@ def test_wikitext_lines_become_the_articles_that_they_are_part_of():
     assert [text for text in wikitext103.articles(["no title\nhere", "none"]) if text] == ["no title\nhere", "none"]
 
 
-def test_wikitext_files_are_split_by_their_names(tmp_path):
-    for name, lines in (("train-00000-of-00001", LINES), ("validation-0", LINES[8:]), ("test-0", ["never"])):
-        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), tmp_path / f"{name}.parquet")
-    result = prepare("wikitext103", "--source", tmp_path, "--out_dir", tmp_path / "out")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001.parquet", "validation-0.parquet", "test-0.parquet"),
+        ("train/0000.parquet", "validation/0000.parquet", "test/0000.parquet"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("wiki.train.raw", "wiki.valid.raw.gz", "wiki.test.raw"),
+    ],
+)
+def test_wikitext_files_are_split_by_their_names(tmp_path, names):
+    for name, lines in zip(names, (LINES, LINES[8:], ["never"]), strict=True):
+        path, text = tmp_path / "in" / name, "".join(line or " \n" for line in lines)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path)
+        else:
+            path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    result = prepare("wikitext103", "--source", tmp_path / "in", "--out_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert read_corpus(tmp_path / "out")[1] == {"train": ARTICLES, "val": ARTICLES[1:]}
+    found = read_corpus(tmp_path / "out")[1]
+    texts = {split: [text for text in texts if text.strip()] for split, texts in found.items()}
+    assert texts == {"train": ARTICLES, "val": ARTICLES[1:]}
 
 
 @pytest.mark.parametrize("name", ["wikitext103", "openwebtext", "fineweb", "tinystories"])

@@ -327,7 +327,7 @@ def test_a_tokenizer_that_is_none_is_one_sentence(tmp_path, monkeypatch, tokeniz
 def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch, error):
     monkeypatch.setattr(fcntl, "flock", raising(error))
     result, out = one_text(tmp_path / "a.txt")
-    assert result.returncode == 0 and result.stderr.startswith("warning: no locks here")
+    assert result.returncode == 0 and result.stderr.startswith("warning: no file locks here")
     assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 

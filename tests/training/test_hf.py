@@ -17,7 +17,7 @@ from training import data
 from training.checkpoint import read_checkpoint
 from training.config import load_config
 from training.errors import command
-from training.hf import from_hf, from_pretrained, load_model, load_pretrained, sha256_of, to_hf
+from training.hf import MODEL_SETTINGS, from_hf, from_pretrained, load_model, load_pretrained, sha256_of, to_hf
 
 SHAPE = dict(n_layer=1, n_head=4, n_embd=24, block_size=16, vocab_size=64)  # not the one of tiny_words
 STEPS = 5  # that the other code has done
@@ -135,8 +135,7 @@ def test_imported_weights_compute_what_they_were_trained_as(corpus, tmp_path):
     path = tmp_path / "ckpt.pt"
     foreign(path, corpus, adamw, nanogpts_groups, official=False)
     checkpoint = load_pretrained(f"import:{path}")
-    assert checkpoint["model_args"] == {**SHAPE, "dropout": 0.0, "bias": True, "gelu": "exact",
-                                        "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
+    assert checkpoint["model_args"] == dataclasses.asdict(GPTConfig(**SHAPE, bias=True, gelu="exact"))
     foreign(path, corpus, adamw, official_groups, official=True)
     args = load_pretrained(f"import:{path}")["model_args"]
     assert (args["gelu"], args["scale_attn_by_inverse_layer_idx"]) == ("tanh", True)
@@ -228,12 +227,9 @@ def test_released_gpt2_config_can_be_represented():
     "setting",
     [
         {"activation_function": "relu"},
-        {"layer_norm_epsilon": 1e-6},
-        {"n_inner": 64},
         {"scale_attn_weights": False},
         {"add_cross_attention": True},
         {"reorder_and_upcast_attn": True},
-        {"tie_word_embeddings": False},
     ],
 )
 def test_from_hf_names_what_it_cannot_represent(setting):
@@ -243,7 +239,7 @@ def test_from_hf_names_what_it_cannot_represent(setting):
 
 
 def test_from_hf_wants_the_language_model():
-    with pytest.raises(ValueError, match="GPT2LMHeadModel, got a GPT2Model"):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel, LlamaForCausalLM, .* got a GPT2Model"):
         from_hf(small_hf().transformer)
 
 
@@ -271,6 +267,124 @@ def test_from_pretrained_without_network_says_what_is_missing(monkeypatch):
         from_pretrained("gpt2-xl")
 
 
+# ----- Llama, Qwen3, GPT-NeoX
+
+SETTINGS = {
+    "LlamaConfig": {"num_key_value_heads": 2},
+    "Qwen3Config": {"num_key_value_heads": 2, "head_dim": 8},
+    "GPTNeoXConfig": {},
+}
+VARIANTS = [
+    ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": None, "rms_norm_eps": 1e-4}),
+    ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0, "intermediate_size": 40}),
+    ("Qwen3Config", {}),
+    ("Qwen3Config", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    ("GPTNeoXConfig", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
+    ("GPTNeoXConfig", {"tie_word_embeddings": True, "layer_norm_eps": 1e-3, "rotary_emb_base": 100}),
+]
+
+
+def other_hf(name, **settings):
+    """A model of transformers with random weights far from its initialization, biases and gains included."""
+    import transformers
+
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=97,
+                 max_position_embeddings=32, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    config = getattr(transformers, name)(**shape | SETTINGS[name] | settings)
+    return randomize(getattr(transformers, name.replace("Config", "ForCausalLM"))(config))
+
+
+@pytest.mark.parametrize("name, settings", VARIANTS)
+def test_logits_of_other_families_both_ways(tmp_path, name, settings):
+    hf_model, idx = other_hf(name, **settings), tokens(2, 32)
+    model, expected = from_hf(hf_model), hf_model(idx).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    to_hf(randomize(model)).save_pretrained(tmp_path)
+    again, _, _ = load_hf(tmp_path)
+    assert type(again) is type(hf_model)
+    torch.testing.assert_close(again(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
+    read = load_pretrained(f"hf:{tmp_path}")
+    assert read["model_args"] == dataclasses.asdict(model.config)
+    assert all(torch.equal(read["model"][key], tensor) for key, tensor in model.state_dict().items())
+
+
+def load_hf(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    return model, AutoConfig.from_pretrained(folder), None
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        (dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=1), "Llama"),
+        (dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, tie_embeddings=False), "Qwen3"),
+        (dict(position="rope", rope_dim=6, bias=False), "GPTNeoX"),
+        (dict(tie_embeddings=False, mlp_hidden=40, norm_eps=1e-3, bias=True), "GPT2"),
+    ],
+)
+def test_to_hf_takes_the_family_and_cuts_the_padded_vocabulary(settings, name):
+    model, idx = small_gpt(vocab_size=128, **settings), tokens(2, 32)
+    hf_model = to_hf(model, vocab_size=97)
+    assert type(hf_model).__name__.startswith(name)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx, idx)[0][..., :97], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("width, rotated", [(100, 58), (64, 16), (80, 20), (12, 10)])
+def test_a_rotated_part_survives_transformers_rounding(width, rotated):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=8, position="rope", rope_dim=rotated))
+        assert from_hf(to_hf(model)).config.rope_dim == rotated
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(mlp="relu2"), "the nearest, GPT2, cannot have mlp='relu2'"),
+        (dict(n_kv_head=2), "the nearest, GPT2, cannot have n_kv_head=2"),
+        (
+            dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=True),
+            "Qwen3, cannot have bias=True|Llama, cannot have qk_norm",
+        ),
+        (dict(norm="rmsnorm", position="rope", mlp="swiglu", rope_dim=4), "Llama, cannot have rope_dim=4"),
+        (
+            dict(norm="rmsnorm", position="rope", mlp="swiglu", parallel_block=True),
+            "Llama, cannot have parallel_block=True",
+        ),
+        (
+            dict(position="rope", scale_attn_by_inverse_layer_idx=True),
+            "cannot have position='rope'",
+        ),
+    ],
+)
+def test_to_hf_names_what_no_family_has(settings, message):
+    with pytest.raises(ValueError, match=message):
+        to_hf(small_gpt(**settings))
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters=.*'linear'"),
+        ("LlamaConfig", {"attention_bias": True}, "mlp_bias=False, GPT can only be True"),
+        ("LlamaConfig", {"hidden_act": "gelu"}, "hidden_act='gelu', GPT can only be 'silu'"),
+        ("LlamaConfig", {"head_dim": 16}, "head_dim=16, GPT can only be None or 8"),
+        ("Qwen3Config", {"head_dim": 16}, "head_dim=16"),
+        ("Qwen3Config", {"attention_bias": True}, "attention_bias=True, GPT can only be False"),
+        ("Qwen3Config", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True|layer_types="),
+        ("GPTNeoXConfig", {"attention_bias": False}, "attention_bias=False, GPT can only be True"),
+        ("GPTNeoXConfig", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("GPTNeoXConfig", {"rotary_pct": 0.4}, "rope_dim must be even"),
+    ],
+)
+def test_from_hf_names_the_key_of_other_families(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(other_hf(name, **settings))
+
+
 # ----- fine-tuning
 
 
@@ -287,9 +401,18 @@ def small_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=8))
 
 
-@pytest.mark.parametrize("script, init_from", [(train_adam, "gpt2"), (train_sophiag, "hf")], ids=["gpt2", "hf"])
-def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch, capsys, script, init_from):
-    hf_model = small_gpt2().eval()
+@pytest.mark.parametrize(
+    "script, init_from, make",
+    [
+        (train_adam, "gpt2", small_gpt2),
+        (train_sophiag, "hf", small_gpt2),
+        (train_adam, "hf", lambda: other_hf("Qwen3Config", vocab_size=50257)),
+        (train_sophiag, "hf", lambda: other_hf("GPTNeoXConfig", vocab_size=50257)),
+    ],
+    ids=["gpt2", "hf", "qwen3", "neox"],
+)
+def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch, capsys, script, init_from, make):
+    hf_model = make().eval()
     if init_from == "hf":
         hf_model.save_pretrained(tmp_path / "hf")
         init_from = f"hf:{tmp_path}/hf"
@@ -303,8 +426,9 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
     logits = hf_model(torch.from_numpy(windows[0])).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(windows[1]).flatten())
     assert read_lines(tmp_path / "out")[0]["val/loss"] == pytest.approx(expected.item(), abs=1e-4)
-    assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["model_args"]["vocab_size"] == 50257, "no row is made up"
-    shape = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--bias=True"]
+    args = read_checkpoint(tmp_path / "out" / "ckpt.pt")["model_args"]
+    assert args["vocab_size"] == 50257, "no row is made up"
+    shape = [f"--{key}={value}" for key, value in args.items() if key in MODEL_SETTINGS]
     script.main([*argv, *shape, "--init_from=resume", "--max_iters=6"])
     assert read_lines(tmp_path / "out")[-1]["step"] == 6
 
@@ -372,8 +496,8 @@ def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     argv = [*tiny, f"--init_from=hf:{folder}"]
     refused(capsys, argv, "hf is no folder with a Hugging Face model")
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    refused(capsys, argv, "holds a model of type 'llama', only 'gpt2' can be read")
+    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    refused(capsys, argv, "model_type='mixtral', only 'gpt2', 'llama', 'qwen3', 'gpt_neox' can be read")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     refused(capsys, argv, "cannot be read")
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"

@@ -116,3 +116,13 @@ def test_a_file_that_was_removed_and_made_anew_is_another_owners(tmp_path):
     first.release()
     assert (tmp_path / "run.lock").exists()
     second.release()
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunLock(tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -142,6 +142,7 @@ def test_a_matrix_is_split_by_the_setting_and_not_by_its_shape():
     optimizer.step()
     assert [list(p.shape) for p in optimizer.optimizers["soap"].state] == [[24, 8], [32, 8], [8, 8]]
     assert [tuple(block.shape) for block in split_qkv(torch.zeros(24, 8), 3)] == [(8, 8)] * 3
+    assert [tuple(block.shape) for block in split_qkv(torch.zeros(24, 8), (12, 6, 6))] == [(12, 8), (6, 8), (6, 8)]
 
 
 # ----- containers

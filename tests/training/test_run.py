@@ -147,7 +147,7 @@ def test_a_run_writes_its_metrics_facts_and_checkpoints(tiny, tmp_path):
 
 def test_always_save_checkpoint_off_keeps_only_better_ones(tiny, tmp_path, monkeypatch):
     values = iter([4.0, 3.0, 5.0, 2.5])
-    monkeypatch.setattr(Run, "evaluate", lambda run: next(values))
+    monkeypatch.setattr(Run, "evaluate", lambda run: {"val/loss": next(values)})
     train_adam.main([*tiny, "--always_save_checkpoint=False"])
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 30
     assert read_checkpoint(tmp_path / "out" / "ckpt_prev.pt")["step"] == 10
@@ -169,14 +169,16 @@ def test_evaluation_alone_changes_nothing(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_evaluation_is_the_mean_over_its_windows(tiny, tmp_path):
-    """8 windows in batches of 3, the last one filled up, against one batch of 8."""
+    """40 windows in batches of 3, the last one filled up, against one batch of 40."""
     from training import data
 
-    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--eval_tokens=128", "--batch_size=3"])) as run:
-        starts = data.evaluation_starts(len(run.corpus.val), 128, 16)
-        assert len(starts) == 8
+    with Run(train_adam.load_config(train_adam.AdamConfig, [*tiny, "--eval_tokens=640", "--batch_size=3"])) as run:
+        starts = data.evaluation_starts(len(run.corpus.val), 640, 16)
+        assert len(starts) == 40
         inputs, targets = (torch.from_numpy(a) for a in data.take_windows(run.corpus.val, starts, 16))
-        assert run.evaluate() == pytest.approx(run.model(inputs, targets)[1].item(), abs=1e-6)
+        logits, loss = run.model(inputs, targets)
+        right = (logits.argmax(-1) == targets).double().mean().item()
+        assert run.evaluate() == pytest.approx({"val/loss": loss.item(), "val/accuracy": right}, abs=1e-6) and right > 0
 
 
 @pytest.mark.parametrize("script", [train_adam, train_sophiag], ids=["adam", "sophiag"])
@@ -284,7 +286,7 @@ def test_data_that_changes_during_the_run_is_noticed(tmp_path, capsys, monkeypat
     monkeypatch.setattr(Run, "optimizer_step", change)
     argv = tiny_words(folder, tmp_path / "out")
     error = refused(capsys, train_adam.main, argv)
-    assert ("was changed while" if how == "replaced" else "was cut short") in error
+    assert ("was changed during" if how == "replaced" else "was cut short") in error
     # At the evaluation, and at the first step that was not read already when the file was cut.
     assert change.calls == 10 if how == "replaced" else change.calls in (5, 6)
 
@@ -407,7 +409,8 @@ def test_the_hybrid_is_adamw_until_it_is_sophia(corpus, tmp_path):
         ("128", "not written as"),
         ("5:4", "begin at 0"),
         ("0:4,0:8", "to rise"),
-        ("0:5", "5 does not divide block_size = 16"),
+        ("0:17", "17 is not between 1 and block_size = 16"),
+        ("0:4,9:5", "make total_bs a multiple of 5, or change 5"),
     ],
 )
 def test_bad_block_size_schedules_are_refused(tiny, capsys, schedule, message):
@@ -470,12 +473,12 @@ def test_a_batch_that_cannot_be_split_names_sizes_that_can(tiny, tmp_path, capsy
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder where not even root may write")
 def test_an_out_dir_that_cannot_be_written_is_refused(tiny, capsys):
-    assert "cannot be written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
+    assert "cannot be read or written" in refused(capsys, train_adam.main, [*tiny, "--out_dir=/proc/self/out"])
 
 
 def test_an_out_dir_that_is_a_file_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("")
-    assert "cannot be written" in refused(capsys, train_adam.main, tiny)
+    assert "cannot be read or written" in refused(capsys, train_adam.main, tiny)
 
 
 def test_a_device_or_dtype_that_is_not_there_is_refused(tiny, capsys):

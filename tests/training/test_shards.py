@@ -1,7 +1,7 @@
 """Checkpoints as folders of shards: written by all ranks or not at all, damage noticed, no code run.
 
-The ranks of most tests are threads that share a store; the tensors that all or some of them hold are not DTensors. Those
-are in test_fsdp.py.
+The ranks are threads that share a store. Their tensors are complete, on all of them or on one; DTensors are in
+test_fsdp.py.
 """
 
 import itertools

@@ -64,11 +64,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new\xff"
 
     def full(*_):
-        raise OSError("no space left")
+        raise OSError(28, "no space left")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="no space left") as raised:
         write_atomically(path, "newest")
+    assert raised.value.filename == str(path)
     assert path.read_bytes() == b"new\xff" and list(tmp_path.iterdir()) == [path]
 
 

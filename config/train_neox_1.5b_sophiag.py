@@ -1,0 +1,38 @@
+# GPT-NeoX (arXiv:2204.06745) with 1.51B parameters on the Pile with Sophia-G, in the shape of the Sophia paper's last
+# version: 2048 sequences of 2048 tokens a step, 100k steps.
+#   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
+#   torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_neox_1.5b_sophiag.py
+
+out_dir = "out/neox_1.5b_sophiag"
+dataset = "pile"
+total_bs = 2048
+batch_size = 8
+block_size = 2048
+
+n_layer = 48
+n_head = 24
+n_embd = 1536
+bias = True
+position = "rope"
+rope_dim = 16  # a quarter of each head
+parallel_block = True
+tie_embeddings = False
+
+optimizer_name = "sophiag"
+# Learning rate, weight decay and rho of the authors' 1.5B run (github.com/Liuhong99/Sophia, issue 15); not tuned here.
+learning_rate = 2e-4
+weight_decay = 0.15
+beta1 = 0.965
+beta2 = 0.99
+rho = 0.04
+hess_interval = 10
+grad_clip = 1.0
+
+max_iters = 100_000
+warmup_iters = 2000
+# min_lr is learning_rate / 20 where it is not given
+
+eval_interval = 1000
+log_interval = 10
+fsdp = True
+compile = True

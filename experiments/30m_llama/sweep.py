@@ -1,0 +1,29 @@
+"""AdamW, Sophia-G, Muon and whitened Muon on a Llama-like 30M: learning rates at 780 steps, then held-out seeds.
+
+Settings are those of the GPT-2 tuning. Of three learning rates of each the best is given back as --rates, in the order
+of the optimizers. max_iters and the seed are swept, so that labels hold them.
+"""
+
+from experiments.best import best_of, sweep_of
+
+LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2}
+
+
+def sweep(steps=780, held_out="1", rates=""):
+    """steps: the training horizon; held_out: the seeds; rates: of each optimizer one learning rate, or three."""
+    further = best_of("30m_further", steps)  # with 25 more runs of tuning than 30m_tuning
+    whitening = sweep_of("30m_whitening")
+    whitened = whitening["settings"] | whitening["variants"]["both"]
+    whitened["warmup_iters"] = round(whitened["warmup_iters"] * steps / whitened.pop("max_iters"))
+    optimizers = {
+        "adamw": further["adamw"],
+        "sophiag_adamw": further["sophiag_adamw"],
+        "muon": best_of("30m_tuning", steps, only=("muon",))["muon"],
+        "whitened_muon": whitened,
+    }
+    given = [float(rate) for rate in rates.split(",") if rate]
+    for i, settings in enumerate(optimizers.values()):
+        rate = settings["learning_rate"]
+        settings["learning_rate"] = given[i] if given else [rate / 2, rate, rate * 2]
+    common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")], **LLAMA}
+    return {"common": common, "optimizers": optimizers}
