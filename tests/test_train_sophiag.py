@@ -81,7 +81,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed_exactly(tiny, tmp_path, cap
     train_sophiag.main([*argv, f"--out_dir={out_dir}"])
     checkpoint = to_old_form(read_checkpoint(out_dir / "ckpt_prev.pt"))
     assert checkpoint["step"] == 10
-    save_checkpoint(out_dir, checkpoint)
+    save_checkpoint(out_dir, dict(checkpoint))
     capsys.readouterr()
     argv = [word.replace("scalars", "vectors") for word in argv]
     train_sophiag.main([*argv, f"--out_dir={out_dir}", "--init_from=resume"])
@@ -197,7 +197,7 @@ def test_a_checkpoint_is_resumed_unless_its_optimizer_was_removed(tiny, tmp_path
     train_sophiag.main([*tiny, "--max_iters=4", "--lr_decay_iters=8"])
     checkpoint = read_checkpoint(tmp_path / "out/ckpt.pt")
     checkpoint["config"] |= {"eigenbasis": on, "spectral": False}
-    save_checkpoint(tmp_path / "out", checkpoint)
+    save_checkpoint(tmp_path / "out", dict(checkpoint))
     capsys.readouterr()
     argv = [*tiny, "--max_iters=8", "--lr_decay_iters=8", "--init_from=resume"]
     if on:
@@ -213,7 +213,7 @@ def test_a_checkpoint_is_resumed_unless_its_optimizer_was_removed(tiny, tmp_path
 def test_refusals(tiny):
     with pytest.raises(UserError, match="adamw_lr is kept as a multiple"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--adamw_for=scalars", "--adamw_lr=1e-3"])
-    with pytest.raises(UserError, match="both set the learning rate of the embeddings"):
+    with pytest.raises(UserError, match="both set the embeddings' learning rate"):
         train_sophiag.main([*tiny, "--adamw_for=embeddings+scalars", "--adamw_lr=1e-3", "--embedding_lr=1e-3"])
     with pytest.raises(UserError, match="multiple of learning_rate"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--embedding_lr=1e-3"])
