@@ -97,6 +97,12 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
     cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
+    muon_steps: str = setting(
+        "jordan",
+        "muon and its kin: K. Jordan's Newton-Schulz steps, or minimax ones (Polar Express)",
+        choices=("jordan", "minimax"),
+        needs=MUON,
+    )
     whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
     whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
     whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
