@@ -97,7 +97,7 @@ class Run:
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
-            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
+            checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             differing = optimizers.state_differences(config, checkpoint)
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
