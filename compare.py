@@ -5,16 +5,8 @@ python compare.py out/sweep/adamw_*_seed* out/sweep/sophiag_*_seed* --out=out/fi
 
 Reads metrics.jsonl and config.json of each run. Runs that differ only in the seed become one row. The first run is the
 baseline. Runs with other data, batch sizes or evaluations are refused.
-
-The rules:
-- Losses are those of the last step, of runs that completed their schedule. No loss in mid-run counts.
-- "better" and "worse" need p < 0.01 in Welch's two-sided t-test, at least two seeds on both sides and the same number
-  of steps.
-- A speed-up is the baseline's cost of the same final loss, divided by this optimizer's cost. The baseline's cost is
-  read off its final losses at several training horizons, each with a schedule of its own and the best settings. It is
-  interpolated monotonically on log steps, never extrapolated. The 95% interval covers the spread of the seeds, not the
-  error of the interpolation: horizons more than a factor 2.5 apart are named.
-- Seconds come from runs with a GPU to themselves, on the same device for both sides.
+"Better" and "worse" need p < 0.01 in Welch's test, two seeds on both sides, finished schedules and the same number of
+steps. docs/comparing.md has this and the other rules.
 """
 
 from pathlib import Path

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-__all__ = ["Muon", "WhitenedMuon", "inverse_root", "orthogonalize"]
+__all__ = ["JORDAN", "MINIMAX", "Muon", "WhitenedMuon", "inverse_root", "orthogonalize"]
 
+# Newton-Schulz steps (a, b, c): x <- a x + (b x x^T + c (x x^T)^2) x. K. Jordan's (2024) bring singular values above
+# 0.0015 to 0.68 to 1.21. Each of MINIMAX, as in Polar Express (arXiv:2505.16932), minimizes the largest |1 - value| on
+# the interval left by the one before, at first 0.001 to 1. The last leaves 0.113.
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+MINIMAX = ((8.470329, -25.108075, 18.629276), (4.182837, -3.108703, 0.580607), (3.961893, -2.954089, 0.562979),
+           (3.286677, -2.464788, 0.507365), (2.273831, -1.644733, 0.416199))  # fmt: skip
 _TINY = 1e-30  # keeps quotients of float32 sums finite
 
 
@@ -45,7 +51,7 @@ class Muon(Optimizer):
         split: how many matrices a parameter holds, one below the other; 3 for a fused query-key-value matrix. A number
             for the whole group, or a list with an entry for each parameter: a number, or the matrices' numbers of rows.
         flatten: take a tensor of more dimensions, such as a convolution's weight, as (first dimension, all others).
-        ns_coefficients: (a, b, c) of the Newton-Schulz steps, or a list of such triples, one a step.
+        ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
         ns_steps: number of steps where ns_coefficients is one triple.
         eps: smallest norm by which a momentum is divided.
 
@@ -71,7 +77,7 @@ class Muon(Optimizer):
         cautious: bool = False,
         split: int | Sequence[int | Sequence[int]] = 1,
         flatten: bool = False,
-        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
+        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
         ns_steps: int = 5,
         eps: float = 1e-7,
         _whitening: dict[str, Any] | None = None,
@@ -335,13 +341,13 @@ class WhitenedMuon(Muon):
 
 def orthogonalize(
     matrices: Tensor,
-    coefficients: Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
     steps: int = 5,
     eps: float = 1e-7,
 ) -> Tensor:
     """Approximate U V^T of every U S V^T in (..., rows, columns), by Newton-Schulz steps.
 
-    The default coefficients bring singular values above 0.0015 of the Frobenius norm to 0.68 to 1.21 (K. Jordan, 2024).
+    Singular values are taken as shares of the Frobenius norm.
     On GPUs the products are in bfloat16, else in the matrices' dtype; the result has the matrices' dtype.
     """
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]

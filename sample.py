@@ -9,7 +9,6 @@ python sample.py --init_from=gpt2-xl --start="The meaning of life is" --top_p=0.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from training.errors import UserError, command  # first: Ctrl-C during the other imports is then quiet
 
@@ -23,6 +22,7 @@ from training.hf import load_model
 from training.terminal import warn
 
 FILE = "FILE:"  # such a start names the file with the prompt
+LONGEST = 1 << 24  # characters in it
 
 
 @dataclass
@@ -34,9 +34,7 @@ class SampleConfig(ModelSource):
     max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model predicts", at_least=0.0)
     top_k: int | None = setting(200, "sample among the k likeliest tokens only; None: among all", at_least=1)
-    top_p: float | None = setting(
-        None, "sample among the fewest tokens that together have this probability; None: all", above=0.0, at_most=1.0
-    )
+    top_p: float | None = setting(None, "sample among the fewest with this probability", above=0.0, at_most=1.0)
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 
@@ -72,10 +70,13 @@ def prompt_ids(start, tokenizer):
     if start.startswith(FILE):
         path = start.removeprefix(FILE)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as file:  # perhaps a pipe
+                text = file.read(LONGEST + 1)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"start = {start!r}: cannot read {path} ({reason}); name a text file.") from None
+        if len(text) > LONGEST:
+            raise UserError(f"start = {start!r}: {path} has more than {LONGEST:,} characters; name a shorter text.")
         if not text:
             raise UserError(f"start = {start!r}: {path} is empty; leave --start out to begin a document.")
     return tokenizer.encode(text)

@@ -12,21 +12,9 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-or defines `def sweep(steps=780)` that returns {"common": ..., "optimizers": ..., "runs": ...}. The parameters of that
-function are options of the command line: --steps=1560. `python sweep.py FILE.py --help` lists them.
-
-A list is swept, any other value is fixed. A grid search runs all combinations. A random search draws `runs` of them,
-always the same ones, and each value about equally often. Every optimizer gets the same number of runs with the same
-number of tokens.
-
-Runs go one after another, one on each GPU, or --jobs at a time: small models use a GPU better together, but their times
-are then not compared. Started again after an interruption, the sweep does what is missing, and a run that was cut off
-resumes from its checkpoint. A sweep file may get more values, more optimizers or a larger `runs`; finished runs stay.
-A failed or diverged run has loss inf, and so has one whose settings were changed at a resume. Remove its folder to
-repeat it.
-
-Writes a folder for each run (adamw_3fa21c: the digits stand for the swept values), sweep.json with the swept values and
-the loss of each, a figure for each swept setting, and a heat map for an optimizer that sweeps two.
+A list is swept, any other value is fixed. A file may instead define `def sweep(steps=780)` that returns these; its
+parameters are then options: --steps=1560. Started again after an interruption, a sweep does what is missing. A failed
+or diverged run has loss inf; remove its folder to repeat it. docs/comparing.md has the rules, and what is written.
 """
 
 import inspect
@@ -45,12 +33,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from training.errors import (
-    Parser,
-    UserError,
-    command,
-    file_errors,
-)  # first: Ctrl-C during the other imports is then quiet
+# first: Ctrl-C during the other imports is then quiet
+from training.errors import Parser, UserError, command, file_errors
 
 # isort: split
 import numpy as np
@@ -139,10 +123,8 @@ def main(argv=None):
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
     if not arguments.dirty and (changed := changed_files()):
-        raise UserError(
-            f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had; commit it, "
-            "or start the sweep with --dirty=True to have its runs marked as not clean."
-        )
+        why = f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had"
+        raise UserError(f"{why}; commit it, or have the runs marked as not clean with --dirty=True.")
     with locked(out_dir) as lock:
         gpus = visible_gpus() or [None]
         devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
@@ -244,10 +226,8 @@ def grid(definition, out_dir, known=()):
     names = {key_of(run["optimizer"], run["swept"]): run["run"] for run in known if run["seed"] is None}
     for optimizer in definition["optimizers"]:
         if not is_plain_name(optimizer) or not optimizer.isprintable() or len(optimizer.encode()) > LONGEST_NAME:
-            raise UserError(
-                f"{optimizer!r:.80} is to be in the names of folders; name this optimizer without '/', and with "
-                f"{LONGEST_NAME} bytes at most."
-            )
+            limits = f"without '/', and with {LONGEST_NAME} bytes at most"
+            raise UserError(f"{optimizer!r:.80} is to be in the names of folders; name this optimizer {limits}.")
         settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER

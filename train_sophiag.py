@@ -28,9 +28,7 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(
-        None, "clipping threshold (the paper's gamma); default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA
-    )
+    rho: float | None = setting(None, "the paper's gamma; default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, for sophiah 32", at_least=1)
     bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)

@@ -266,11 +266,8 @@ def check_comparable(runs, scaling=False):
     """UserError that lists how a run differs from the first. With `scaling`, model sizes may differ."""
     for run in runs[1:]:
         pairs = ((name, runs[0].conditions[name], value) for name, value in run.conditions.items())
-        differing = [
-            f"{name} ({value!s:.16}, not {first!s:.16})"
-            for name, first, value in pairs
-            if first != value and not (scaling and name == "model parameters")
-        ]
+        pairs = ((name, *pair) for name, *pair in pairs if not (scaling and name == "model parameters"))
+        differing = [f"{name} ({value!s:.16}, not {first!s:.16})" for name, first, value in pairs if first != value]
         if differing:
             raise UserError(f"{run.name} differs from {runs[0].name} in {', '.join(differing)}; --force allows it.")
 

@@ -15,7 +15,7 @@ from data.corpus import positive
 from model import GPTConfig
 from muon import Muon, WhitenedMuon
 from training.errors import UserError
-from training.optimizers import OptimizerContainer
+from training.optimizers import OptimizerContainer, amp_scaling
 
 
 def add_arguments(parser):
@@ -151,11 +151,19 @@ def measure_times(report, model, contenders, args):
         optimizer.step()
         optimizer.max_grad_norm = None
 
+    finite = torch.zeros((), device=args.device)
+
+    def as_in_training(optimizer):
+        """With `found_inf`, which the training scripts set: else it reads the gradients once more to look for inf."""
+        with amp_scaling(optimizer, None, finite):
+            optimizer.update_hessian()
+
     source, target = torch.randn(count, device=args.device), torch.empty(count, device=args.device)
     copy_name, results = "floor", {}
     estimating = {n: o for n, o in optimizers.items() if hasattr(o, "update_hessian")}
     metrics = {
-        "update_hessian_ms": {n: functools.partial(o.update_hessian) for n, o in estimating.items()},
+        "update_hessian_ms": {n: functools.partial(as_in_training, o) for n, o in estimating.items()},
+        "update_hessian_checked_ms": {n: o.update_hessian for n, o in estimating.items()},
         "step_ms": {n: functools.partial(o.step) for n, o in optimizers.items()},
         "clip_step_ms": {
             n: functools.partial(clipped_step if hasattr(o, "max_grad_norm") else clip_then_step, o)
@@ -169,7 +177,12 @@ def measure_times(report, model, contenders, args):
         results[metric] = alternate(functions, args.rounds, args.calls, args.device, failed)
     copy_ms = statistics.median(r[copy_name] for r in results.values())
     report.add("floor", model, "copy_gb_per_s", 8e-6 * count / copy_ms, "GB/s")
-    for metric, bytes_per_parameter in (("step_ms", 24), ("clip_step_ms", 28), ("update_hessian_ms", 12)):
+    for metric, bytes_per_parameter in (
+        ("step_ms", 24),
+        ("clip_step_ms", 28),
+        ("update_hessian_ms", 12),
+        ("update_hessian_checked_ms", 12),
+    ):
         for name, value in results[metric].items():
             value = copy_ms * bytes_per_parameter / 8 if name == copy_name else value
             report.add(name, model, metric, value, "ms")

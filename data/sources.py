@@ -346,9 +346,8 @@ def load_from_hub(name, config=None):
         return datasets.load_dataset(name, config)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{name} cannot be had from {endpoint} ({reason}): get its files another way and name them with --source"
-        ) from error
+        remedy = "get its files another way and name them with --source"
+        raise UserError(f"{name} cannot be had from {endpoint} ({reason}): {remedy}") from error
 
 
 def hub_splits(dataset, val="validation", articles=lambda texts: texts):

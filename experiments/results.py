@@ -21,10 +21,12 @@ from analysis.stats import verdict
 from analysis.tables import markdown, speed_rows
 from benchmarks.report import markdown_table
 from experiments.claims.claims import draw_claims
+from model import GPTConfig
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import describe
+from training.config import describe, load_config, model_config
 from training.errors import Parser, UserError, command
+from training.memory import count_parameters, state_bytes, token_bytes
 from training.metrics import METRICS
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -54,15 +56,11 @@ OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
 # ----- reading
 
 
-def state_of(name):
-    return read_sweep(EXPERIMENTS / name)
-
-
 @cache
 def groups_of(name):
     """{(optimizer, steps, learning rate): the group of its seeds} of experiments/NAME/runs."""
     found = {}
-    for run in state_of(name)["runs"]:
+    for run in read_sweep(EXPERIMENTS / name)["runs"]:
         if (folder := EXPERIMENTS / name / "runs" / run["run"]).exists():
             one = read_run(folder)
             key = run["optimizer"], one.config["max_iters"], one.config["learning_rate"]
@@ -163,7 +161,7 @@ def speedups(baseline, names):
 
 def results_large_batches():
     """Per optimizer the learning rates that were tried, and held-out seeds of the best."""
-    groups, runs, rows = groups_of("30m_large"), state_of("30m_large")["runs"], []
+    groups, runs, rows = groups_of("30m_large"), read_sweep(EXPERIMENTS / "30m_large")["runs"], []
     order = [name for name in NAMES if any(run["optimizer"] == name for run in runs)]
     best = {}
     for name in order:
@@ -212,7 +210,23 @@ def settings():
     return "\n".join(lines)
 
 
+def memory():
+    """What a GPU holds in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
+    rows = []
+    for size in ("1.5b", "6.6b"):
+        config = load_config(AdamConfig, [str(ROOT / f"config/train_neox_{size}_adam.py")])
+        count = count_parameters(model_config(config, GPTConfig.vocab_size))
+        batch = config.batch_size * config.block_size * token_bytes(config, GPTConfig.vocab_size) / 2**30
+        states = [state_bytes(count, 1, False, False) / 2**30]
+        states += [state_bytes(count, n, True, config.total_bs > config.batch_size * n) / 2**30 for n in (2, 8, 64)]
+        cells = f"{states[0]:.1f}", *(f"{state:.1f} + {batch:.1f} = {state + batch:.1f}" for state in states[1:])
+        rows.append((f"GPT-NeoX {size.upper()}", f"{count / 1e9:.2f}B", *cells))
+    head = "GiB a GPU: state + micro-batch", "parameters", "state without fsdp", "2 GPUs", "8 GPUs", "64 GPUs"
+    return table(head, rows)
+
+
 TABLES = {
+    "memory": memory,
     "results-main": results_main,
     "results-30m": results_30m,
     "results-large-batches": results_large_batches,

@@ -128,17 +128,16 @@ def test_a_run_killed_a_hundred_times_loses_nothing(corpus, tmp_path):
     killed_run(corpus, tmp_path, kills=100, seed=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_to_one_rank_ends_all_well(corpus, tmp_path, number):
+def test_a_signal_to_one_rank_ends_all_well(corpus, tmp_path):
     argv = [*tiny_words(corpus, tmp_path / "stopped"), *RUN, "--max_iters=2000", "--eval_interval=1000"]
     process = start(2, argv)
     wait_for_step(process, 10)
-    os.kill(ranks_of(process)[1], number)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=40)
     assert process.returncode == 0, output
     checkpoint = load_checkpoint(tmp_path / "stopped")[0]
     assert 10 <= checkpoint["step"] < 1000
-    assert f"stopped before step {checkpoint['step']}" in output and number.name in output
+    assert f"stopped before step {checkpoint['step']}" in output and "SIGTERM" in output
     assert read_lines(tmp_path / "stopped")[-1]["step"] < checkpoint["step"]
 
 
@@ -163,16 +162,6 @@ def test_a_second_signal_ends_at_once(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == 128 + signal.SIGINT
     process.stdout.close()
-
-
-def test_a_dead_rank_is_named(corpus, tmp_path):
-    process = start(3, [*tiny_words(corpus, tmp_path / "out"), *RUN, "--max_iters=100000", "--eval_interval=50000"])
-    wait_for_step(process, 10)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    named = re.findall(r"error: rank (\d) ends, because rank 1 died", output)
-    assert named and set(named) <= {"0", "2"}, output
 
 
 def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):

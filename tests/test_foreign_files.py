@@ -70,6 +70,21 @@ def test_a_fifo_and_a_huge_file_are_not_read(tmp_path):
             read(tmp_path / "large")
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "fifo.py", "large.py", "folder.py"])
+def test_what_is_no_short_text_is_no_config_sweep_or_prompt(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.py")
+    os.mkdir("folder.py")
+    with open("large.py", "wb") as file:
+        file.truncate(1 << 40)
+    assert name in refused(train_adam.main, [name], capsys)
+    if name.endswith(".py"):
+        assert name in refused(sweep.main, [name, "--out_dir=out"], capsys)
+    if name != "fifo.py":  # that may be a pipe in which someone writes
+        with pytest.raises(UserError, match=name):
+            sample.prompt_ids(f"FILE:{name}", None)
+
+
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_wrong_types_anywhere_in_a_runs_files(tmp_path, value, capsys):
     """Each value of config.json replaced, each removed: compare.py prints tables or one sentence."""

@@ -662,33 +662,36 @@ def test_bad_arguments_of_calls_are_named(value):
     assert torch.equal(p, matrix())
 
 
-def run_alone(tmp_path, code, files=("sophia.py",), **environment):
-    for name in files:
-        shutil.copy(ROOT / name, tmp_path / name)
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**environment, "PYTHONPATH": ""})
-
-
 def test_sophia_stands_alone_and_names_the_file_that_fused_needs(tmp_path):
-    code = """
-import torch, sophia
+    """Beside the script, and in a package, without sophia_fused.py and with it."""
+    (tmp_path / "package").mkdir()
+    for folder in (tmp_path, tmp_path / "package"):
+        shutil.copy(ROOT / "sophia.py", folder)
+    code = f"""
+import importlib, shutil, torch, sophia
+from package import sophia as packaged
 p = torch.nn.Parameter(torch.ones(3))
-optimizer = sophia.SophiaG([p])
 p.grad = torch.ones(3)
-optimizer.update_hessian()
-optimizer.step()
-sophia.SophiaG([p], fused=True)
+def fused(module):
+    optimizer = module.SophiaG([p])
+    optimizer.update_hessian()
+    optimizer.step()
+    try:
+        module.SophiaG([p], fused=True)
+    except RuntimeError as error:
+        print(error)
+fused(sophia)
+fused(packaged)
+shutil.copy({str(ROOT / "sophia_fused.py")!r}, "package")
+importlib.invalidate_caches()
+fused(packaged)
 """
-    result = run_alone(tmp_path, code)
-    assert "RuntimeError: `fused=True` needs sophia_fused: copy sophia_fused.py beside sophia.py" in result.stderr
-    package = tmp_path / "package"
-    package.mkdir()
-    (tmp_path / "sophia.py").rename(package / "sophia.py")
-    result = run_alone(tmp_path, code.replace("import torch, sophia", "import torch\nfrom package import sophia"), ())
-    assert "copy sophia_fused.py beside sophia.py" in result.stderr
-    shutil.copy(ROOT / "sophia_fused.py", package)
-    result = run_alone(tmp_path, code.replace("import torch, sophia", "import torch\nfrom package import sophia"), ())
-    assert "`fused=True` requires all the params to be floating point Tensors" in result.stderr
+    command, environment = [sys.executable, "-c", code], {"PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    first, second, third = done.stdout.splitlines()
+    for line, module in ((first, "sophia_fused"), (second, "package.sophia_fused")):
+        assert line == f"`fused=True` needs {module}: copy sophia_fused.py beside sophia.py"
+    assert third.startswith("`fused=True` requires all the params to be floating point Tensors")
 
 
 def test_a_missing_triton_is_named_by_the_constructor(monkeypatch):

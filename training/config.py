@@ -16,6 +16,7 @@ import typing
 from dataclasses import dataclass
 
 from training.errors import UserError
+from training.foreign import read_bytes
 from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
@@ -25,6 +26,7 @@ STARTS = ("scratch", "resume", "auto", *PRETRAINED)
 MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
 WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
+WSD = ("lr_schedule", ("wsd",))
 RESTARTS = ("lr_schedule", ("cosine_restarts",))
 CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a PATH"
 
@@ -54,9 +56,7 @@ class TrainConfig:
     dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
     batch_size: int = setting(12, "sequences in a rank's forward pass; auto: what fits", at_least=1, words=("auto",))
-    gradient_accumulation_steps: int | None = setting(
-        None, "forward passes of a rank in one step; derived: total_bs / (batch_size * ranks)", at_least=1
-    )
+    gradient_accumulation_steps: int | None = setting(None, "derived: total_bs / (batch_size * ranks)", at_least=1)
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
     block_size_schedule: str = setting("", "sequence length from a step on, as STEP:LENGTH,...; tokens per step stay")
 
@@ -91,39 +91,31 @@ class TrainConfig:
     beta2: float = setting(0.95, "decay of the second-moment average", at_least=0.0, below=1.0, needs=WITH_BETAS)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
-    cautious_decay: bool = setting(
-        False, "muon and its kin: decay only coordinates that the update moves towards 0", needs=MUON
+    cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
+    muon_steps: str = setting(
+        "jordan",
+        "muon and its kin: K. Jordan's Newton-Schulz steps, or minimax ones (Polar Express)",
+        choices=("jordan", "minimax"),
+        needs=MUON,
     )
-    whiten_sides: str = setting(
-        "both", "sides of a matrix to whiten", choices=("input", "output", "both"), needs=WHITENED
-    )
+    whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
     whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
-    whiten_ridge: float = setting(
-        0.01, "added to the factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED
-    )
+    whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
     whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
         10, "steps between two roots of the factors", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(
-        None, "wider sides are whitened in diagonal blocks", at_least=1, needs=WHITENED
-    )
+    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
     lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
-    min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, or 0 (linear, wsd)", at_least=0.0
-    )
-    wsd_decay: float = setting(
-        0.2, "share of lr_decay_iters in the decay", above=0.0, at_most=1.0, needs=("lr_schedule", ("wsd",))
-    )
+    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
+    wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(
-        2.0, "a period's steps over those of the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
-    )
+    restart_multiplier: float = setting(2.0, "of each period's steps, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -147,9 +139,7 @@ class TrainConfig:
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
-    backend: str = setting(
-        "auto", "torch.distributed's; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
-    )
+    backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
     def check(self):
@@ -161,10 +151,8 @@ class TrainConfig:
         if self.min_lr is None:
             self.min_lr = 0.0 if self.lr_schedule in TO_ZERO else self.learning_rate / 20
         if self.decay_lr and self.warmup_iters > self.lr_decay_iters:
-            raise UserError(
-                f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}; "
-                "shorten the warm-up, or train for more steps."
-            )
+            beyond = f"warmup_iters = {self.warmup_iters} is beyond lr_decay_iters = {self.lr_decay_iters}"
+            raise UserError(f"{beyond}; shorten the warm-up, or train for more steps.")
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
         if self.min_lr > self.learning_rate:
@@ -246,10 +234,8 @@ def _check_read(config, values, on_command_line):
         if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
             continue
         if field.name in on_command_line:
-            raise UserError(
-                f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}; leave it "
-                f"out, or set {name} to {' or '.join(map(repr, allowed))}."
-            )
+            unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
+            raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
         unread.append(field.name)
     if unread and os.environ.get("RANK", "0") == "0":
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
@@ -289,7 +275,7 @@ def _run_config_file(cls, path):
 def run_file(path, function, *arguments, **options):
     """The result of `function`, which runs code of the file `path`: its exceptions become UserErrors."""
     try:
-        open(path).close()
+        read_bytes(path, 1 << 24)
     except OSError as error:
         raise UserError(f"{path}: cannot read this file ({error.strerror}); settings are --key=value.") from None
     try:

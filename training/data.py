@@ -98,10 +98,8 @@ class TokenDataset:
         if theirs is not None and tokenizer_identity(theirs) != tokenizer_identity(self.tokenizer):
             of, ours = describe(theirs), describe(self.tokenizer)
             add = "" if self.tokenizer else f"name the tokenizer in {self.folder / 'meta.json'}, or "
-            raise UserError(
-                f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}; "
-                f"{add}give data of the tokenizer that {origin} was trained with."
-            )
+            problem = f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}"
+            raise UserError(f"{problem}; {add}give data of the tokenizer that {origin} was trained with.")
 
 
 class MixtureDataset:
@@ -112,10 +110,8 @@ class MixtureDataset:
         self.corpora, self._shares = corpora, [weight / total for weight in weights]
         kinds = [(tokenizer_identity(corpus.tokenizer), corpus.model_vocab_size) for corpus in corpora]
         if other := next((corpus for corpus, kind in zip(corpora, kinds, strict=True) if kind != kinds[0]), None):
-            raise UserError(
-                f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}; "
-                "a mixture needs one tokenizer: prepare one of them again with the other's."
-            )
+            both = f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}"
+            raise UserError(f"{both}; a mixture needs one tokenizer: prepare one of them again with the other's.")
         self._counts = _shares_of(MIXED, self._shares)
         if 0 in self._counts:
             rare = corpora[self._counts.index(0)].name
@@ -229,10 +225,8 @@ def _parse_mixture(dataset):
         except (ValueError, ZeroDivisionError):
             weight = 0
         if not name or weight <= 0 or name in shares:
-            raise UserError(
-                f"dataset = '{dataset}': {part!r} is not NAME:SHARE with a share above 0, each name once; "
-                "write a mixture as in fineweb:0.7,python:0.3."
-            )
+            problem = f"dataset = '{dataset}': {part!r} is not NAME:SHARE with a share above 0, each name once"
+            raise UserError(f"{problem}; write a mixture as in fineweb:0.7,python:0.3.")
         shares[name] = weight
     return shares
 
@@ -247,10 +241,8 @@ def _open_corpus(dataset):
         count, said = len(tokens[split]), meta.get(f"{split}_tokens", len(tokens[split]))
         if count != said:
             names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
-            raise UserError(
-                f"{folder}: {names} holds {count} tokens, its meta.json says {said}; a file was cut short, is missing, "
-                "or does not belong there: copy the files again or prepare the corpus again."
-            )
+            why = "a file was cut short, is missing, or does not belong there: copy the files again"
+            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said}; {why} or {AGAIN}.")
     identity = {path: _stat(path)[:2] for path in (*files["train"], *files["val"])}
     vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
     tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens
@@ -311,10 +303,9 @@ def check_dataset(corpus, total_bs, block_size):
         sequences = math.ceil(total_bs * share)
         need = sequences * block_size + 1
         if len(part.train) < need:
-            raise UserError(
-                f"{_named(part, 'train')} has {len(part.train)} tokens, fewer than one step's {need} "
-                f"(total_bs = {sequences} times block_size = {block_size}, and one); lower either or use more data."
-            )
+            few = f"{len(part.train)} tokens, fewer than one step's {need}"
+            product = f"total_bs = {sequences} times block_size = {block_size}, and one"
+            raise UserError(f"{_named(part, 'train')} has {few} ({product}); lower either or use more data.")
         if len(part.val) < block_size + 1:
             few = f"{len(part.val)} tokens, fewer than block_size + 1 = {block_size + 1}"
             raise UserError(f"{_named(part, 'val')} has {few}; lower block_size or use more data.")
@@ -364,16 +355,11 @@ def check_split(corpus, split):
             write_atomically(note, json.dumps(known | {split: entry}))
     name, largest, sha256 = _named(corpus, split), entry["largest"], entry["sha256"]
     if sha256 != corpus.meta.get(f"{split}_sha256", sha256):
-        raise UserError(
-            f"{name} is not the file that meta.json describes, its SHA-256 differs: it was damaged or replaced; "
-            "copy it again or prepare the corpus again."
-        )
+        problem = f"{name} is not the file that meta.json describes, its SHA-256 differs"
+        raise UserError(f"{problem}: it was damaged or replaced; copy it again or {AGAIN}.")
     if largest >= corpus.vocab_size:
-        guess = guess_why_beyond(getattr(corpus, split), corpus.vocab_size)
-        raise UserError(
-            f"{name} holds token {largest}, beyond the vocabulary of {corpus.vocab_size}{guess}; "
-            "prepare the corpus again, or mend its meta.json."
-        )
+        beyond = f"{corpus.vocab_size}{guess_why_beyond(getattr(corpus, split), corpus.vocab_size)}"
+        raise UserError(f"{name} holds token {largest}, beyond the vocabulary of {beyond}; {AGAIN}, or mend meta.json.")
     if not largest and corpus.vocab_size > 1:
         raise UserError(f"{name} holds nothing but zeros, as a failed copy does; copy it again.")
     return largest, sha256

@@ -50,9 +50,8 @@ class Distributed:
             try:
                 self._join(backend, self.device if backend == "nccl" else None)
             except dist.DistError as error:
-                raise RunError(
-                    f"rank {self.rank} lost the other ranks while they started ({_first_line(error)}); start again."
-                ) from None
+                lost = f"rank {self.rank} lost the other ranks while they started ({_first_line(error)})"
+                raise RunError(f"{lost}; start again.") from None
         self.backend = backend if self.distributed else "none"
 
     def _join(self, backend, device_id):
@@ -65,9 +64,7 @@ class Distributed:
             )
         except dist.DistError as error:
             if serves:
-                raise RunError(
-                    f"rank 0 cannot listen at MASTER_ADDR ({_first_line(error)}); use another port."
-                ) from None
+                raise RunError(f"rank 0 cannot listen ({_first_line(error)}); use another MASTER_PORT.") from None
             raise late([0], self.timeout) from None
         self.store = dist.PrefixStore(self._meet(store), store)
         dist.init_process_group(
@@ -135,9 +132,8 @@ class Distributed:
                 wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
                 if device.index is not None:
                     wanted, remedy = "the first is number 0", "name another, or "
-                raise UserError(
-                    f"device = {name!r}: this machine has too few GPUs ({count}, {wanted}); {remedy}use --device=cpu."
-                )
+                few = f"this machine has too few GPUs ({count}, {wanted})"
+                raise UserError(f"device = {name!r}: {few}; {remedy}use --device=cpu.")
             device = torch.device("cuda", index)
         return device
 
@@ -278,15 +274,12 @@ class Distributed:
             number = int(vote)
         return number
 
-    def assert_same_on_all_ranks(
-        self, facts, what="were not started alike: they differ in", remedy="make them the same"
-    ):
+    def assert_same_on_all_ranks(self, facts, what="were not started alike: they differ in", remedy="make them equal"):
         """UserError that names the keys in which the dicts `facts` of two ranks differ."""
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, start=1):
-            if differing := [
-                f"{key} ({first[key]!r} and {other.get(key)!r})" for key in first if other.get(key) != first[key]
-            ]:
+            keys = [key for key in first if other.get(key) != first[key]]
+            if differing := [f"{key} ({first[key]!r} and {other.get(key)!r})" for key in keys]:
                 raise UserError(f"ranks 0 and {rank} {what} {', '.join(differing)}; {remedy}.")
 
     def explain(self, error):

@@ -62,10 +62,8 @@ class RunLock:
             if self._undecided(owner):
                 deadline = max(deadline, time.monotonic() + 1)
             elif time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder} is in use by the run of process {owner.get('process')} on {owner.get('host')}; let it "
-                    "end, or name another --out_dir."
-                )
+                run = f"the run of process {owner.get('process')} on {owner.get('host')}"
+                raise UserError(f"{folder} is in use by {run}; let it end, or name another --out_dir.")
             time.sleep(0.1)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 

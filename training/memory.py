@@ -28,18 +28,32 @@ def micro_batch_sizes(total_bs, ranks):
     return [size for size in range(1, total_bs // ranks + 1) if total_bs % (size * ranks) == 0]
 
 
-def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
-    """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does.
+def state_bytes(parameters, ranks, fsdp, accumulates):
+    """Bytes of a rank's parameters, gradients and two moments, float32 each; with fsdp of its share of them.
 
-    34 bytes a token, layer and unit of width are the activations in bfloat16, measured on an H200 (docs/speed.md); 6
-    bytes a token and row of the vocabulary are the logits of an evaluation.
+    A sharded rank that accumulates gradients over several micro-batches keeps complete ones until the last.
+    """
+    if not fsdp:
+        return 16 * parameters
+    return 12 * parameters / ranks + 4 * parameters / (1 if accumulates else ranks)
+
+
+def token_bytes(config, vocab_size):
+    """Bytes that a token of a micro-batch takes.
+
+    34 bytes a layer and unit of width are the activations in bfloat16, measured on an H200 (docs/speed.md); 6 bytes a
+    row of the vocabulary are the logits of an evaluation.
     """
     layers = 2 * config.n_layer + 68 if config.activation_checkpointing else 34 * config.n_layer
-    wide = 2 if config.dtype == "float32" else 1
-    per_token = wide * max(layers * config.n_embd, 6 * vocab_size)
+    return (2 if config.dtype == "float32" else 1) * max(layers * config.n_embd, 6 * vocab_size)
+
+
+def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
+    """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does."""
+    accumulates = (config.gradient_accumulation_steps or 1) > 1
     parameters = count_parameters(model_config(config, vocab_size))
-    left = (1 - FREE) * memory - 16 * parameters / (ranks if config.fsdp else 1)
-    return max(0, int(left / (per_token * config.block_size)))
+    left = (1 - FREE) * memory - state_bytes(parameters, ranks, config.fsdp, accumulates)
+    return max(0, int(left / (token_bytes(config, vocab_size) * config.block_size)))
 
 
 def largest(sizes, fits, guess):
@@ -52,12 +66,12 @@ def largest(sizes, fits, guess):
     return next((size for size in reversed(sizes[:i]) if fits(size)), None)
 
 
-def memory_of(device, ranks_here=1):
+def memory_of(device):
     """Bytes of memory of a rank's device; of a CPU its share of the host's. None where the system does not say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (AttributeError, ValueError, OSError):
         return None
 
@@ -73,7 +87,6 @@ def sentence(error, config, device_name, memory, ranks, vocab_size):
     if within and size != "auto":
         remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
     remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
-    return (
-        f"the memory of {where} is too small for batch_size = {size}, with {config.n_layer} layers of width "
-        f"{config.n_embd} and block_size = {config.block_size}; use {' or '.join(remedies) or 'a smaller model'}"
-    )
+    model = f"{config.n_layer} layers of width {config.n_embd} and block_size = {config.block_size}"
+    problem = f"the memory of {where} is too small for batch_size = {size}, with {model}"
+    return f"{problem}; use {' or '.join(remedies) or 'a smaller model'}"

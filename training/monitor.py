@@ -57,10 +57,8 @@ class RankMonitor:
                 connection = socket.create_connection((host, port), timeout=world.timeout)
                 connection.sendall(secret + self.rank.to_bytes(4))
             except OSError as error:
-                raise RunError(
-                    f"rank {self.rank} cannot connect to rank 0 at {host}:{port} ({error}); open the ports between the "
-                    "machines."
-                ) from None
+                problem = f"rank {self.rank} cannot connect to rank 0 at {host}:{port} ({error})"
+                raise RunError(f"{problem}; open the ports between the machines.") from None
             self._ranks[connection] = 0
         now = time.monotonic()
         self._heard = {rank: (now, rank, 0, 0.0) for rank in self._ranks.values()}  # time and content of the last
@@ -210,9 +208,7 @@ class Signals:
             self.received, self._since = number, now
             name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # the terminal may be closed
-                os.write(
-                    2, f"{name}: finishing this step, then writing a checkpoint; a second signal ends it\n".encode()
-                )
+                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends it\n".encode())
 
     def _excuse(self, number):
         """Whether torchrun sent this signal because a rank is lost. It does so once, and may know before this rank."""
@@ -232,10 +228,8 @@ class Signals:
 def late(ranks, timeout):
     """The RunError for ranks that others have waited for in vain at the start."""
     names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)[:8]))}"
-    return RunError(
-        f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s; start all ranks "
-        "together, or raise --nccl_timeout."
-    )
+    late = f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s"
+    return RunError(f"{late}; start all ranks together, or raise --nccl_timeout.")
 
 
 def _read(connection, count):

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from muon import Muon, WhitenedMuon
+from muon import JORDAN, MINIMAX, Muon, WhitenedMuon
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
@@ -79,7 +79,8 @@ def _beside_adamw(cls, config, groups, device, betas, **settings):
     """An optimizer of matrices for the group "matrices", and AdamW for the others."""
     matrices = [group for group in groups if group["name"] == "matrices"]
     others = [group for group in groups if group["name"] != "matrices"]
-    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    steps = MINIMAX if config.muon_steps == "minimax" else JORDAN
+    optimizer = cls(matrices, cautious=config.cautious_decay, ns_coefficients=steps, **settings)
     return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
 
 

