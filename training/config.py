@@ -92,6 +92,12 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
     cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
+    muon_steps: str = setting(
+        "jordan",
+        "muon and its kin: K. Jordan's Newton-Schulz steps, or minimax ones (Polar Express)",
+        choices=("jordan", "minimax"),
+        needs=MUON,
+    )
     whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
     whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
     whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
@@ -130,9 +136,17 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
-    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
+    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), on Hopper the loss too")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
+    fsdp_shard: int | None = setting(
+        None, "with fsdp: split over so many ranks in a row, with copies on the others; default all", at_least=1
+    )
+    fsdp_keep: str = setting(
+        "gradients",
+        "with fsdp: what ranks keep complete between micro-batches; nothing: least memory, all: least communication",
+        choices=("nothing", "gradients", "all"),
+    )
     backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
@@ -155,6 +169,8 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        if self.fsdp_shard and not self.fsdp:
+            raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
         stages(self)
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):

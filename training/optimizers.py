@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from muon import Muon, WhitenedMuon
+from muon import JORDAN, MINIMAX, Muon, WhitenedMuon
+from muon_distributed import share
 from sophia import SophiaG, SophiaH
 from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
@@ -40,8 +41,8 @@ def nadamw(config, groups, device):
 
 def sgd(config, groups, device):
     """Nesterov's, with weight decay in the gradient (not decoupled)."""
-    momentum = config.momentum
-    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=_can_fuse(device))
+    momentum, fused = config.momentum, _can_fuse(device) and not config.fsdp  # torch's fused step knows no shards
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
     for p in (p for group in groups for p in group["params"] if momentum):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # torch's is uninitialized after a skipped step
     return optimizer
@@ -79,7 +80,8 @@ def _beside_adamw(cls, config, groups, device, betas, **settings):
     """An optimizer of matrices for the group "matrices", and AdamW for the others."""
     matrices = [group for group in groups if group["name"] == "matrices"]
     others = [group for group in groups if group["name"] != "matrices"]
-    optimizer = cls(matrices, cautious=config.cautious_decay, **settings)
+    steps = MINIMAX if config.muon_steps == "minimax" else JORDAN
+    optimizer = cls(matrices, cautious=config.cautious_decay, ns_coefficients=steps, **settings)
     return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
 
 
@@ -140,27 +142,29 @@ class OptimizerSpec:
 
     build: (config, parameter groups, device) -> the optimizer.
     estimate: its curvature pass: None, "labels" (gradient of sampled labels) or "hutchinson" (Hessian-vector product).
-    shards: whether it works with parameters that fsdp has split over the ranks.
+    shards: True if it works with parameters that fsdp has split over the ranks, as a test shows; else why it does not.
     state_key: the key by which the states of an imported checkpoint are known as its own.
     """
 
     build: Callable
     estimate: str | None = None
-    shards: bool = False
+    shards: bool | str = "no test has shown that it can"
     state_key: str | None = None
 
 
 OPTIMIZERS = {
     "adamw": OptimizerSpec(adamw, shards=True, state_key="exp_avg_sq"),
     "nadamw": OptimizerSpec(nadamw, shards=True),
-    "sgd": OptimizerSpec(sgd),
+    "sgd": OptimizerSpec(sgd, shards=True),
     "lion": OptimizerSpec(lion, shards=True),
-    "muon": OptimizerSpec(muon),
-    "whitened_muon": OptimizerSpec(whitened_muon),
-    "soap": OptimizerSpec(soap),
+    "muon": OptimizerSpec(muon, shards=True),
+    "whitened_muon": OptimizerSpec(whitened_muon, shards=True),
+    "soap": OptimizerSpec(soap, shards="its package steps complete matrices"),
     "sophiag": OptimizerSpec(sophia, estimate="labels", shards=True, state_key="hessian"),
-    "sophiah": OptimizerSpec(sophia, estimate="hutchinson"),
-    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels"),
+    "sophiah": OptimizerSpec(
+        sophia, estimate="hutchinson", shards="torch cannot take Hessian-vector products of a model split by fsdp"
+    ),
+    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels", shards=True),
 }
 FIRST_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate is None)
 SECOND_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate)
@@ -294,6 +298,13 @@ def _parts(optimizer):
     return list(optimizer.optimizers.values()) if isinstance(optimizer, OptimizerContainer) else [optimizer]
 
 
+def share_matrices(optimizer):
+    """Let the ranks compute the updates of Muon and its kin together."""
+    for part in _parts(optimizer):
+        if isinstance(part, Muon):
+            share(part)
+
+
 def second_order(optimizer):
     """The optimizer, or the part of a container, that takes curvature estimates; and its method for them."""
     for part in _parts(optimizer):
@@ -330,8 +341,8 @@ def take_momentum(optimizer, before):
 
 
 def has_parts(optimizer):
-    """Whether ranks hold states that the others do not, although the parameters are whole."""
-    return any(getattr(part, "_share", None) for part in _parts(optimizer))
+    """Whether ranks hold states that the others do not, although the parameters are whole: whitened Muon's factors."""
+    return any(isinstance(part, WhitenedMuon) and part._share for part in _parts(optimizer))
 
 
 def owns(optimizer, p):

@@ -31,7 +31,7 @@ from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
 from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
-from training.lock import RunLock
+from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
@@ -83,7 +83,9 @@ class Run:
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
-        world.on_rank0(self._claim_out_dir)
+        owner = world.on_rank0(self._claim_out_dir)
+        if owner and not world.one_machine:
+            world.local_rank0_first(lambda: check_shared(config.out_dir, owner))
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
@@ -125,7 +127,7 @@ class Run:
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
-            shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
+            shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
         if in_parts:
             world.on_all_ranks(lambda: load_weights(self.model, checkpoint, world.device))
         self.model.to(world.device)
@@ -205,7 +207,7 @@ class Run:
         return sentence(error, self.config, world.device_name, memory_of(world.device), world.size, rows)
 
     def _claim_out_dir(self):
-        """Take the lock of out_dir, before anything in it is read or removed."""
+        """Take the lock of out_dir, before anything in it is read or removed. Returns its owner."""
         if not self.config.eval_only:
             folder = Path(self.config.out_dir)
             with file_errors(folder, "name another --out_dir"):
@@ -216,6 +218,7 @@ class Run:
                     probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
                 finally:
                     probe.unlink(missing_ok=True)
+                return self._lock.owner
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
@@ -377,6 +380,8 @@ class Run:
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
+        if self.world.size > 1 or self.config.fsdp:
+            optimizers.share_matrices(optimizer)
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
