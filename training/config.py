@@ -21,6 +21,11 @@ from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
+# Settings of older versions, off by default, and files of config/: what somebody is told who still uses them.
+REMOVED = dict.fromkeys(
+    ("eigenbasis", "spectral", *(f"train_gpt2_30m_sophiag_{name}.py" for name in ("eigenbasis", "spectral", "tuned"))),
+    "was replaced by whitened_muon (train_adam.py) and sophia_muon (train_sophiag.py); commit efa612d still has it",
+)
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH", "ckpt:PATH")
 STARTS = ("scratch", "resume", "auto", *PRETRAINED)
 MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
@@ -188,7 +193,9 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if a checkpoint is named that would not be read."""
+        """UserError if no folder is named, or a checkpoint that would not be read."""
+        if not self.out_dir:  # it would be the working directory
+            raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
             other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
             raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")
@@ -211,6 +218,8 @@ def load_config(cls, argv=None):
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
             values |= _run_config_file(cls, argument)
+        elif _is_removed(key, text, "the command line"):
+            continue
         elif not equals:
             raise UserError(f"{argument}: write it as --{key}=VALUE.")
         else:
@@ -240,17 +249,24 @@ def _check_read(config, values, on_command_line):
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
 
 
-def with_current_values(cls, settings):
+def with_current_values(cls, settings, where=""):
     """`settings`, a dict, with the values that older versions wrote replaced by those of now.
 
-    UserError for a value of another type than the setting's.
+    UserError for a value of another type than the setting's, and for one of REMOVED that is on; it says `where`.
     """
-    current = dict(settings)
+    current = {name: value for name, value in settings.items() if not _is_removed(name, value, where)}
     for field in dataclasses.fields(cls):
         if field.name in current:
             value = current[field.name]
             current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
     return current
+
+
+def _is_removed(name, value, where):
+    """Whether the setting is one of REMOVED. UserError if it is on."""
+    if name in REMOVED and value not in (False, "False", "false"):
+        raise UserError(f"{where}: {name} {REMOVED[name]}.")
+    return name in REMOVED
 
 
 def describe(cls):
@@ -266,7 +282,8 @@ def _run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     values = {}
     for key, value in run_file(path, runpy.run_path, path).items():
-        if not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
+        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+        if own and not _is_removed(key, value, path):
             field = _field(cls, key, path)
             values[field.name] = _convert(field, value)
     return values
@@ -277,6 +294,7 @@ def run_file(path, function, *arguments, **options):
     try:
         read_bytes(path, 1 << 24)
     except OSError as error:
+        _is_removed(os.path.basename(path), True, path)
         raise UserError(f"{path}: cannot read this file ({error.strerror}); settings are --key=value.") from None
     try:
         return function(*arguments, **options)

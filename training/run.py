@@ -97,7 +97,7 @@ class Run:
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
-            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
+            checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             differing = optimizers.state_differences(config, checkpoint)
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
@@ -642,7 +642,8 @@ class Run:
 
 def _warn_of_separate_tasks():
     """Warn if a launcher started several processes that do not know of each other."""
-    for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+    launchers = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": ""}
+    for count, number in launchers.items():
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
             alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
