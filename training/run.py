@@ -283,11 +283,11 @@ class Run:
 
     def _record(self):
         """What config.json holds beside the settings."""
-        commit, clean = git_state()
+        commit, changed = git_state()
         sizes = {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val)}
         return {
             "git_commit": commit,
-            "clean": clean,
+            "clean": None if changed is None else not changed,
             **self._facts,
             "shared_device": self._shared_device,
             "history": self._history,
