@@ -115,7 +115,7 @@ def checked_checkpoint(content, path):
         return type(value) is int and 0 <= value < 2**63
 
     def is_plain(value):
-        return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
+        return isinstance(value, dict) and all(isinstance(v, PLAIN) and "\0" not in str(v) for v in value.values())
 
     def is_tokenizer(value):
         from training.tokenizer import check_spec
