@@ -155,9 +155,10 @@ class Distributed:
             dist.destroy_process_group()
             self.distributed = False
 
-    def mesh(self):
-        """The device mesh of all ranks, over which `sharding` splits a model."""
-        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+    def mesh(self, shard=None):
+        """The device mesh of all ranks; with `shard` in rows of that many, for copies of a model that a row splits."""
+        shape, names = ((self.size // shard, shard), ("copies", "shards")) if shard else ((self.size,), None)
+        return dist.device_mesh.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def sum(self, tensor):
         """The sum of `tensor` over the ranks, in place."""

@@ -111,11 +111,11 @@ def checked_checkpoint(content, path):
     def is_number(value):
         return isinstance(value, int | float) and not isinstance(value, bool)
 
-    def is_count(value):
-        return type(value) is int and 0 <= value < 2**63
+    def dict_of(is_right):
+        return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
-    def is_plain(value):
-        return isinstance(value, dict) and all(isinstance(v, PLAIN) and "\0" not in str(v) for v in value.values())
+    def list_of(is_right):
+        return lambda value: isinstance(value, list) and all(map(is_right, value))
 
     def is_tokenizer(value):
         from training.tokenizer import check_spec
@@ -126,27 +126,20 @@ def checked_checkpoint(content, path):
         return False
 
     kinds = {
-        "step": is_count,
-        "sequences_seen": is_count,
-        "config": is_plain,
-        "model_args": is_plain,
-        "model": lambda value: isinstance(value, dict),
-        "optimizer": lambda value: isinstance(value, dict),
-        "scaler": lambda value: isinstance(value, dict),
-        "facts": lambda value: isinstance(value, dict),
-        "counts": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
-        "curvature": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
-        "history": lambda value: isinstance(value, list) and all(map(_is_change, value)),
-        "recent_losses": lambda value: isinstance(value, list) and all(map(is_number, value)),
-        "best_val_loss": is_number,
-        "seconds": is_number,
-        "flops": lambda value: value is None or is_number(value),
-        "wandb_id": lambda value: value is None or isinstance(value, str),
-        "tokenizer": is_tokenizer,
+        ("step", "sequences_seen"): lambda value: type(value) is int and 0 <= value < 2**63,
+        ("config", "model_args"): dict_of(lambda item: isinstance(item, PLAIN) and "\0" not in str(item)),
+        ("model", "optimizer", "scaler", "facts"): lambda value: isinstance(value, dict),
+        ("counts", "curvature"): dict_of(is_number),
+        ("history",): list_of(_is_change),
+        ("recent_losses",): list_of(is_number),
+        ("best_val_loss", "seconds"): is_number,
+        ("flops",): lambda value: value is None or is_number(value),
+        ("wandb_id",): lambda value: isinstance(value, str | None),
+        ("tokenizer",): is_tokenizer,
     }
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint of this project; name another one.")
-    for key, is_right in kinds.items():
+    for key, is_right in ((key, is_right) for keys, is_right in kinds.items() for key in keys):
         if key in content and not is_right(content[key]):
             raise UserError(f"{path} is no checkpoint of this project: its {key} is not of its type; name another one.")
     checkpoint = Checkpoint(content, path)

@@ -128,7 +128,7 @@ def test_muons_state_of_blocks_from_older_checkpoints_is_joined():
         b.grad = torch.randn(b.shape)
     former.step()
     optimizer = make_optimizer(AdamConfig(optimizer_name="muon"), made, CPU)
-    load_state(optimizer, {"muon": former.state_dict(), "adamw": optimizer.optimizers["adamw"].state_dict()})
+    load_state(optimizer, {"muon": former.state_dict(), "adamw": optimizer.optimizers["adamw"].state_dict()}, {})
     buffers = [former.state[b]["momentum_buffer"] for b in blocks]
     for p, expected in zip(made[0]["params"], (torch.cat(buffers[:3]), *buffers[3:]), strict=True):
         assert torch.equal(optimizer.state[p]["momentum_buffer"], expected)

@@ -1,0 +1,18 @@
+# Momentum and weight decay of whitened Muon, whole and in blocks, and of Muon itself, at 30M on Python source.
+#   python sweep.py experiments/30m_muon_momentum/sweep.py --out_dir=out/30m_muon_momentum
+
+from experiments.best import sweep_of
+
+whitening = sweep_of("30m_whitening")
+whole = whitening["variants"]["both"] | {"whiten_interval": 1}
+blocks = whitening["variants"]["both"] | {"whiten_interval": 2, "whiten_max_width": 384}
+muon = {"config": "config/train_gpt2_30m_muon.py", "optimizer_name": "muon", "learning_rate": 8e-3}
+grid = {"momentum": [0.8, 0.85], "weight_decay": [0.2, 0.4]}
+variants = {"whole": whole, "blocks": blocks, "muon": muon, "muon_1.6e-2": muon | {"learning_rate": 1.6e-2}}
+
+
+def sweep(held_out="3,4", only=""):
+    """held_out: the seeds of every variant; only: some of the variants."""
+    names = only.split(",") if only else variants
+    common = whitening["settings"] | {"seed": [int(seed) for seed in held_out.split(",")]}
+    return {"common": common, "optimizers": {name: variants[name] | grid for name in names}}
