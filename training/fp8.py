@@ -1,4 +1,4 @@
-"""Linear layers in FP8 (float8), through torchao. On an H100 or newer their matrix products are twice as fast.
+"""The blocks' Linear layers in FP8 (float8), through torchao. The output matrix is in training/fp8_loss.py.
 
 to_fp8(model, torch.device("cuda"))
 """
@@ -11,8 +11,9 @@ from training.errors import UserError
 def to_fp8(model, device, emulate=False):
     """Replace the Linear layers of the blocks by layers that multiply in FP8, with one scale for each tensor.
 
-    Parameters, their names, gradients and optimizer states stay as they are. The output matrix, tied or not, the
-    embeddings and the norms stay in autocast's precision. `emulate` rounds the same way, slowly, on any device.
+    Parameters, their names, gradients and optimizer states stay as they are. Embeddings and norms stay in autocast's
+    precision, and so does the output matrix where `fits_fp8` is false. `emulate` rounds the same way, slowly, on any
+    device.
     Raises UserError if the device has no FP8 products, or a width of the products is no multiple of 16.
     """
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):

@@ -10,34 +10,28 @@ import torch
 
 from model import cross_entropy
 from training.curvature import label_loss
+from training.fp8_loss import fp8_gradients
 
 
 class LinearLoss(torch.autograd.Function):
     """loss(hidden @ weight.T, targets), a scalar, for a `loss` that is a mean over all rows of the logits.
 
     Every row has a target; there is no ignore_index. The forward pass computes the gradients too, chunk by chunk,
-    while a chunk's logits exist. The gradient of the weight is summed in the weight's precision.
+    while a chunk's logits exist. The gradient of the weight is summed in the weight's precision. fp8: the products of
+    cross_entropy are those of `fp8_gradients`.
     """
 
     ELEMENTS = 2**30  # logits in a chunk, at most
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss):
-        narrow, chunks = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
-        total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
-        room = hidden.new_empty(-(-len(hidden) // chunks), len(weight))
-        for h, t, d_h in zip(*(x.tensor_split(chunks) for x in (hidden, targets, d_hidden)), strict=True):
-            logits = torch.mm(h, narrow.t(), out=room[: len(h)])
-            if has_kernel(loss, logits.device):
-                value, gradient = fused_cross_entropy(logits, t)
-            else:
-                value, gradient = loss_and_gradient(logits, t, loss)
-            total += value
-            torch.mm(gradient, narrow, out=d_h)
-            if weight.is_cuda and weight.dtype != h.dtype:
-                torch.addmm(d_weight, gradient.t(), h, out_dtype=weight.dtype, out=d_weight)
-            else:
-                d_weight.addmm_(gradient.t().to(weight.dtype), h.to(weight.dtype))
+    def forward(ctx, hidden, weight, targets, loss, fp8=False):
+        if fp8:
+            total, d_hidden, d_weight, rows = fp8_gradients(hidden, weight, targets)
+            if len(rows):
+                more, d_hidden[rows], product = chunked_gradients(hidden[rows], weight, targets[rows], loss)
+                total, d_weight = total + more, d_weight.add_(product)
+        else:
+            total, d_hidden, d_weight = chunked_gradients(hidden, weight, targets, loss)
         ctx.save_for_backward(d_hidden, d_weight)
         return total / len(hidden)
 
@@ -45,7 +39,27 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         d_hidden, d_weight = ctx.saved_tensors
         scale = (grad_output / len(d_hidden)).view(1, 1)  # CUDA would round a 0-dimensional tensor to hidden's dtype
-        return torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden)), d_weight * scale, None, None
+        return torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden)), d_weight * scale, None, None, None
+
+
+def chunked_gradients(hidden, weight, targets, loss):
+    """The sum of the rows' losses and its gradients with respect to hidden (N, C) and weight (V, C)."""
+    narrow, chunks = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
+    total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
+    room = hidden.new_empty(-(-len(hidden) // chunks), len(weight))
+    for h, t, d_h in zip(*(x.tensor_split(chunks) for x in (hidden, targets, d_hidden)), strict=True):
+        logits = torch.mm(h, narrow.t(), out=room[: len(h)])
+        if has_kernel(loss, logits.device):
+            value, gradient = fused_cross_entropy(logits, t)
+        else:
+            value, gradient = loss_and_gradient(logits, t, loss)
+        total += value
+        torch.mm(gradient, narrow, out=d_h)
+        if weight.is_cuda and weight.dtype != h.dtype:
+            torch.addmm(d_weight, gradient.t(), h, out_dtype=weight.dtype, out=d_weight)
+        else:
+            d_weight.addmm_(gradient.t().to(weight.dtype), h.to(weight.dtype))
+    return total, d_hidden, d_weight
 
 
 def has_kernel(loss, device):

@@ -15,7 +15,6 @@ import torch
 from muon import JORDAN, MINIMAX, Muon, WhitenedMuon
 from muon_distributed import share
 from sophia import SophiaG, SophiaH
-from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
@@ -104,7 +103,7 @@ def sophia(config, groups, device):
     """SophiaG or SophiaH, and AdamW for the groups that `adamw_for` names."""
     auxiliary = [group for group in groups if group["name"] in config.adamw_for]
     groups = [group for group in groups if group["name"] not in config.adamw_for]
-    optimizer = _sophia_class(config, groups)(
+    optimizer = (SophiaG if config.optimizer_name == "sophiag" else SophiaH)(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -117,15 +116,6 @@ def sophia(config, groups, device):
     if not auxiliary:
         return optimizer
     return OptimizerContainer(sophia=optimizer, adamw=_aux_adamw(config, auxiliary, AUX_BETAS, device))
-
-
-def _sophia_class(config, groups):
-    """The class for `config`; with eigenbasis the group "matrices" is marked for it."""
-    if not config.eigenbasis:
-        return SophiaG if config.optimizer_name == "sophiag" else SophiaH
-    for group in groups:
-        group["eigenbasis"] = group["name"] == "matrices"
-    return SpectralSophiaG if config.spectral else EigenbasisSophiaG
 
 
 def adamw_before_sophia(config, groups, device):
@@ -432,7 +422,7 @@ def state_differences(config, checkpoint):
     def is_adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
         return 0 < start >= step
 
-    defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
+    defaults = {"optimizer_name": None, "adamw_for": "none", "sophia_start_iter": 0}
     if config.optimizer_name in ("whitened_muon", "sophia_muon"):
         defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
     pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]

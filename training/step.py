@@ -16,6 +16,7 @@ from model import cross_entropy
 from training import data
 from training.curvature import hessian_vector_product, label_loss
 from training.errors import is_out_of_memory
+from training.fp8_loss import fits_fp8
 from training.loss import LinearLoss, has_kernel
 from training.optimizers import OPTIMIZERS, amp_scaling, second_order, step_arguments, supports_amp_scaling
 from training.schedule import sequence_length
@@ -119,7 +120,7 @@ class TrainStep:
         self._settled = config.fsdp or world.size <= 2
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
-        self._forward = ModelLoss(model, config.compile, config.fsdp)
+        self._forward = ModelLoss(model, config.compile, config.fsdp, config.fp8)
         self._product = compiler(config.compile)(functools.partial(hessian_vector_product, model))
         self._ddp = None
         if world.distributed and not config.fsdp:
@@ -401,9 +402,9 @@ class ModelLoss(torch.nn.Module):
     since it then gathers its parameters block by block.
     """
 
-    def __init__(self, model, compiled, sharded):
+    def __init__(self, model, compiled, sharded, fp8=False):
         super().__init__()
-        self.model, self._sharded = model, sharded
+        self.model, self._sharded, self._fp8 = model, sharded, fp8
         compiled = compiler(compiled)
         self._hidden = compiled(model.hidden)
         self._model_loss = compiled(lambda inputs, targets, loss: model(inputs, targets, loss)[1])
@@ -417,7 +418,9 @@ class ModelLoss(torch.nn.Module):
         hidden = self._hidden(inputs).flatten(0, 1)
         if loss is not cross_entropy and not has_kernel(loss, hidden.device):
             loss = self._compiled_loss(loss)
-        return LinearLoss.apply(hidden, self.model.lm_head.weight, targets.flatten(), loss)
+        weight = self.model.lm_head.weight
+        fp8 = self._fp8 and loss is cross_entropy and fits_fp8(hidden, weight)
+        return LinearLoss.apply(hidden, weight, targets.flatten(), loss, fp8)
 
 
 def loss_and_accuracy(logits, targets):
