@@ -251,14 +251,17 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
+        for name, p in self.named_parameters():
+            self.init_weight(name, p)
+
+    def init_weight(self, name: str, p: Tensor) -> None:
         """As GPT-2, for every setting: N(0, 0.02^2), biases 0, gains 1. c_proj, which adds to the residual stream, has
         0.02 / sqrt(2 n_layer)."""
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
-            else:  # gains of norms, and all biases
-                nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+        if p.dim() > 1:
+            n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+            nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
+        else:  # gains of norms, and all biases
+            nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, loss: Loss = cross_entropy, caches: list[Cache] | None = None

@@ -13,7 +13,7 @@ Matrices of one shape are stepped together, as one batch of matrix products.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,12 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: for a setting out of its range, and for a parameter that is not a matrix.
-        RuntimeError: for sparse gradients, and for complex or sharded (DTensor) parameters.
+        RuntimeError: for sparse gradients, for complex parameters, and for sharded ones (DTensor) before
+            `muon_distributed.share(optimizer)`.
     """
 
     _step_supports_amp_scaling = True
+    _share: Any = None  # of muon_distributed.py: the ranks that compute the updates together
 
     def __init__(
         self,
@@ -95,18 +97,29 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
-            for batch in self._batches(group):
-                self._step(batch, group)
+            batches = self._batches(group)
+            for batch in batches:
+                torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
+            for batch, update in (self._share or self)._updates(batches, group):
+                self._apply(update, batch, group)
         return loss
 
-    def _step(self, batch: "_Batch", group: dict[str, Any]) -> None:
-        lr, weight = batch.lr, 1 - group["momentum"]
-        torch._foreach_lerp_(batch.momenta, batch.grads, weight)
-        moved, grads = _stack(batch.momenta), _stack(batch.grads)  # (matrices, rows, columns)
+    def _updates(self, batches: "list[_Batch]", group: dict[str, Any]) -> "Iterator[tuple[_Batch, Tensor]]":
+        """Yield every batch with its updates, (matrices, rows, columns)."""
+        for batch in batches:
+            moved, grads = self._moved(batch, group)
+            yield batch, self._direction(moved, grads, batch, group)
+
+    def _moved(self, batch: "_Batch", group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What is orthogonalized, and the gradients, (matrices, rows, columns)."""
+        moved, grads = _stack(batch.momenta), _stack(batch.grads)
         if group["nesterov"]:
-            moved.lerp_(grads, weight)
-        update = self._direction(moved, grads, batch, group).to(batch.params[0].dtype)
-        scale = 0.2 * math.sqrt(max(update.shape[1:])) * lr
+            moved.lerp_(grads, 1 - group["momentum"])
+        return moved, grads
+
+    def _apply(self, update: Tensor, batch: "_Batch", group: dict[str, Any]) -> None:
+        lr, update = batch.lr, update.to(batch.params[0].dtype)
+        scale = 0.2 * math.sqrt(batch.longest) * lr
         updates = list(update * scale if isinstance(scale, Tensor) else update)
         decay = lr * group["weight_decay"]
         if group["cautious"]:
@@ -127,6 +140,8 @@ class Muon(Optimizer):
     # ----- plumbing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._share:
+            raise RuntimeError("parameter groups have to be added before muon_distributed.share()")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -149,8 +164,6 @@ class Muon(Optimizer):
         for param, split in zip(group["params"], _splits(group), strict=True):
             if param.is_complex():
                 raise RuntimeError(f"{type(self).__name__} does not step complex parameters")
-            if hasattr(param, "device_mesh"):
-                raise RuntimeError(f"{type(self).__name__} does not step sharded parameters (DTensor)")
             if param.ndim != 2 and not (group["flatten"] and param.ndim > 2):
                 raise ValueError(
                     f"{type(self).__name__} steps matrices, and a parameter has the shape {tuple(param.shape)}: leave "
@@ -168,7 +181,10 @@ class Muon(Optimizer):
     def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
         """Everything in the group that has a gradient, by device, dtype and shape of its matrices."""
         members = []
-        for param, split in zip(group["params"], _splits(group), strict=True):
+        pairs = list(zip(group["params"], _splits(group), strict=True))
+        if self._share:
+            pairs.sort(key=lambda pair: self._share.owner[pair[0]])
+        for param, split in pairs:
             if param.grad is None or not param.numel():
                 continue
             if param.grad.is_sparse:
@@ -181,6 +197,11 @@ class Muon(Optimizer):
                 raise ValueError(
                     f"a momentum_buffer of shape {tuple(momentum.shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}: the state is of another model"
+                )
+            if hasattr(param, "device_mesh") and not (self._share and hasattr(momentum, "device_mesh")):
+                raise RuntimeError(
+                    f"{type(self).__name__} steps sharded parameters (DTensor) only after muon_distributed.share(), "
+                    "with momenta that are sharded as they are"
                 )
             if param.ndim > 2 and not param.is_contiguous():
                 raise RuntimeError(f"{type(self).__name__} takes convolutions in torch.contiguous_format only")
@@ -264,7 +285,8 @@ class WhitenedMuon(Muon):
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
         for batch, group in batches:
-            self._update_factors(_stack(batch.grads), batch, group, roots=True, scale=scale)
+            for own, grads in self._share.complete(batch) if self._share else [(batch, _stack(batch.grads))]:
+                self._update_factors(grads, own, group, roots=True, scale=scale)
 
     def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         if group["source"] == "gradient":
@@ -317,20 +339,24 @@ class WhitenedMuon(Muon):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which casts states to the parameter's dtype; factors and roots keep theirs."""
-        loaded = state_dict
+        factors: dict[int, dict[str, Tensor]] = {}
+        numbers: list[int] = []
 
-        def remember(_: Optimizer, after_hooks: dict[str, Any]) -> None:
-            nonlocal loaded
-            loaded = after_hooks
+        def take_out(_: Optimizer, after_hooks: dict[str, Any]) -> dict[str, Any]:
+            states = {}
+            for number, state in after_hooks["state"].items():
+                factors[number] = {k: v for k, v in state.items() if "_factor" in k or "_root" in k}
+                states[number] = {k: v for k, v in state.items() if k not in factors[number]}
+            numbers.extend(number for group in after_hooks["param_groups"] for number in group["params"])
+            return {**after_hooks, "state": states}
 
-        handle = self.register_load_state_dict_pre_hook(remember)  # the last one
+        handle = self.register_load_state_dict_pre_hook(take_out)  # the last one
         super().load_state_dict(state_dict)
         handle.remove()
-        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers, params, strict=True):
-            for key, value in loaded["state"].get(number, {}).items():
-                if "_factor" in key or "_root" in key:
+            if not self._share or self._share.owner[param] == self._share.rank:
+                for key, value in factors.get(number, {}).items():
                     self.state[param][key] = value.to(param.device, copy=True)
 
 
@@ -467,9 +493,13 @@ class _Plan:
         self.key = self._key(members)
         batches: dict[Any, _Batch] = {}
         for param, grad_dtype, state, rows in members:
-            for height in dict.fromkeys(rows):
-                shape = (height, param[0].numel())
-                batch = batches.setdefault((param.device, param.dtype, grad_dtype, shape), _Batch())
+            columns = math.prod(param.shape[1:])
+            longest = [max(height, columns) for height in rows]
+            if hasattr(param, "device_mesh"):  # the owner divides it when it has all rows
+                rows = [param.shape[0]]
+            for height, side in dict(zip(rows, longest, strict=False)).items():
+                key = (param.device, param.dtype, grad_dtype, height, columns, side)
+                batch = batches.setdefault(key, _Batch(side))
                 batch.add(param, state, rows, height)
         self.batches = list(batches.values())
 
@@ -479,7 +509,14 @@ class _Plan:
     @staticmethod
     def _key(members: list[_Member]) -> list[Any]:
         return [
-            (id(param), param.data_ptr(), id(state), state["momentum_buffer"].data_ptr(), grad_dtype, rows)
+            (
+                id(param),
+                _local(param).data_ptr(),
+                id(state),
+                _local(state["momentum_buffer"]).data_ptr(),
+                grad_dtype,
+                rows,
+            )
             for param, grad_dtype, state, rows in members
         ]
 
@@ -487,11 +524,15 @@ class _Plan:
 class _Batch:
     """Matrices of one shape, device and dtype: what one batch of products takes.
 
-    params, grads, momenta: lists of (rows, columns), views of the parameters', in float32 or better.
+    params, grads, momenta: lists of (rows, columns), views of the parameters', in float32 or better. Of a parameter
+    that is sharded there is one, of this rank's rows.
     states: of every parameter, and counts, its number of matrices here.
+    longest: the larger of the matrices' numbers of rows and columns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.route: Any = None  # of muon_distributed.py
         self.members: list[tuple[Tensor, list[int], int]] = []
         self.states: list[_State] = []
         self._params: list[Tensor] = []
@@ -500,9 +541,9 @@ class _Batch:
 
     def add(self, param: Tensor, state: dict[str, Any], rows: list[int], height: int) -> None:
         self.members.append((param, rows, height))
-        self.states.append(_State(state, "" if len(set(rows)) == 1 else f"_{height}", rows.count(height)))
-        self._params += _matrices(param.detach(), rows, height)
-        self._momenta += _matrices(state["momentum_buffer"], rows, height)
+        self.states.append(_State(state, rows, height))
+        self._params += _matrices(_local(param.detach()), rows, height)
+        self._momenta += _matrices(_local(state["momentum_buffer"]), rows, height)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -522,7 +563,7 @@ class _Batch:
         self.grads: list[Tensor] = []
         for param, rows, height in self.members:
             assert param.grad is not None
-            self.grads += _matrices(param.grad.to(dtype), rows, height)
+            self.grads += _matrices(_local(param.grad).to(dtype), rows, height)
         if grad_scale is not None:
             self.grads = list(torch._foreach_div(self.grads, grad_scale.to(device, dtype, non_blocking=True)))
         if self.skip is not None:
@@ -568,8 +609,9 @@ class _Batch:
 class _State:
     """What a batch sees of a parameter's state: keys with a suffix where other matrices of it have other shapes."""
 
-    def __init__(self, state: dict[str, Any], suffix: str, count: int) -> None:
-        self.state, self.suffix, self.count = state, suffix, count
+    def __init__(self, state: dict[str, Any], rows: list[int], height: int) -> None:
+        self.state, self.count = state, rows.count(height)
+        self.suffix = "" if len(set(rows)) == 1 else f"_{height}"
 
     def __contains__(self, key: str) -> bool:
         return key + self.suffix in self.state
@@ -579,6 +621,11 @@ class _State:
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         self.state[key + self.suffix] = value
+
+
+def _local(tensor: Any) -> Tensor:
+    """The rows of a sharded tensor that are on this rank; other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
 
 
 def _matrices(tensor: Tensor, rows: list[int], height: int) -> list[Tensor]:

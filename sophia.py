@@ -29,11 +29,11 @@ _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 
 
 # ----- The update and the estimate, in place, for lists of tensors: parameters p, gradients g, averages m, curvatures h
-def _update(p, g, m, h, *, lr, beta1, rho, eps, weight_decay, nesterov, direction=None):
+def _update(p, g, m, h, *, lr, beta1, rho, eps, weight_decay, nesterov):
     """Algorithm 3. For SophiaG rho stands for rho * bs, and eps is None."""
     torch._foreach_lerp_(m, g, 1 - beta1)  # m <- beta1 m + (1 - beta1) g
     numerators = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
-    updates = (direction or _clipped)(numerators, h, rho, eps)
+    updates = _clipped(numerators, h, rho, eps)
     torch._foreach_mul_(p, 1 - lr * weight_decay)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(p, torch._foreach_mul(updates, lr))
@@ -241,7 +241,7 @@ class _Sophia(Optimizer):
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._cache = {}  # what is derived from the state
         defaults |= {"maximize": maximize, "capturable": capturable, "bias_correction": bias_correction}
-        super().__init__(params, {**defaults, "nesterov": nesterov, **getattr(self, "_more_defaults", {})})
+        super().__init__(params, {**defaults, "nesterov": nesterov})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -305,9 +305,11 @@ class _Sophia(Optimizer):
         """As torch's, but only m and h are cast to the parameter's dtype, or to float32 where that is float16."""
 
         def hide_from_torch(_, loaded):  # __setstate__ calls the methods that take the tensors' places
-            state, keeps = {}, (*_AVERAGES, "left_", "right_")
+            state = {}
             for n, values in loaded["state"].items():
-                state[n] = {k: torch.as_tensor(v).to if k.startswith(keeps) else v for k, v in values.items()}
+                if "left_basis" in values:
+                    raise RuntimeError("this is a state of EigenbasisSophiaG, which only commit efa612d still has")
+                state[n] = {k: torch.as_tensor(v).to if k.startswith(_AVERAGES) else v for k, v in values.items()}
             return {**loaded, "state": state}
 
         handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # last: it sees what the other hooks return
@@ -316,7 +318,7 @@ class _Sophia(Optimizer):
         finally:
             handle.remove()
 
-    def _param_state(self, param, group, position):
+    def _param_state(self, param, group):
         """The parameter's state; missing entries are added, as after loading a checkpoint of the official code."""
         state, corrects = self.state[param], group["bias_correction"]
         # The age of a curvature from a run without bias correction is taken as infinite: nothing is corrected.
@@ -329,8 +331,6 @@ class _Sophia(Optimizer):
         for key in _AVERAGES:
             if key not in state:
                 state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
-        if "left_basis" in state and not self._matrix(group, position):
-            raise RuntimeError("this state was made with eigenbasis=True, its hessian needs EigenbasisSophiaG")
         return state
 
     def _collect(self, gradients=None):
@@ -356,14 +356,14 @@ class _Sophia(Optimizer):
                     continue
                 if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                state = self._param_state(param, group, position)
+                state = self._param_state(param, group)
                 tensors, shards = (param, grad, *(state[key] for key in _AVERAGES)), ()
                 if hasattr(param, "device_mesh"):  # a DTensor: every rank steps its own shard
                     tensors, shards = _local_shards(tensors)
                 self._check_shapes(index, position, tensors)
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
-                key = (index, param.device, tuple(t.dtype for t in tensors), shards, self._matrix(group, position))
+                key = (index, param.device, tuple(t.dtype for t in tensors), shards)
                 buckets.setdefault(key, []).append((state, *tensors))
         return [_Bucket(key, self.param_groups[key[0]], entries) for key, entries in buckets.items()]
 
@@ -379,9 +379,6 @@ class _Sophia(Optimizer):
                 raise ValueError(
                     f"{kind} of parameter {name}: {shapes}, {t.device} for {p.device}; load a fitting state"
                 )
-
-    # For a subclass that steps matrices in its own way: what the matrices of one bucket share.
-    _matrix = staticmethod(lambda group, position: None)
 
     def _implementation(self, bucket):
         """torch's rule: as asked, else foreach on accelerators and one tensor after the other on the CPU."""
@@ -651,7 +648,7 @@ class _Bucket:
 
     def __init__(self, key, group, entries):
         self.key, self.group = key, group
-        self.index, self.device, self.dtypes, self.shards, self.matrix = key  # matrix: see _Sophia._matrix
+        self.index, self.device, self.dtypes, self.shards = key
         columns = map(list, zip(*entries, strict=True))
         self.states, self.params, self.grads, self.exp_avgs, self.hessians = columns  # local, real tensors
         self.steps = [state["step"] for state in self.states]  # float32 scalars on `device`

@@ -50,8 +50,6 @@ def buckets(optimizer: Any, gradients: dict[Tensor, Tensor] | None) -> list[Any]
 
 def _split(bucket: Any, cache: dict[Any, Any]) -> list[Any]:
     """The bucket in parts of one alignment each. The kernels' parts keep addresses and no tensor of this step."""
-    if bucket.matrix:
-        return [bucket]
     parts: dict[int, Any] = {}
     count_key = "hessian_step" if bucket.group["bias_correction"] else "step"
     entries = list(zip(bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True))

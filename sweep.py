@@ -247,12 +247,12 @@ def grid(definition, out_dir, known=()):
             trials.append(Trial(optimizer, point, argv, folder, config.max_iters, wanted=wanted))
     if not trials or len(folders) < len(trials):
         raise UserError("an optimizer sweeps an empty list, or one with a value twice; list each value once.")
-    other, reference = next(iter(budgets.items()))
+    other, first = next(iter(budgets.items()))
     for optimizer, tokens in budgets.items():
-        if len(tokens) != len(reference) and "runs" not in definition:
-            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(reference)}; make them equal.")
-        if odd := [n for n in tokens if n != reference[0]]:
-            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, not {reference[0]:,}; make them equal.")
+        if len(tokens) != len(first) and "runs" not in definition:
+            raise UserError(f"{optimizer} has {len(tokens)} runs and {other} {len(first)}; make them equal.")
+        if odd := [n for n in tokens if n != first[0]]:
+            raise UserError(f"{optimizer} has a run of {odd[0]:,} tokens, {other} of {first[0]:,}; make them equal.")
     return list(draw(trials, definition["runs"], set(names.values()))) if "runs" in definition else trials
 
 

@@ -28,13 +28,11 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(None, "the paper's gamma; default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
+    rho: float | None = setting(None, "clipping threshold (gamma); default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
     hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, for sophiah 32", at_least=1)
     bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)
     nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient, m the new gradient average", needs=SOPHIA)
-    eigenbasis: bool = setting(False, "with sophiag, step the hidden matrices in the eigenbasis of their curvature")
-    spectral: bool = setting(False, "with eigenbasis, orthogonalize the whitened step; takes Muon's learning rates")
     adamw_for: str = setting(
         "none",
         "groups that AdamW (betas 0.9, 0.95) updates instead",
@@ -53,9 +51,8 @@ class SophiaConfig(TrainConfig):
         if self.rho is None:
             self.rho = 0.01 if hutchinson else 0.05
         if self.optimizer_name == "sophia_muon":
-            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter or self.eigenbasis:
-                others = "adamw_for, eigenbasis and sophia_start_iter"
-                raise UserError(f"sophia_muon has AdamW for all but the matrices: leave out {others}.")
+            if self.adamw_for not in ("none", "embeddings+scalars") or self.sophia_start_iter:
+                raise UserError("sophia_muon has AdamW for all but the matrices: no adamw_for, no sophia_start_iter.")
             self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
@@ -67,14 +64,6 @@ class SophiaConfig(TrainConfig):
             raise UserError("adamw_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if "embeddings" in self.adamw_for and self.adamw_lr and self.embedding_lr:
             raise UserError("adamw_lr and embedding_lr both set the embeddings' learning rate here; give one of them.")
-        if self.eigenbasis and hutchinson:
-            raise UserError("eigenbasis needs the gradients of sophiag's estimate; use sophiag, or leave it at False.")
-        if self.spectral and not self.eigenbasis:
-            raise UserError("spectral needs the eigenvectors of the curvature; set eigenbasis = True as well.")
-        if self.spectral and self.adamw_for != "embeddings+scalars":
-            raise UserError("spectral's learning rates are too high for Sophia; set adamw_for = embeddings+scalars.")
-        if self.eigenbasis and self.fsdp:
-            raise UserError("eigenbasis needs complete matrices, and fsdp = True splits them; leave one at False.")
         if hutchinson and self.fp8:
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
         if self.hess_bs > self.total_bs:

@@ -6,13 +6,12 @@ autocast and torch.compile for all. Compilation comes before and is reported as 
 
 import contextlib
 import gc
-import os
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +21,12 @@ import torch
 from benchmarks.report import GPT2_SIZES, LLAMA_SIZES, Report, alternate, load_module, model_names, model_shape
 from data.corpus import positive
 from model import GPT, GPTConfig
-from sweep import visible_gpus
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
 from training.config import load_config
 from training.errors import UserError
 from training.flops import peak_flops
-from training.metrics import METRICS, read_metrics
-from training.optimizers import SECOND_ORDER, OptimizerContainer, make_optimizer
+from training.optimizers import OPTIMIZERS, SECOND_ORDER, OptimizerContainer, make_optimizer
 from training.run import Run
 
 # Sequences. At 124M on an H200 nanoGPT was fastest at 64 of 12, 32 and 64, and ours as fast at 128. 355M: only 32 ran.
@@ -47,6 +44,7 @@ def add_arguments(parser):
     kind = partial(model_names, known=names)
     parser.add_argument("--models", type=kind, default="124M,355M", help=f"of {', '.join(names)}")
     parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="what to measure")
+    parser.add_argument("--optimizers", default="adamw,muon,whitened_muon,sophiag", help="of scaling and fsdp")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=positive, default=5, help="turns of every contender; the median counts")
     parser.add_argument("--steps", type=positive, default=10, help="steps in a row that one turn times")
@@ -62,6 +60,9 @@ def run(args):
     chosen = args.parts.split(",")
     if unknown := sorted(set(chosen) - set(parts)):
         raise UserError(f"--parts {','.join(unknown)}: expected some of {','.join(parts)}.")
+    args.optimizers = args.optimizers.split(",")
+    if unknown := sorted(set(args.optimizers) - OPTIMIZERS.keys()):
+        raise UserError(f"--optimizers {','.join(unknown)}: expected some of {','.join(OPTIMIZERS)}.")
     for path in (args.nanogpt, args.official):
         if path and not (Path(path) / "model.py").is_file():
             raise UserError(f"{path} has no model.py: name a checkout of the peer's repository.")
@@ -293,67 +294,69 @@ def checkpointing(report, model, args):
         compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
 
 
-def ended_run(ranks, script, argv, out_dir, gpu=None):
-    """(tokens/s, GiB) of a short run under torchrun, from its metrics. gpu: the one to use; None: any."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    command += [str(ROOT / script), *argv, f"--out_dir={out_dir}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))
-    lines = read_metrics(Path(out_dir) / METRICS)
-    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
-    memory = [line["memory_gib"] for line in lines if "memory_gib" in line]
-    return statistics.median(speeds[1:]), max(memory, default=0.0)
+def on_ranks(optimizer, model, args, passes, alone, **more):
+    """{"together": {name of passes: tokens/s, "peak_gib"}, "alone": a list of such, one a rank} on two ranks.
 
-
-SHORT = {"max_iters": 26, "log_interval": 5, "eval_interval": 10**6}
+    passes: {name: (total_bs of a rank alone, of both), in micro-batches}. Prints as it goes. See benchmarks/ranks.py.
+    """
+    micro = MICRO_BATCH[model]
+    passes = {name: [micro * batches for batches in pair] for name, pair in passes.items()}
+    argv = settings(model, args, micro, **more)
+    folder = tempfile.mkdtemp(dir=args.folder)
+    job = {"optimizer": optimizer, "argv": argv, "folder": folder, "passes": passes, "alone": alone}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "benchmarks.ranks", json.dumps(job | {"steps": args.steps})]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+        found = {"alone": []}
+        for line in process.stdout:
+            if line.startswith('{"'):
+                print(f"{model:>6}  {optimizer}: {line.strip()}", flush=True)
+                for key, speeds in json.loads(line).items():
+                    found[key] = [*found[key], speeds] if key == "alone" else speeds
+        if process.wait():
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or ["no output"]
+            raise RuntimeError(next((line for line in lines if "rror:" in line), lines[-1]))
+    return found
 
 
 def scaling(report, model, args):
-    """Tokens/s of two GPUs over one, at the same micro-batch: the same script with two ranks and with one.
+    """Tokens/s of two GPUs over one, at the same micro-batch.
 
     One GPU is the mean of both, which run one rank each at the same time: GPUs of one model differ, and of two the
     slower one sets the pace. Measured with a batch of ACCUMULATION micro-batches, and with one micro-batch for each
     rank and step, where every backward pass waits for an exchange of gradients.
     """
-    gpus = (visible_gpus()[:2] or [None]) if args.device == "cuda" else [None]
-    if args.device == "cuda" and len(gpus) < 2:
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
         return print("  scaling: left out, one GPU here", flush=True)
-    micro = MICRO_BATCH[model]
-    for metric, batches in (("scaling_2gpu", (ACCUMULATION, ACCUMULATION)), ("scaling_2gpu_one_pass", (1, 2))):
-
-        def run(ranks, batch, gpu=None, metric=metric):
-            argv = settings(model, args, micro, total_bs=micro * batch, **SHORT)
-            out_dir = args.folder / f"{metric}_{model}_{ranks}_{gpu}"
-            tokens, _ = ended_run(ranks, "train_adam.py", argv, out_dir, gpu)
-            on = "" if gpu is None else f" on GPU {gpu}"
-            print(f"{model:>6}  {ranks} ranks, {batch} micro-batches: {tokens:,.0f} tokens/s{on}", flush=True)
-            return tokens
-
+    passes = {"scaling_2gpu": (ACCUMULATION, ACCUMULATION), "scaling_2gpu_one_pass": (1, 2)}
+    for optimizer in args.optimizers:
         try:
-            with ThreadPoolExecutor(len(gpus)) as pool:
-                single = list(pool.map(partial(run, 1, batches[0]), gpus))
-            report.add("ours", model, metric, run(2, batches[1]) / statistics.mean(single), "times one GPU")
+            found = on_ranks(optimizer, model, args, passes, alone=True)
         except Exception as error:
-            report.error("ours", model, metric, error)
+            report.error(f"ours_{optimizer}", model, "scaling_2gpu", error)
+            continue
+        for name in passes:
+            single = statistics.mean(speeds[name] for speeds in found["alone"])
+            report.add(f"ours_{optimizer}", model, name, found["together"][name] / single, "times one GPU")
 
 
 def fsdp(report, model, args):
-    """Sophia-G with parameters, gradients and states sharded over two GPUs, without and with checkpointing."""
+    """Parameters, gradients and states sharded over two GPUs; the last of the optimizers with checkpointing too."""
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         return print("  fsdp: left out, one GPU here", flush=True)
-    micro = MICRO_BATCH[model]
-    for name, checkpoints in (("ours_fsdp", False), ("ours_fsdp_checkpointing", True)):
-        more = {"fsdp": True, "activation_checkpointing": checkpoints, **SHORT}
-        argv = settings(model, args, micro, total_bs=micro * 2, **more)
+    passes = {"tokens_per_second": (0, ACCUMULATION), "one_pass_tokens_per_second": (0, 2)}
+    contenders = [(name, f"ours_{name}_fsdp", False) for name in args.optimizers]
+    for optimizer, name, checkpoints in [*contenders, (args.optimizers[-1], "ours_fsdp_checkpointing", True)]:
+        more = {"fsdp": True, "activation_checkpointing": checkpoints}
         try:
-            tokens, memory = ended_run(2, "train_sophiag.py", argv, args.folder / f"{name}_{model}")
+            found = on_ranks(optimizer, model, args, passes, alone=False, **more)["together"]
         except Exception as error:
             report.error(name, model, "tokens_per_second", error)
             continue
-        report.add(name, model, "tokens_per_second", tokens, "tokens/s")
-        report.add(name, model, "micro_batch", micro, "sequences")
-        if memory:
-            report.add(name, model, "peak_gib", memory, "GiB")
+        for metric in passes:
+            report.add(name, model, metric, found[metric], "tokens/s")
+        report.add(name, model, "micro_batch", MICRO_BATCH[model], "sequences")
+        if "peak_gib" in found:
+            report.add(name, model, "peak_gib", found["peak_gib"], "GiB")

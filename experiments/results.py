@@ -19,14 +19,14 @@ from analysis.figures import draw_final_losses
 from analysis.runs import group, read_run, read_sweep, unclean
 from analysis.stats import verdict
 from analysis.tables import markdown, speed_rows
-from benchmarks.report import markdown_table
+from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
 from model import GPTConfig
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import describe, load_config, model_config
+from training import exchange, memory
+from training.config import describe, load_config
 from training.errors import Parser, UserError, command
-from training.memory import count_parameters, state_bytes, token_bytes
 from training.metrics import METRICS
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -210,23 +210,54 @@ def settings():
     return "\n".join(lines)
 
 
-def memory():
+def several_gpus():
+    """Memory, traffic and its share of the time by training/memory.py and training/exchange.py, on H200s."""
+    head = ("model", "GPUs", "how", "passes", "memory, GiB", "NVLink, GB", "network, GB", "share of time")
+    rows = []
+    for name, (layers, heads, width) in SIZES_ON_GPUS.items():
+        for gpus in (1, 8, 64):
+            how = [] if gpus == 1 or name == "124M" else ["--fsdp=True"]
+            how += ["--fsdp_shard=8"] if how and gpus == 64 else []
+            cells = []
+            for optimizer in ("adamw", "whitened_muon"):
+                shape = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", "--dtype=bfloat16"]
+                config = load_config(AdamConfig, [*shape, *how, "--total_bs=512", f"--optimizer_name={optimizer}"])
+                fits = memory.estimate(config, 141e9, gpus)
+                batch = max([n for n in memory.micro_batch_sizes(512, gpus) if n <= fits], default=0)
+                config.gradient_accumulation_steps = passes = batch and 512 // gpus // batch
+                parameters, matrices = memory.sizes(config)
+                sent = exchange.bytes_sent(config, parameters, matrices, gpus)
+                flops = 6 * parameters + 12 * layers * width * config.block_size
+                share = exchange.time_share(config, parameters, matrices, gpus, flops, 989.4e12)
+                numbers = memory.state_bytes(config, gpus) / 2**30, *(n / 1e9 for n in sent)
+                cells.append([str(passes or "none fits"), *(f"{n:.3g}" for n in numbers), f"{share:.1%}"])
+            pairs = [a if a == b else f"{a} / {b}" for a, b in zip(*cells, strict=True)]
+            rows.append((name, str(gpus), " ".join(how).replace("--", "") or "copies", *pairs))
+    return table(head, rows, left=(0, 2))
+
+
+SIZES_ON_GPUS = {"124M": GPT2_SIZES["124M"], "1.5B": GPT2_SIZES["1.5B"], "6.6B": (32, 32, 4096)}
+
+
+def memory_of_neox():
     """What a GPU holds in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
     rows = []
     for size in ("1.5b", "6.6b"):
         config = load_config(AdamConfig, [str(ROOT / f"config/train_neox_{size}_adam.py")])
-        count = count_parameters(model_config(config, GPTConfig.vocab_size))
-        batch = config.batch_size * config.block_size * token_bytes(config, GPTConfig.vocab_size) / 2**30
-        states = [state_bytes(count, 1, False, False) / 2**30]
-        states += [state_bytes(count, n, True, config.total_bs > config.batch_size * n) / 2**30 for n in (2, 8, 64)]
-        cells = f"{states[0]:.1f}", *(f"{state:.1f} + {batch:.1f} = {state + batch:.1f}" for state in states[1:])
-        rows.append((f"GPT-NeoX {size.upper()}", f"{count / 1e9:.2f}B", *cells))
+        batch = config.batch_size * config.block_size * memory.token_bytes(config, GPTConfig.vocab_size) / 2**30
+        cells = []
+        for gpus in (1, 2, 8, 64):
+            config.fsdp, config.gradient_accumulation_steps = gpus > 1, config.total_bs // (config.batch_size * gpus)
+            state = memory.state_bytes(config, gpus) / 2**30
+            cells.append(f"{state:.1f} + {batch:.1f} = {state + batch:.1f}" if config.fsdp else f"{state:.1f}")
+        rows.append((f"GPT-NeoX {size.upper()}", f"{memory.sizes(config)[0] / 1e9:.2f}B", *cells))
     head = "GiB a GPU: state + micro-batch", "parameters", "state without fsdp", "2 GPUs", "8 GPUs", "64 GPUs"
     return table(head, rows)
 
 
 TABLES = {
-    "memory": memory,
+    "memory": memory_of_neox,
+    "several-gpus": several_gpus,
     "results-main": results_main,
     "results-30m": results_30m,
     "results-large-batches": results_large_batches,

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,4 +82,16 @@ def torchrun(ranks, script, words, timeout=120):
 
     torchrun itself takes ten seconds more on one core. `tests.test_crash.start` starts it, where a test is of it.
     """
-    return run_ranks(ranks, str(ROOT / script), list(map(str, words)), timeout)
+    script, words = str(ROOT / script), list(map(str, words))
+    if "--device=cuda" not in words:
+        return run_ranks(ranks, script, words, timeout)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        script,
+        *words,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

@@ -132,38 +132,40 @@ def test_numbers_and_switches_are_checked(capsys, line):
 
 @pytest.mark.slow  # compiles and trains for every part of the benchmark
 def test_train_gives_a_row_for_every_part(tmp_path, monkeypatch):
-    """Toy models on the CPU; all parts but scaling, for which the next test is."""
+    """Toy models on the CPU, optimizers on two ranks included."""
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     monkeypatch.setitem(train.MICRO_BATCH, "30M", 4)
     monkeypatch.setitem(train.MICRO_BATCH, "llama-30M", 4)
     monkeypatch.setattr(train, "ACCUMULATION", 2)
-    monkeypatch.setattr(train, "SHORT", train.SHORT | {"max_iters": 11, "log_interval": 4})
     monkeypatch.setitem(sys.modules, "model_of_ours", model)
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer" / "model.py").write_text(PEER)
     out = tmp_path / "t.json"
     argv = f"train --device cpu --models 30M,llama-30M --rounds 1 --steps 2 --block_size 16 --compile False --out {out}"
-    argv += " --parts speed,curvature,checkpointing,fsdp"
+    argv += " --optimizers whitened_muon,sophiag"
     bench.main([*argv.split(), f"--nanogpt={tmp_path / 'peer'}", "--commit=abc"])
     result = json.loads(out.read_text())
     assert result["errors"] == []
     value = {(row["contender"], row["metric"]): row["value"] for row in result["rows"] if row["model"] == "30M"}
     llama = {(row["contender"], row["metric"]) for row in result["rows"] if row["model"] == "llama-30M"}
     assert value.keys() - llama == {key for key in value if key[0] == "nanogpt"}, "which has no such model"
-    for contender in ("ours", "nanogpt", "ours_checkpointing", "ours_fsdp", "ours_fsdp_checkpointing"):
+    for contender in ("ours", "nanogpt", "ours_checkpointing", "ours_fsdp_checkpointing"):
         assert value[contender, "tokens_per_second"] > 0, contender
+    for optimizer in ("whitened_muon", "sophiag"):
+        for name in ("", "one_pass_"):
+            assert value[f"ours_{optimizer}_fsdp", f"{name}tokens_per_second"] > 0
+        assert min(value[f"ours_{optimizer}", f"scaling_2gpu{name}"] for name in ("", "_one_pass")) > 0
     assert {("ours_sophiag", "curvature_overhead"), ("ours_sophiah", "curvature_overhead")} <= set(value)
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
 
 
-def test_scaling_is_over_the_mean_of_both_gpus(monkeypatch, tmp_path):
-    speeds, rows = {(1, "0"): 100, (1, "1"): 80, (2, None): 171}, {}
-    monkeypatch.setattr(train, "visible_gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(train, "ended_run", lambda ranks, script, argv, out_dir, gpu: (speeds[ranks, gpu], 0))
-    args = SimpleNamespace(device="cuda", folder=tmp_path, block_size=16, compile="False")
+def test_scaling_is_over_the_mean_of_both_gpus(monkeypatch):
+    alone = [{"scaling_2gpu": speed, "scaling_2gpu_one_pass": speed / 2} for speed in (100, 80)]
+    found, rows = {"alone": alone, "together": {"scaling_2gpu": 171, "scaling_2gpu_one_pass": 45}}, {}
+    monkeypatch.setattr(train, "on_ranks", lambda *_, **__: found)
     report = SimpleNamespace(add=lambda contender, model, metric, value, unit: rows.update({metric: value}))
-    train.scaling(report, "124M", args)
-    assert rows == pytest.approx({"scaling_2gpu": 1.9, "scaling_2gpu_one_pass": 1.9})
+    train.scaling(report, "124M", SimpleNamespace(device="cpu", optimizers=["adamw"]))
+    assert rows == pytest.approx({"scaling_2gpu": 1.9, "scaling_2gpu_one_pass": 1.0})
 
 
 @pytest.mark.slow  # several complete runs

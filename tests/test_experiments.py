@@ -19,7 +19,7 @@ from experiments.claims import claims
 from experiments.toy2d import toy2d
 from tests.analysis.made_runs import write_run
 from tests.conftest import ROOT, read_lines, tiny_words
-from training.config import load_config
+from training.config import REMOVED, load_config
 from training.errors import UserError
 
 EXPERIMENTS = ROOT / "experiments"
@@ -50,6 +50,17 @@ def definitions(state):
 def define(name, options=()):
     """What experiments/NAME/sweep.py defines."""
     return sweep.read_command_line([str(EXPERIMENTS / name / "sweep.py"), "--out_dir=out", *options])[1]
+
+
+def grid(definition, folder):
+    """The trials of the optimizers that the code still has. A sweep with one that was removed is refused."""
+    optimizers = definition["optimizers"]
+    removed = {name for name in optimizers if sweep.settings_of(definition, name).keys() & REMOVED.keys()}
+    if removed:
+        with pytest.raises(UserError, match="eigenbasis was replaced by whitened_muon"):
+            sweep.grid(definition, folder)
+    kept = {name: settings for name, settings in optimizers.items() if name not in removed}
+    return sweep.grid(definition | {"optimizers": kept}, folder) if kept else []
 
 
 def lowest(runs, optimizer):
@@ -87,7 +98,7 @@ def test_a_sweep_file_gives_the_runs_that_its_sweep_json_lists(path, monkeypatch
         names = {run["run"] for run in state["runs"] if run["seed"] is None}
     for options in OPTIONS.get(path.parent.name, [[]]):
         definition = define(path.parent.name, options)
-        defined = {trial.folder.name for trial in sweep.grid(definition, path.parent)}
+        defined = {trial.folder.name for trial in grid(definition, path.parent)}
         assert state is None or (definition in definitions(state) and defined - names <= NOT_RUN), defined - names
 
 
@@ -110,7 +121,7 @@ def test_runs_had_the_settings_that_their_sweep_asks_for(folder, monkeypatch):
     state = read(folder / "sweep.json")
     if folder.name == "30m_schedules":
         return  # code that is not in the repository
-    trials = {trial.folder.name: trial for one in definitions(state) for trial in sweep.grid(one, folder)}
+    trials = {trial.folder.name: trial for one in definitions(state) for trial in grid(one, folder)}
     for path in folder.glob("runs/*"):
         seed = re.search(r"^best_(.*)_seed(\d+)$", path.name)
         if (trial := trials.get(seed[1] if seed else path.name)) is None:
@@ -139,10 +150,10 @@ def test_runs_are_small():
 def test_the_best_of_each_tuning_runs_longer_with_held_out_seeds(steps, monkeypatch):
     """Its settings are kept, its warm-up keeps its share of the run."""
     monkeypatch.chdir(ROOT)
-    tunings = [run for name in ("30m_tuning", "30m_eigenbasis", "30m_spectral")
+    tunings = [run for name in ("30m_tuning", "30m_eigenbasis")
                for run in read(EXPERIMENTS / name / "sweep.json")["runs"]]  # fmt: skip
     tuned = {run["optimizer"] for run in tunings}
-    for trial in sweep.grid(define("30m_python", [f"--steps={steps}"]), ROOT):
+    for trial in grid(define("30m_python", [f"--steps={steps}"]), ROOT):
         kind = train_sophiag.SophiaConfig if "sophia" in trial.argv[0] else train_adam.AdamConfig
         config = vars(load_config(kind, trial.argv[1:]))
         assert (config["max_iters"], config["lr_decay_iters"], config["seed"]) == (steps, steps, trial.swept["seed"])
@@ -154,17 +165,15 @@ def test_the_best_of_each_tuning_runs_longer_with_held_out_seeds(steps, monkeypa
             assert {key: config[key] for key in swept} == swept
 
 
-def test_the_recipe_in_config_is_the_one_that_ran_under_its_name(monkeypatch):
+def test_the_recipe_in_config_is_the_variant_of_its_experiment(monkeypatch):
+    """At twice the steps, so with twice the warm-up."""
     monkeypatch.chdir(ROOT)
-    trials = sweep.grid(
-        define("30m_python", ["--steps=1560", "--only=sophiag_spectral,sophiag_eigenbasis_fresh"]), ROOT
-    )
-    ran = {trial.optimizer: vars(load_config(train_sophiag.SophiaConfig, trial.argv[1:])) for trial in trials}
-    names = {"sophiag_spectral": "spectral", "sophiag_eigenbasis_fresh": "eigenbasis"}
-    names = [(f"config/train_gpt2_30m_sophiag_{file}.py", name) for name, file in names.items()]
-    for file, name in [*names, ("config/train_gpt2_30m_sophiag_tuned.py", "sophiag_spectral")]:  # its former name
-        recipe = vars(load_config(train_sophiag.SophiaConfig, [file]))
-        assert {key for key in recipe if recipe[key] != ran[name][key]} == {"out_dir", "seed"}, file
+    (ran,) = sweep.grid(define("30m_whitening", ["--held_out=3", "--only=both"]), ROOT)
+    ran, recipe = (vars(load_config(train_adam.AdamConfig, argv))
+                   for argv in (ran.argv[1:], ["config/train_gpt2_30m_whitened_muon.py"]))  # fmt: skip
+    changed = {key: (ran[key], recipe[key]) for key in recipe.keys() - {"out_dir", "seed"} if recipe[key] != ran[key]}
+    twice = {"max_iters": (780, 1560), "lr_decay_iters": (780, 1560), "warmup_iters": (156, 312)}
+    assert changed == twice
 
 
 def test_best_of_takes_the_lowest_loss_and_refuses_an_unfinished_tuning(tmp_path, monkeypatch):

@@ -239,13 +239,25 @@ def test_a_second_run_in_out_dir_is_refused_and_removes_nothing(corpus, tmp_path
     assert done.returncode == 0 and f"resumed at step {len(steps)}" in done.stdout
 
 
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+for name in USR1 TERM; do trap "kill -$name $first $second" $name; done
+for process in $first $second; do
+    wait $process || code=$?
+    while kill -0 $process 2>/dev/null; do wait $process || code=$?; done
+done
+exit ${code:-0}"""
+
+
 def test_slurm_script_checkpoints_requeues_and_resumes(corpus, tmp_path):
-    """The script itself, with stand-ins for srun, which starts its command here, and for scontrol."""
+    """The script itself, with stand-ins for srun, which starts two nodes here, and for scontrol."""
     bin, venv = tmp_path / "bin", tmp_path / ".venv" / "bin"
     for folder in (bin, venv):
         folder.mkdir(parents=True)
     stand_ins = {
-        bin / "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        bin / "srun": SRUN,
         bin / "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued',
         venv / "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
@@ -254,7 +266,7 @@ def test_slurm_script_checkpoints_requeues_and_resumes(corpus, tmp_path):
         path.chmod(0o755)
     environment = {
         **os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1",
     }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         environment["MASTER_PORT"] = str(server.getsockname()[1])

@@ -181,7 +181,7 @@ def two_ranks():
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(rank_main, args=(2, port, results), nprocs=2)
+        mp.start_processes(rank_main, (2, port, results), nprocs=2, start_method="forkserver")
         return dict(results)
 
 

@@ -15,11 +15,10 @@ from torch import nn
 
 import sophia
 from sophia import SophiaG, SophiaH, hutchinson, sampled_label_loss, sampled_target_loss
-from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 from tests.conftest import ROOT
 
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
-CLASSES = [SophiaG, SophiaH, EigenbasisSophiaG, SpectralSophiaG]
+CLASSES = [SophiaG, SophiaH]
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda value: next(iter(value)))
 classes = pytest.mark.parametrize("cls", CLASSES)
 
@@ -98,12 +97,11 @@ def test_a_parameter_that_shrinks_in_place_is_refused(implementation):
         optimizer.step()
 
 
-def test_factors_of_another_shape_are_refused():
-    old, new = train(EigenbasisSophiaG([matrix(shape=(6, 4))])), EigenbasisSophiaG([matrix(shape=(6, 4))], split=2)
-    new.load_state_dict({**old.state_dict(), "param_groups": new.state_dict()["param_groups"]})
-    give_gradients(new.param_groups[0]["params"])
-    with pytest.raises(ValueError, match=r"left_factor of parameter 0 .* \(1, 6, 6\), .* needs \(2, 3, 3\)"):
-        new.step()
+def test_a_hessian_of_rotated_gradients_is_refused():
+    saved = train(SophiaG([matrix()])).state_dict()
+    saved["state"][0]["left_basis"] = torch.eye(6)[None]
+    with pytest.raises(RuntimeError, match="a state of EigenbasisSophiaG, which only commit efa612d still has"):
+        SophiaG([matrix()]).load_state_dict(saved)
 
 
 # --- what changes between two calls of a fused optimizer -------------------------------------------------------------
@@ -187,13 +185,12 @@ def test_a_fused_optimizer_sees_every_change(change, warm):
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [SophiaG, EigenbasisSophiaG, SpectralSophiaG])
 @pytest.mark.parametrize("returns", [False, True])
 @pytest.mark.parametrize("registered", ["early", "late"])
-def test_a_load_hook_moves_every_key_of_a_state(cls, returns, registered):
+def test_a_load_hook_moves_every_key_of_a_state(returns, registered):
     """A pre-hook exchanges the states of two parameters and drops that of a third."""
     settings = {"bias_correction": True}
-    old = train(cls([matrix(i) for i in range(3)], **settings), 3)
+    old = train(SophiaG([matrix(i) for i in range(3)], **settings), 3)
     params = old.param_groups[0]["params"]
     old.state[params[1]]["hessian_step"] += 5
     saved = copy.deepcopy(old.state_dict())
@@ -204,7 +201,7 @@ def test_a_load_hook_moves_every_key_of_a_state(cls, returns, registered):
             return {**state_dict, "state": state}
         state_dict["state"] = state
 
-    new = cls([matrix(i) for i in range(3)], **settings)
+    new = SophiaG([matrix(i) for i in range(3)], **settings)
     if registered == "early":
         new.register_load_state_dict_pre_hook(hook)
     else:
@@ -235,7 +232,7 @@ def test_a_post_hook_has_the_last_word():
 
 @classes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_counts_factors_and_bases_keep_their_precision(cls, dtype):
+def test_counts_keep_their_precision(cls, dtype):
     old = cls([matrix(dtype=dtype)], bias_correction=True)
     train(old)
     for state in old.state.values():
@@ -264,15 +261,6 @@ def test_a_loaded_state_dict_keeps_settings_of_groups_that_it_lacks():
     new = SophiaG([{"params": [matrix()], "bs": 64, "name": "matrices"}])
     new.load_state_dict({"state": {}, "param_groups": [{"params": [0], "lr": 0.5}]})
     assert {key: new.param_groups[0][key] for key in ("bs", "name", "lr")} == {"bs": 64, "name": "matrices", "lr": 0.5}
-
-
-def test_a_saved_state_of_one_parameter_carries_nothing_of_the_others(tmp_path):
-    sizes = []
-    for count in (1, 50):
-        optimizer = train(EigenbasisSophiaG([matrix(i, (16, 16)) for i in range(count)]))
-        torch.save(optimizer.state_dict()["state"][0], tmp_path / "state.pt")
-        sizes.append((tmp_path / "state.pt").stat().st_size)
-    assert sizes[1] < 1.1 * sizes[0]
 
 
 @classes
@@ -341,11 +329,8 @@ def test_a_first_step_with_a_curvature_does_not_warn(cls, known):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "make", [lambda: SophiaG([matrix()], rho=0.0), lambda: SpectralSophiaG([matrix()], exponent=0.0)]
-)
-def test_a_step_that_needs_no_curvature_does_not_warn(make):
-    optimizer = make()
+def test_a_step_that_needs_no_curvature_does_not_warn():
+    optimizer = SophiaG([matrix()], rho=0.0)
     give_gradients(optimizer.param_groups[0]["params"])
     optimizer.step()
 
@@ -432,13 +417,12 @@ def test_hutchinson_of_float16_parameters_does_not_underflow():
 
 
 @implementations
-@pytest.mark.parametrize("cls", [SophiaG, EigenbasisSophiaG])
-def test_bs_is_a_setting_of_the_constructor_of_groups_and_of_a_step(cls, implementation):
+def test_bs_is_a_setting_of_the_constructor_of_groups_and_of_a_step(implementation):
     ends = []
     for how in ("step", "constructor", "group", "group before step"):
         settings = {"bs": 7} if how == "constructor" else {}
         group = {"bs": 7} if how == "group" else {"bs": 1000} if how == "group before step" else {}
-        optimizer = cls([{"params": [matrix()], **group}], lr=0.1, rho=0.5, **settings, **implementation)
+        optimizer = SophiaG([{"params": [matrix()], **group}], lr=0.1, rho=0.5, **settings, **implementation)
         argument = {} if how in ("constructor", "group") else {"bs": 7}
         for t in range(3):
             give_gradients(optimizer.param_groups[0]["params"], t)
@@ -629,9 +613,6 @@ def test_a_bad_setting_of_a_group_is_named_and_the_group_not_added(settings, mes
         (SophiaH, {"bs": 5}, "'bs' is a setting of no group"),
         (SophiaH, {"eps": 0.0}, "Invalid epsilon value: 0.0"),
         (SophiaG, {"eps": 1e-8}, "'eps' is a setting of no group"),
-        (EigenbasisSophiaG, {"exponent": 0.5}, "'exponent' is a setting of no group"),
-        (EigenbasisSophiaG, {"split": 1.5}, "split"),
-        (SpectralSophiaG, {"exponent": math.nan}, "Invalid exponent: nan"),
     ],
 )
 def test_each_class_knows_its_own_settings(cls, settings, message):

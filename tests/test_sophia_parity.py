@@ -12,9 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import lr_scheduler, swa_utils
 
 from sophia import SophiaG, SophiaH
-from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
-CLASSES = [SophiaG, SophiaH, EigenbasisSophiaG, SpectralSophiaG]
+CLASSES = [SophiaG, SophiaH]
 
 
 def make(cls=SophiaG, **settings):

@@ -102,8 +102,8 @@ def test_a_sweep_runs_what_is_missing_and_repeats_the_best(stub, capsys):
 
 
 def test_any_values_give_short_folders(stub):
-    """Paths with "/" and nine swept floats: only the settings' digest is in the name."""
-    names = "embedding_lr weight_decay beta1 beta2 grad_clip dropout min_lr momentum wsd_decay"
+    """Paths with "/" and seven swept floats: only the settings' digest is in the name."""
+    names = "embedding_lr weight_decay beta1 beta2 grad_clip dropout min_lr"
     floats = names.split()
     settings = {"learning_rate": 0.5, "dataset": ["/a/very/long/path"]} | {key: [1 / 7] for key in floats}
     sweep.main([write_sweep(stub, {"adamw": settings}), f"--out_dir={stub / 'out'}"])

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-import sophia_eigenbasis
 import train_sophiag
 from sophia import SophiaG
 from tests.conftest import read_lines
@@ -54,9 +53,7 @@ def test_each_group_has_its_own(tiny, tmp_path, monkeypatch, name):
 MUON = ["--optimizer_name=sophia_muon", "--whiten_sides=input", "--whiten_exponent=0.25", "--cautious_decay=True"]
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--eigenbasis=True", "--hess_bs=6"], ["--eigenbasis=True", "--spectral=True"], MUON]
-)
+@pytest.mark.parametrize("more", [[], MUON])
 def test_resumed_exactly(tiny, tmp_path, more):
     argv = [*tiny, *ADAMW_FOR, *more]
     train_sophiag.main([*argv, "--max_iters=20", f"--out_dir={tmp_path / 'whole'}"])
@@ -84,7 +81,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed_exactly(tiny, tmp_path, cap
     train_sophiag.main([*argv, f"--out_dir={out_dir}"])
     checkpoint = to_old_form(read_checkpoint(out_dir / "ckpt_prev.pt"))
     assert checkpoint["step"] == 10
-    save_checkpoint(out_dir, checkpoint)
+    save_checkpoint(out_dir, dict(checkpoint))
     capsys.readouterr()
     argv = [word.replace("scalars", "vectors") for word in argv]
     train_sophiag.main([*argv, f"--out_dir={out_dir}", "--init_from=resume"])
@@ -170,7 +167,6 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
         ([], ["--adamw_for=scalars"], "adamw_for = none, this is scalars"),
         (["--adamw_for=embeddings"], ["--adamw_for=scalars"], "adamw_for = embeddings, this is scalars"),
         (["--adamw_for=embeddings"], [], "adamw_for = embeddings, this is none"),
-        ([], ["--eigenbasis=True"], "eigenbasis = False, this is True"),
         ([], ["--sophia_start_iter=6"], "sophia_start_iter = 0, this is 6"),
         (["--sophia_start_iter=6"], [], "sophia_start_iter = 6, this is 0"),
         (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this is 3"),
@@ -195,40 +191,29 @@ def test_a_resumed_run_says_what_changed(tiny, tmp_path, capsys):
     assert "changed since the checkpoint: embedding_lr, max_iters" in capsys.readouterr().out
 
 
-def test_the_eigenbasis_is_of_the_hidden_matrices(tiny, tmp_path):
-    train_sophiag.main([*tiny, "--eigenbasis=True", "--max_iters=4"])
-    state = load_checkpoint(tmp_path / "out")[0]["optimizer"]
-    matrices = set(state["param_groups"][0]["params"])
-    assert {number for number, s in state["state"].items() if "left_basis" in s} == matrices
-
-
-def test_the_spectral_step_is_of_the_hidden_matrices(tiny, tmp_path, monkeypatch):
-    argv = [*tiny, "--eigenbasis=True", "--spectral=True", "--max_iters=4"]
-    with pytest.raises(UserError, match="too high for Sophia"):
-        train_sophiag.main([*argv, "--adamw_for=embeddings"])
-    assert not (tmp_path / "out").exists()
-    stepped, spectral = [], sophia_eigenbasis._spectral
-
-    def watched(blocks, *args):
-        stepped.append(blocks.numel())
-        return spectral(blocks, *args)
-
-    monkeypatch.setattr(sophia_eigenbasis, "_spectral", watched)
-    train_sophiag.main([*argv, "--adamw_for=embeddings+scalars"])
-    model = load_checkpoint(tmp_path / "out")[0]["model"]
-    assert sum(stepped) == 4 * sum(t.numel() for name, t in model.items() if ".h." in name and t.ndim == 2)
+@pytest.mark.parametrize("on", [False, True])
+def test_a_checkpoint_is_resumed_unless_its_optimizer_was_removed(tiny, tmp_path, capsys, on):
+    """Ordinary runs of older versions have these settings too, and they are off."""
+    train_sophiag.main([*tiny, "--max_iters=4", "--lr_decay_iters=8"])
+    checkpoint = read_checkpoint(tmp_path / "out/ckpt.pt")
+    checkpoint["config"] |= {"eigenbasis": on, "spectral": False}
+    save_checkpoint(tmp_path / "out", dict(checkpoint))
+    capsys.readouterr()
+    argv = [*tiny, "--max_iters=8", "--lr_decay_iters=8", "--init_from=resume"]
+    if on:
+        with pytest.raises(UserError, match=r"ckpt.pt: eigenbasis was replaced by whitened_muon .* commit efa612d"):
+            train_sophiag.main(argv)
+        weights = [f"--init_from=ckpt:{tmp_path / 'out/ckpt.pt'}", f"--out_dir={tmp_path / 'new'}"]
+        train_sophiag.main([*tiny, *weights, "--eval_only=True"])  # a model's as any
+    else:
+        train_sophiag.main(argv)
+        assert "changed since the checkpoint: max_iters\n" in capsys.readouterr().out
 
 
 def test_refusals(tiny):
-    with pytest.raises(UserError, match="eigenbasis needs the gradients of sophiag's estimate"):
-        train_sophiag.main([*tiny, "--eigenbasis=True", "--optimizer_name=sophiah"])
-    with pytest.raises(UserError, match="spectral needs the eigenvectors"):
-        train_sophiag.main([*tiny, "--spectral=True"])
-    with pytest.raises(UserError, match="eigenbasis needs complete matrices"):
-        train_sophiag.main([*tiny, "--eigenbasis=True", "--fsdp=True"])
     with pytest.raises(UserError, match="adamw_lr is kept as a multiple"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--adamw_for=scalars", "--adamw_lr=1e-3"])
-    with pytest.raises(UserError, match="both set the learning rate of the embeddings"):
+    with pytest.raises(UserError, match="both set the embeddings' learning rate"):
         train_sophiag.main([*tiny, "--adamw_for=embeddings+scalars", "--adamw_lr=1e-3", "--embedding_lr=1e-3"])
     with pytest.raises(UserError, match="multiple of learning_rate"):
         train_sophiag.main([*tiny, "--learning_rate=0", "--min_lr=0", "--embedding_lr=1e-3"])

@@ -21,6 +21,11 @@ from training.schedule import SCHEDULES, TO_ZERO, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
+# Settings of older versions, off by default, and files of config/: what somebody is told who still uses them.
+REMOVED = dict.fromkeys(
+    ("eigenbasis", "spectral", *(f"train_gpt2_30m_sophiag_{name}.py" for name in ("eigenbasis", "spectral", "tuned"))),
+    "was replaced by whitened_muon (train_adam.py) and sophia_muon (train_sophiag.py); commit efa612d still has it",
+)
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "hf:DIR", "import:PATH", "ckpt:PATH")
 STARTS = ("scratch", "resume", "auto", *PRETRAINED)
 MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
@@ -115,7 +120,7 @@ class TrainConfig:
     min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
     wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(2.0, "of each period's steps, torch's T_mult", at_least=1.0, needs=RESTARTS)
+    restart_multiplier: float = setting(2.0, "growth of the periods, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
     eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
@@ -139,6 +144,14 @@ class TrainConfig:
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), on Hopper the loss too")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
+    fsdp_shard: int | None = setting(
+        None, "with fsdp: split over so many ranks in a row, with copies on the others; default all", at_least=1
+    )
+    fsdp_keep: str = setting(
+        "gradients",
+        "with fsdp: what ranks keep complete between micro-batches; nothing: least memory, all: least communication",
+        choices=("nothing", "gradients", "all"),
+    )
     backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
@@ -161,6 +174,8 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         if self.fp8 and self.dtype not in ("auto", "bfloat16"):
             raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        if self.fsdp_shard and not self.fsdp:
+            raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
         stages(self)
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
@@ -189,7 +204,9 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if a checkpoint is named that would not be read."""
+        """UserError if no folder is named, or a checkpoint that would not be read."""
+        if not self.out_dir:  # it would be the working directory
+            raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
             other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
             raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")
@@ -212,6 +229,8 @@ def load_config(cls, argv=None):
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
             values |= _run_config_file(cls, argument)
+        elif _is_removed(key, text, "the command line"):
+            continue
         elif not equals:
             raise UserError(f"{argument}: write it as --{key}=VALUE.")
         else:
@@ -241,12 +260,12 @@ def _check_read(config, values, on_command_line):
         warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
 
 
-def with_current_values(cls, settings):
+def with_current_values(cls, settings, where=""):
     """`settings`, a dict, with the values that older versions wrote replaced by those of now.
 
-    UserError for a value of another type than the setting's.
+    UserError for a value of another type than the setting's, and for one of REMOVED that is on; it says `where`.
     """
-    current = dict(settings)
+    current = {name: value for name, value in settings.items() if not _is_removed(name, value, where)}
     for field in dataclasses.fields(cls):
         if field.name in current:
             value = current[field.name]
@@ -254,19 +273,28 @@ def with_current_values(cls, settings):
     return current
 
 
+def _is_removed(name, value, where):
+    """Whether the setting is one of REMOVED. UserError if it is on."""
+    if name in REMOVED and value not in (False, "False", "false"):
+        raise UserError(f"{where}: {name} {REMOVED[name]}.")
+    return name in REMOVED
+
+
 def describe(cls):
     """Yield every setting of `cls` as (name, type, default, help with its limits), for --help and docs/settings.md."""
     for field in dataclasses.fields(cls):
         default = "" if field.default in (None, "") else str(field.default)
-        help = field.metadata["help"] + (f" ({limits})" if (limits := _allowed(field)) else "")
-        yield field.name, _kind(field)[0].__name__, default, help
+        name, values = field.metadata.get("needs", ("", ()))
+        limits = ", ".join(filter(None, [_allowed(field), f"with {name} {' or '.join(values)}" if name else ""]))
+        yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
 def _run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     values = {}
     for key, value in run_file(path, runpy.run_path, path).items():
-        if not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
+        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+        if own and not _is_removed(key, value, path):
             field = _field(cls, key, path)
             values[field.name] = _convert(field, value)
     return values
@@ -277,6 +305,7 @@ def run_file(path, function, *arguments, **options):
     try:
         read_bytes(path, 1 << 24)
     except OSError as error:
+        _is_removed(os.path.basename(path), True, path)
         raise UserError(f"{path}: cannot read this file ({error.strerror}); settings are --key=value.") from None
     try:
         return function(*arguments, **options)

@@ -35,13 +35,15 @@ class Distributed:
         self.timeout, self.finish = timeout, lambda: None
         self._waits, self._waited, self._rank_monitor = 0, 0.0, None  # nested waits, seconds of all that have ended
         self.store = None
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.is_rank0 = self.rank == 0
-        self.one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == self.size
-        self.device = self._device(device)
         self.distributed = "RANK" in os.environ
+        self.rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        self.size = ranks if self.distributed else 1
+        self.local_rank = _number("LOCAL_RANK", 0)
+        self.is_rank0 = self.rank == 0
+        self.one_machine = _number("LOCAL_WORLD_SIZE", ranks) == ranks
+        if self.rank >= self.size:
+            raise UserError(f"RANK = {self.rank} is not below WORLD_SIZE = {self.size}; {_UNSET}.")
+        self.device = self._device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
@@ -56,12 +58,16 @@ class Distributed:
 
     def _join(self, backend, device_id):
         """Wait until all ranks are there, then form the process groups."""
-        patience, host = datetime.timedelta(seconds=self.timeout), os.environ["MASTER_ADDR"]
+        patience, host, port = (
+            datetime.timedelta(seconds=self.timeout),
+            os.environ.get("MASTER_ADDR"),
+            _number("MASTER_PORT"),
+        )
+        if not host:
+            raise UserError(f"RANK is set and MASTER_ADDR is not; {_UNSET}.")
         serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            store = dist.TCPStore(
-                host, int(os.environ["MASTER_PORT"]), None, serves, patience, wait_for_workers=False, multi_tenant=True
-            )
+            store = dist.TCPStore(host, port, None, serves, patience, wait_for_workers=False, multi_tenant=True)
         except dist.DistError as error:
             if serves:
                 raise RunError(f"rank 0 cannot listen ({_first_line(error)}); use another MASTER_PORT.") from None
@@ -127,7 +133,7 @@ class Distributed:
             raise UserError(f"device = 'mps' {problem}; use --device=cpu.")
         if device.type == "cuda":
             index, count = self.local_rank if device.index is None else device.index, torch.cuda.device_count()
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else 1
+            ranks = _number("LOCAL_WORLD_SIZE", 1) if device.index is None else 1
             if max(index, ranks - 1) >= count:  # every rank of the machine notices, one prints it
                 wanted, remedy = f"ranks: {ranks}", f"start --nproc_per_node={count}, or " if count else ""
                 if device.index is not None:
@@ -149,9 +155,10 @@ class Distributed:
             dist.destroy_process_group()
             self.distributed = False
 
-    def mesh(self):
-        """The device mesh of all ranks, over which `sharding` splits a model."""
-        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+    def mesh(self, shard=None):
+        """The device mesh of all ranks; with `shard` in rows of that many, for copies of a model that a row splits."""
+        shape, names = ((self.size // shard, shard), ("copies", "shards")) if shard else ((self.size,), None)
+        return dist.device_mesh.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def sum(self, tensor):
         """The sum of `tensor` over the ranks, in place."""
@@ -331,6 +338,18 @@ class Distributed:
         if count < self.size:
             raise UserError(f"{count} sequences are too few for {self.size} ranks; each needs one.")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+_UNSET = "start the ranks with torchrun, or unset RANK to train in one process"
+
+
+def _number(name, default=None):
+    """A whole number from the environment, as torchrun sets it."""
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} = {text!r} in the environment is no whole number; {_UNSET}.") from None
 
 
 def _first_line(error):

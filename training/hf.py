@@ -9,6 +9,7 @@ to_hf(model).save_pretrained("exported")                               # the cla
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import re
@@ -24,7 +25,7 @@ from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.foreign import check_weights, load_tensors, restoring
 from training.optimizers import optimizer_of_state
-from training.tokenizer import get_tokenizer
+from training.tokenizer import get_tokenizer, gpt2_files, read_tokenizer_json
 
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "dropout")]
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -229,7 +230,7 @@ def _config_from_hf(family, hf, dropout):
         allowed["mlp_bias"] = (hf.attention_bias,)
     for key, values in allowed.items():
         if (value := getattr(hf, key, None)) not in values:
-            expected = " or ".join(map(repr, values))
+            expected = " or ".join(repr(value) for value in values if value is not None) or None
             raise ValueError(f"the Hugging Face model has {key}={value!r}, GPT can only be {expected}")
     if family.kind["mlp"] == "gelu":
         settings["gelu"] = activations[getattr(hf, family.act)]
@@ -377,8 +378,19 @@ def load_pretrained(init_from):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint.setdefault("tokenizer", "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None)  # padded or not
+    checkpoint.setdefault("tokenizer", _guess_tokenizer(rows, path if kind == "hf" else ""))
     return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
+
+
+def _guess_tokenizer(rows, folder):
+    """GPT-2's if a model has as many tokens, padded or not, and its folder no other tokenizer.json; else None."""
+    if not 0 <= rows - GPT2_VOCAB_SIZE < 1000:
+        return None
+    path = Path(folder, "tokenizer.json")
+    if not folder or not path.exists():
+        return "gpt2"
+    spec = read_tokenizer_json(path)  # GPT-NeoX's tokenizer has nearly as many tokens
+    return "gpt2" if get_tokenizer(spec).ids == json.loads(gpt2_files()[0]) else spec
 
 
 @quiet()

@@ -47,7 +47,8 @@ class RunLock:
 
     The system drops a file lock with the process that holds it. Where it is missing or not shared between hosts, the
     owner's heartbeat, the file's modification time, tells whether it lives. On the same host its process id does.
-    Raises UserError, which names the owner's host and process, if it is still there after WAIT seconds.
+    owner: this process, as the file names it.
+    Raises UserError, which names the other owner's host and process, if it is still there after WAIT seconds.
     """
 
     WAIT, HEARTBEAT = 5, 10  # seconds
@@ -55,7 +56,7 @@ class RunLock:
     def __init__(self, folder):
         self.path = Path(folder) / LOCK
         self._file, self._seen, self._warned = None, None, False
-        self._me = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
+        self.owner = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
         self._released = threading.Event()
         deadline = time.monotonic() + self.WAIT
         while (owner := self._take()) is not None:
@@ -114,15 +115,15 @@ class RunLock:
             return owner
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)  # Windows has no pwrite
-        os.write(file, json.dumps(self._me).encode())
+        os.write(file, json.dumps(self.owner).encode())
         if not locks:  # of two that start at once the one that wrote last has it
             time.sleep(1)
             owner = _read(file)
-            return None if owner == self._me else owner or {}
+            return None if owner == self.owner else owner or {}
         return None
 
     def _alive(self, owner, file, locks):
-        if owner.get("host") == self._me["host"] and os.name == "posix":
+        if owner.get("host") == self.owner["host"] and os.name == "posix":
             return not locks and owner["process"] != os.getpid() and _started(owner["process"]) == owner["started"]
         changed = os.fstat(file).st_mtime_ns
         if self._seen is None or self._seen[0] != (owner, changed):
@@ -139,6 +140,23 @@ class RunLock:
         while not self._released.wait(self.HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
+
+
+def check_shared(folder, owner, patience=20):
+    """UserError if `folder` on this machine is not that in which `owner`, a RunLock's, has its lock.
+
+    A network file system may show the file late, hence `patience`, in seconds.
+    """
+    deadline, found = time.monotonic() + patience, None
+    while found != owner:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} on {socket.gethostname()} is not the folder of rank 0 on {owner['host']} (it does not hold "
+                f"the same {LOCK}); out_dir must be one folder that all machines see."
+            )
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((Path(folder) / LOCK).read_bytes())
+        time.sleep(0.1 * (found != owner))
 
 
 def _started(process):

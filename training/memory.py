@@ -5,37 +5,36 @@ batch_size = largest(micro_batch_sizes(480, ranks=1), fits=lambda size: ..., gue
 """
 
 import bisect
+import math
 import os
 
 import torch
 
 from model import GPTConfig
+from muon import _blocks
 from training.config import model_config
+from training.exchange import MUON_TRIPS
 
 FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
 
 
 def count_parameters(model):
     """Parameters of a GPT with this GPTConfig, norms and biases left out, without building it."""
-    block = model.n_embd * (sum(model.qkv_rows) + model.n_embd + (3 if model.mlp == "swiglu" else 2) * model.mlp_hidden)
     rows = model.vocab_size * (1 if model.tie_embeddings else 2)
     rows += model.block_size if model.position == "learned" else 0
-    return model.n_layer * block + rows * model.n_embd
+    return rows * model.n_embd + model.n_layer * sum(map(math.prod, _block_matrices(model)))
+
+
+def _block_matrices(model):
+    """(rows, columns) of the matrices of a block."""
+    width, hidden = model.n_embd, model.mlp_hidden
+    into = [(hidden, width)] * (2 if model.mlp == "swiglu" else 1)
+    return [*((rows, width) for rows in model.qkv_rows), (width, width), *into, (width, hidden)]
 
 
 def micro_batch_sizes(total_bs, ranks):
     """The micro-batches into which a step of total_bs sequences can be divided, rising."""
     return [size for size in range(1, total_bs // ranks + 1) if total_bs % (size * ranks) == 0]
-
-
-def state_bytes(parameters, ranks, fsdp, accumulates):
-    """Bytes of a rank's parameters, gradients and two moments, float32 each; with fsdp of its share of them.
-
-    A sharded rank that accumulates gradients over several micro-batches keeps complete ones until the last.
-    """
-    if not fsdp:
-        return 16 * parameters
-    return 12 * parameters / ranks + 4 * parameters / (1 if accumulates else ranks)
 
 
 def token_bytes(config, vocab_size):
@@ -50,10 +49,37 @@ def token_bytes(config, vocab_size):
 
 def estimate(config, memory, ranks, vocab_size=GPTConfig.vocab_size):
     """How many sequences fit at once in `memory` bytes of a rank; 0 if not even one does."""
-    accumulates = (config.gradient_accumulation_steps or 1) > 1
-    parameters = count_parameters(model_config(config, vocab_size))
-    left = (1 - FREE) * memory - state_bytes(parameters, ranks, config.fsdp, accumulates)
+    left = (1 - FREE) * memory - state_bytes(config, ranks, vocab_size)
     return max(0, int(left / (token_bytes(config, vocab_size) * config.block_size)))
+
+
+def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
+    """Bytes of a rank's parameters, gradients and two moments, float32 each; with fsdp of its share of them.
+
+    A sharded rank that accumulates gradients over several micro-batches keeps what fsdp_keep says until the last. Muon
+    has one moment of a matrix, and its share of the whitening factors (float32) and roots (bfloat16).
+    """
+    model = model_config(config, vocab_size)
+    parameters, matrices = sizes(config, vocab_size)
+    muon = config.optimizer_name in MUON_TRIPS
+    shards = (config.fsdp_shard or ranks) if config.fsdp else 1
+    accumulates = config.fsdp_keep != "nothing" and (config.gradient_accumulation_steps or 1) > 1
+    state = (12 * parameters - 4 * matrices * muon) / shards + 4 * parameters / (1 if accumulates else shards)
+    if config.fsdp and config.fsdp_keep == "all":
+        state += 2 * parameters
+    if muon and config.optimizer_name != "muon":
+        squares = {"input": slice(1, 2), "output": slice(0, 1), "both": slice(2)}[config.whiten_sides]
+        widths = [width for shape in _block_matrices(model) for width in shape[squares]]
+        blocks = [_blocks(width, config.whiten_max_width) for width in widths]
+        factors = model.n_layer * sum(n * (width // n) ** 2 for n, width in zip(blocks, widths, strict=True))
+        state += 6 * factors / (shards if config.fsdp else ranks)
+    return state
+
+
+def sizes(config, vocab_size=GPTConfig.vocab_size):
+    """(numbers in the model's parameters, those in its hidden matrices)."""
+    model = model_config(config, vocab_size)
+    return count_parameters(model), model.n_layer * sum(map(math.prod, _block_matrices(model)))
 
 
 def largest(sizes, fits, guess):

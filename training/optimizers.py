@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from muon import JORDAN, MINIMAX, Muon, WhitenedMuon
+from muon_distributed import share
 from sophia import SophiaG, SophiaH
-from sophia_eigenbasis import EigenbasisSophiaG, SpectralSophiaG
 
 AUX_BETAS = (0.9, 0.95)  # of AdamW beside Sophia: for the groups of adamw_for, and before sophia_start_iter
 
@@ -40,8 +40,8 @@ def nadamw(config, groups, device):
 
 def sgd(config, groups, device):
     """Nesterov's, with weight decay in the gradient (not decoupled)."""
-    momentum = config.momentum
-    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=_can_fuse(device))
+    momentum, fused = config.momentum, _can_fuse(device) and not config.fsdp  # torch's fused step knows no shards
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
     for p in (p for group in groups for p in group["params"] if momentum):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # torch's is uninitialized after a skipped step
     return optimizer
@@ -103,7 +103,7 @@ def sophia(config, groups, device):
     """SophiaG or SophiaH, and AdamW for the groups that `adamw_for` names."""
     auxiliary = [group for group in groups if group["name"] in config.adamw_for]
     groups = [group for group in groups if group["name"] not in config.adamw_for]
-    optimizer = _sophia_class(config, groups)(
+    optimizer = (SophiaG if config.optimizer_name == "sophiag" else SophiaH)(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -116,15 +116,6 @@ def sophia(config, groups, device):
     if not auxiliary:
         return optimizer
     return OptimizerContainer(sophia=optimizer, adamw=_aux_adamw(config, auxiliary, AUX_BETAS, device))
-
-
-def _sophia_class(config, groups):
-    """The class for `config`; with eigenbasis the group "matrices" is marked for it."""
-    if not config.eigenbasis:
-        return SophiaG if config.optimizer_name == "sophiag" else SophiaH
-    for group in groups:
-        group["eigenbasis"] = group["name"] == "matrices"
-    return SpectralSophiaG if config.spectral else EigenbasisSophiaG
 
 
 def adamw_before_sophia(config, groups, device):
@@ -141,27 +132,29 @@ class OptimizerSpec:
 
     build: (config, parameter groups, device) -> the optimizer.
     estimate: its curvature pass: None, "labels" (gradient of sampled labels) or "hutchinson" (Hessian-vector product).
-    shards: whether it works with parameters that fsdp has split over the ranks.
+    shards: True if it works with parameters that fsdp has split over the ranks, as a test shows; else why it does not.
     state_key: the key by which the states of an imported checkpoint are known as its own.
     """
 
     build: Callable
     estimate: str | None = None
-    shards: bool = False
+    shards: bool | str = "no test has shown that it can"
     state_key: str | None = None
 
 
 OPTIMIZERS = {
     "adamw": OptimizerSpec(adamw, shards=True, state_key="exp_avg_sq"),
     "nadamw": OptimizerSpec(nadamw, shards=True),
-    "sgd": OptimizerSpec(sgd),
+    "sgd": OptimizerSpec(sgd, shards=True),
     "lion": OptimizerSpec(lion, shards=True),
-    "muon": OptimizerSpec(muon),
-    "whitened_muon": OptimizerSpec(whitened_muon),
-    "soap": OptimizerSpec(soap),
+    "muon": OptimizerSpec(muon, shards=True),
+    "whitened_muon": OptimizerSpec(whitened_muon, shards=True),
+    "soap": OptimizerSpec(soap, shards="its package steps complete matrices"),
     "sophiag": OptimizerSpec(sophia, estimate="labels", shards=True, state_key="hessian"),
-    "sophiah": OptimizerSpec(sophia, estimate="hutchinson"),
-    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels"),
+    "sophiah": OptimizerSpec(
+        sophia, estimate="hutchinson", shards="torch cannot take Hessian-vector products of a model split by fsdp"
+    ),
+    "sophia_muon": OptimizerSpec(sophia_muon, estimate="labels", shards=True),
 }
 FIRST_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate is None)
 SECOND_ORDER = tuple(name for name, spec in OPTIMIZERS.items() if spec.estimate)
@@ -295,6 +288,13 @@ def _parts(optimizer):
     return list(optimizer.optimizers.values()) if isinstance(optimizer, OptimizerContainer) else [optimizer]
 
 
+def share_matrices(optimizer):
+    """Let the ranks compute the updates of Muon and its kin together."""
+    for part in _parts(optimizer):
+        if isinstance(part, Muon):
+            share(part)
+
+
 def second_order(optimizer):
     """The optimizer, or the part of a container, that takes curvature estimates; and its method for them."""
     for part in _parts(optimizer):
@@ -331,8 +331,8 @@ def take_momentum(optimizer, before):
 
 
 def has_parts(optimizer):
-    """Whether ranks hold states that the others do not, although the parameters are whole."""
-    return any(getattr(part, "_share", None) for part in _parts(optimizer))
+    """Whether ranks hold states that the others do not, although the parameters are whole: whitened Muon's factors."""
+    return any(isinstance(part, WhitenedMuon) and part._share for part in _parts(optimizer))
 
 
 def owns(optimizer, p):
@@ -422,7 +422,7 @@ def state_differences(config, checkpoint):
     def is_adamws(start):  # a checkpoint of the very step at which Sophia starts is still AdamW's
         return 0 < start >= step
 
-    defaults = {"optimizer_name": None, "adamw_for": "none", "eigenbasis": False, "sophia_start_iter": 0}
+    defaults = {"optimizer_name": None, "adamw_for": "none", "sophia_start_iter": 0}
     if config.optimizer_name in ("whitened_muon", "sophia_muon"):
         defaults |= {"whiten_max_width": None, "whiten_sides": "both"}
     pairs = [(name, before.get(name, default), getattr(config, name, default)) for name, default in defaults.items()]

@@ -22,20 +22,8 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from training import checkpoint as checkpoints
 from training import data, optimizers
-from training.checkpoint import (
-    PARTS,
-    PREVIOUS,
-    TEMPORARY,
-    CheckpointWriter,
-    all_checkpoints,
-    checkpoint_sha256,
-    load_checkpoint,
-    make_newest,
-    read_checkpoint,
-    remove,
-    set_aside_unreadable,
-)
 from training.config import model_config, with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
@@ -43,12 +31,12 @@ from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
 from training.fp8 import to_fp8
 from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
-from training.lock import RunLock
+from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import check_whole, learning_rate, sequence_length, stages
-from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
+from training.sharding import check_sharding, read_state, set_weights, shard, shard_state, total_norm
 from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
@@ -95,7 +83,9 @@ class Run:
         self.tokens_per_step = config.total_bs * config.block_size
         settings = {key: value for key, value in vars(config).items() if key != "device"}
         world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
-        world.on_rank0(self._claim_out_dir)
+        owner = world.on_rank0(self._claim_out_dir)
+        if owner and not world.one_machine:
+            world.local_rank0_first(lambda: check_shared(config.out_dir, owner))
         config.init_from = world.on_rank0(lambda: _check_out_dir(config))
         checkpoint, origin, resume, differing = None, None, config.init_from == "resume", []
         elsewhere = False  # whether the checkpoint is another run's, which goes on in this out_dir
@@ -107,7 +97,7 @@ class Run:
                 if not config.eval_only:
                     world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
-            checkpoint["config"] = with_current_values(type(config), checkpoint["config"])
+            checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             differing = optimizers.state_differences(config, checkpoint)
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
@@ -129,17 +119,15 @@ class Run:
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        in_parts = config.fsdp and checkpoint
-        with torch.device("meta") if in_parts else contextlib.nullcontext():
+        with torch.device("meta") if config.fsdp else contextlib.nullcontext():
             self.model = GPT(model_config)
-        if checkpoint and not in_parts:
+        if checkpoint and not config.fsdp:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
-            shard(self.model, world.mesh(), DTYPES[config.dtype], config.compile)
-        if in_parts:
-            world.on_all_ranks(lambda: load_weights(self.model, checkpoint, world.device))
+            shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
+            world.on_all_ranks(lambda: set_weights(self.model, checkpoint, world.device))
         self.model.to(world.device)
         self._names = {p: name for name, p in self.model.named_parameters()}
         self.model.activation_checkpointing = config.activation_checkpointing
@@ -167,20 +155,20 @@ class Run:
         def open_files():
             for path in _run_files(config.out_dir) if not resume or elsewhere else ():
                 with file_errors(path, "remove it"):
-                    path.unlink() if path.name in (METRICS, CONFIG) else remove(path)
-            if resume and origin.stem == PREVIOUS and config.checkpoint == "newest":
-                set_aside_unreadable(config.out_dir)
+                    path.unlink() if path.name in (METRICS, CONFIG) else checkpoints.remove(path)
+            if resume and origin.stem == checkpoints.PREVIOUS and config.checkpoint == "newest":
+                checkpoints.set_aside_unreadable(config.out_dir)
             if config.checkpoint != "newest":
-                make_newest(origin, config.out_dir)
+                checkpoints.make_newest(origin, config.out_dir)
             if elsewhere and (origin.parent / METRICS).exists():
                 shutil.copyfile(origin.parent / METRICS, Path(config.out_dir) / METRICS)
             self._tracker = Tracker(config, self._record(), self.step, checkpoint["wandb_id"] if checkpoint else None)
             before = self.step if resume else None
-            self._writer = CheckpointWriter(config.out_dir, config.keep_checkpoints, before, world)
+            self._writer = checkpoints.CheckpointWriter(config.out_dir, config.keep_checkpoints, before, world)
 
         if not config.eval_only:
             world.on_rank0(open_files)
-            self._writer = self._writer or PartWriter(Path(config.out_dir) / TEMPORARY, world)
+            self._writer = self._writer or PartWriter(Path(config.out_dir) / checkpoints.TEMPORARY, world)
             world.finish = self._writer.wait
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "
@@ -217,7 +205,7 @@ class Run:
         return sentence(error, self.config, world.device_name, memory_of(world.device), world.size, rows)
 
     def _claim_out_dir(self):
-        """Take the lock of out_dir, before anything in it is read or removed."""
+        """Take the lock of out_dir, before anything in it is read or removed. Returns its owner."""
         if not self.config.eval_only:
             folder = Path(self.config.out_dir)
             with file_errors(folder, "name another --out_dir"):
@@ -228,22 +216,24 @@ class Run:
                     probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
                 finally:
                     probe.unlink(missing_ok=True)
+                return self._lock.owner
 
     def _load_checkpoint(self):
         """(checkpoint to resume, its path). Rank 0 chooses the file, and all ranks check that they read the same."""
         config, world, chosen = self.config, self.world, []
-        parts = () if config.fsdp else PARTS  # the tensors are read into the sharded model and optimizer
+        parts = () if config.fsdp else checkpoints.PARTS  # the tensors are read into the sharded model and optimizer
 
         def choose():
-            checkpoint, path = load_checkpoint(config.out_dir, config.checkpoint, parts)
+            checkpoint, path = checkpoints.load_checkpoint(config.out_dir, config.checkpoint, parts)
             chosen.append(checkpoint)
             return path
 
         path = world.on_rank0(choose)
         verify = world.local_rank == 0  # once on each machine
-        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read_checkpoint(path, parts, verify))
+        read = checkpoints.read_checkpoint
+        checkpoint = world.local_rank0_first(lambda: chosen[0] if chosen else read(path, parts, verify))
         world.assert_same_on_all_ranks(
-            {"step": checkpoint["step"], "SHA-256": checkpoint_sha256(path)},
+            {"step": checkpoint["step"], "SHA-256": checkpoints.checkpoint_sha256(path)},
             f"read different checkpoints from {path}, with another",
             "out_dir must be one folder that all machines see",
         )
@@ -388,6 +378,8 @@ class Run:
         optimizer = self._train_step.optimizer = make(self.config, self.parameter_groups(), self.world.device)
         if self.config.fsdp:
             optimizer.register_load_state_dict_pre_hook(shard_state)
+        if self.world.size > 1 or self.config.fsdp:
+            optimizers.share_matrices(optimizer)
         if self._resumed and self.config.init_from == "resume":
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
@@ -648,7 +640,8 @@ class Run:
 
 def _warn_of_separate_tasks():
     """Warn if a launcher started several processes that do not know of each other."""
-    for count, number in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+    launchers = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": ""}
+    for count, number in launchers.items():
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
             alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
@@ -692,7 +685,8 @@ def _accumulation(config, ranks):
 
 def _run_files(out_dir):
     """The files of an earlier run in `out_dir`."""
-    return [path for name in (METRICS, CONFIG) if (path := Path(out_dir) / name).exists()] + all_checkpoints(out_dir)
+    records = [path for name in (METRICS, CONFIG) if (path := Path(out_dir) / name).exists()]
+    return records + checkpoints.all_checkpoints(out_dir)
 
 
 def _check_empty(config):
@@ -705,7 +699,7 @@ def _check_empty(config):
 def _check_out_dir(config):
     """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     if config.init_from == "auto":
-        return "resume" if all_checkpoints(config.out_dir) else "scratch"
+        return "resume" if checkpoints.all_checkpoints(config.out_dir) else "scratch"
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
         remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
         raise UserError(f"{config.out_dir} already holds a run; {remedy}.")

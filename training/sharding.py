@@ -19,10 +19,15 @@ def check_sharding(config, world):
     """UserError if a run with `config` cannot be sharded."""
     if not world.distributed:
         raise UserError("fsdp = True splits the model over ranks and there is one process; start it with torchrun.")
-    if not OPTIMIZERS[config.optimizer_name].shards:
-        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards)
-        why = "does not work with fsdp = True, which splits every parameter over the ranks"
+    shards = OPTIMIZERS[config.optimizer_name].shards
+    if shards is not True:
+        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.shards is True)
+        why = f"does not work with fsdp = True: {shards}"
         raise UserError(f"optimizer_name = {config.optimizer_name!r} {why}; use one of {able}, or --fsdp=False.")
+    if config.fsdp_shard and world.size % config.fsdp_shard:
+        sizes = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
+        why = f"does not divide the {world.size} ranks"
+        raise UserError(f"fsdp_shard = {config.fsdp_shard} {why}; it can be one of {sizes}.")
     sequences = getattr(config, "hess_bs", 0)
     if sequences % world.size:  # all ranks must take the same number of passes, or they wait for each other for ever
         why = f"is not divisible by the {world.size} ranks, and fsdp = True needs that"
@@ -31,7 +36,9 @@ def check_sharding(config, world):
 
 
 def shard(model, mesh, dtype, compile):
-    """Split a GPT that is on the CPU over the ranks of `mesh`, block by block. No device ever holds all of it.
+    """Split a GPT that is on the meta device over the last dimension of `mesh`, block by block.
+
+    No device ever holds all of it.
 
     Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
     autocast rounds them anyway, and their gradients are summed in float32. Embeddings, an output matrix of its own and
@@ -50,15 +57,22 @@ def shard(model, mesh, dtype, compile):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - inner)
 
 
-def load_weights(model, checkpoint, device):
-    """Give a sharded model on the meta device a checkpoint's weights. Each rank takes its part alone."""
+def set_weights(model, checkpoint, device):
+    """Give a sharded model on the meta device the weights of a checkpoint; without one, those that a new GPT has.
+
+    Each rank takes its part. It has one complete parameter at most in host memory.
+    """
     model.to_empty(device=device)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if getattr(checkpoint, "manifest", None):
         read_part(checkpoint, "model", lambda path, meta: parameters[path.removeprefix("model/")])
-    else:
-        for name, p in parameters.items():
-            _take_part(p, checkpoint["model"][name])
+        return
+    for name, p in parameters.items():
+        if checkpoint:
+            complete = checkpoint["model"][name]
+        else:
+            model.init_weight(name, complete := torch.empty(p.shape))
+        _take_part(p, complete)
 
 
 def read_state(checkpoint, optimizer, names):
@@ -105,4 +119,5 @@ def total_norm(tensors, world):
     if not tensors or not hasattr(tensors[0], "to_local"):
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
     parts = torch.nn.utils.get_total_norm([t.to_local() for t in tensors], foreach=True)
-    return world.sum(parts.double().square()).sqrt().float()
+    copies = world.size // tensors[0].device_mesh.size(-1)
+    return world.sum(parts.double().square() / copies).sqrt().float()

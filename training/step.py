@@ -224,7 +224,8 @@ class TrainStep:
     def _accumulate(self, batch, loss):
         """Add up the gradients of `loss(logits, targets)` over the batch; return this rank's part of its mean.
 
-        The ranks exchange gradients once, in the last micro-batch. fp16's are computed scaled and left unscaled.
+        The ranks exchange gradients once, in the last micro-batch, unless fsdp_keep = "nothing". fp16's are computed
+        scaled and left unscaled.
         """
         if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
             self._compile(batch[0], loss)
@@ -244,11 +245,21 @@ class TrainStep:
             self.scaler.update()
         return total
 
+    @contextlib.contextmanager
     def _exchange(self, on):
-        """Whether the ranks exchange gradients in the backward passes within."""
-        if self.config.fsdp:
-            self.model.set_requires_gradient_sync(on)
-        return self._ddp.no_sync() if self._ddp and not on else contextlib.nullcontext()
+        """Whether the ranks exchange gradients in the backward passes within. With fsdp, `fsdp_keep` has a say."""
+        if not self.config.fsdp:
+            with self._ddp.no_sync() if self._ddp and not on else contextlib.nullcontext():
+                yield
+            return
+        keep, blocks = self.config.fsdp_keep, self.model.transformer.h
+        self.model.set_requires_gradient_sync(on or keep == "nothing")
+        self.model.set_reshard_after_backward(on or keep != "all")
+        for block in blocks:
+            block.set_reshard_after_forward(keep != "all")
+        yield
+        for block in blocks:  # an evaluation keeps nothing
+            block.set_reshard_after_forward(True)
 
     def _loss(self, inputs, targets, loss):
         with self._autocast:

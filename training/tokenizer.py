@@ -196,9 +196,9 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        self._ids = self.tokenizer.get_vocab()
-        self.vocab_size = max(self._ids.values(), default=-1) + 1
-        self.eot = next((self._ids[name] for name in END_OF_TEXT if name in self._ids), None)
+        self.ids = self.tokenizer.get_vocab()  # {token: id}
+        self.vocab_size = max(self.ids.values(), default=-1) + 1
+        self.eot = next((self.ids[name] for name in END_OF_TEXT if name in self.ids), None)
 
     def _encode(self, text):
         encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]  # without Python's lock
@@ -212,8 +212,8 @@ class JsonTokenizer(Tokenizer):
         sizes = np.zeros(self.vocab_size, np.int64)
         added = self.tokenizer.get_added_tokens_decoder()
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.json).get("decoder"))
-        before = next((i for i in self._ids.values() if self.decode([i]).isalpha() and self.decode([i]).isascii()), 0)
-        alone, ids = len(self.decode([before]).encode()), list(self._ids.items())
+        before = next((i for i in self.ids.values() if self.decode([i]).isalpha() and self.decode([i]).isascii()), 0)
+        alone, ids = len(self.decode([before]).encode()), list(self.ids.items())
         pairs = self.tokenizer.decode_batch([[before, i] for _, i in ids], skip_special_tokens=False)
         for (token, i), pair in zip(ids, pairs, strict=True):
             if i == self.eot or (i in added and added[i].special):

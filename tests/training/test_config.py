@@ -109,6 +109,20 @@ def test_bad_settings_are_one_sentence(argv, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["eigenbasis", "spectral"])
+@pytest.mark.parametrize("cls", [AdamConfig, SophiaConfig])
+def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp_path):
+    on, off = tmp_path / "on.py", tmp_path / "off.py"
+    on.write_text(f"{name} = True\n")
+    off.write_text(f"{name} = False\n")
+    for word in (f"--{name}=True", f"--{name}", str(on)):
+        with pytest.raises(UserError, match=rf"{name} was replaced by whitened_muon .* sophia_muon .* efa612d"):
+            load_config(cls, [word])
+    assert load_config(cls, [f"--{name}=False", str(off)]) == load_config(cls, [])
+    with pytest.raises(UserError, match=r"sophiag_spectral.py was replaced by whitened_muon"):
+        load_config(cls, ["config/train_gpt2_30m_sophiag_spectral.py"])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -176,3 +190,9 @@ def test_every_need_names_a_setting_and_possible_values():
             name, values = field.metadata.get("needs", ("optimizer_name", ()))
             choices = FIRST_ORDER + SECOND_ORDER if name == "optimizer_name" else fields[name].metadata.get("choices")
             assert all(value in (choices or (True, False)) for value in values), field.name
+
+
+def test_no_name_for_out_dir_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="out_dir = ''"):
+        load_config(SophiaConfig, ["--out_dir="])

@@ -3,7 +3,7 @@
 import pytest
 
 from training.distributed import Distributed
-from training.errors import UserError
+from training.errors import UserError, command
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,29 @@ def test_one_machine_or_several(monkeypatch, local, one_machine):
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     assert Distributed("cpu").one_machine == one_machine
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"RANK": "x"}, "RANK = 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE = ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 is not below WORLD_SIZE = 2"),
+        ({"RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT = None"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK = 'first'"),
+    ],
+)
+def test_an_environment_that_no_launcher_made_is_one_sentence(monkeypatch, capsys, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: Distributed("cpu"))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and "start the ranks with torchrun" in error
+
+
+def test_a_world_size_alone_is_no_world(monkeypatch):
+    """It would leave out the batches of ranks that are not there."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Distributed("cpu").size == 1

@@ -297,24 +297,19 @@ def other_hf(name, **settings):
 
 @pytest.mark.parametrize("name, settings", VARIANTS)
 def test_logits_of_other_families_both_ways(tmp_path, name, settings):
+    from transformers import AutoModelForCausalLM
+
     hf_model, idx = other_hf(name, **settings), tokens(2, 32)
     model, expected = from_hf(hf_model), hf_model(idx).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(model(idx, idx)[0], expected, atol=1e-4, rtol=0)
     to_hf(randomize(model)).save_pretrained(tmp_path)
-    again, _, _ = load_hf(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
     assert type(again) is type(hf_model)
     torch.testing.assert_close(again(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
     read = load_pretrained(f"hf:{tmp_path}")
     assert read["model_args"] == dataclasses.asdict(model.config)
     assert all(torch.equal(read["model"][key], tensor) for key, tensor in model.state_dict().items())
-
-
-def load_hf(folder):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    return model, AutoConfig.from_pretrained(folder), None
 
 
 @pytest.mark.parametrize(
@@ -371,7 +366,7 @@ def test_to_hf_names_what_no_family_has(settings, message):
         ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters=.*'linear'"),
         ("LlamaConfig", {"attention_bias": True}, "mlp_bias=False, GPT can only be True"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "hidden_act='gelu', GPT can only be 'silu'"),
-        ("LlamaConfig", {"head_dim": 16}, "head_dim=16, GPT can only be None or 8"),
+        ("LlamaConfig", {"head_dim": 16}, "head_dim=16, GPT can only be 8"),
         ("Qwen3Config", {"head_dim": 16}, "head_dim=16"),
         ("Qwen3Config", {"attention_bias": True}, "attention_bias=True, GPT can only be False"),
         ("Qwen3Config", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True|layer_types="),
@@ -503,6 +498,19 @@ def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"
     refused(capsys, [*tiny, "--init_from=hf:"], allowed)
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")
+
+
+def test_a_folder_with_another_tokenizer_of_that_size_is_not_gpt2s(gpt2_corpus, tmp_path, capsys):
+    """GPT-NeoX's models have 50304 rows, as GPT-2's padded ones, and another tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    other_hf("GPTNeoXConfig", vocab_size=50304).save_pretrained(tmp_path / "hf")
+    assert load_pretrained(f"hf:{tmp_path}/hf")["tokenizer"] == "gpt2", "nothing says otherwise"
+    Tokenizer(models.WordLevel({f"t{i}": i for i in range(50277)})).save(str(tmp_path / "hf" / "tokenizer.json"))
+    _, tokenizer, _ = load_model(f"hf:{tmp_path}/hf", None)
+    assert tokenizer.vocab_size == 50277 and tokenizer.decode([7]) == "t7"
+    error = "tokens of tokenizer.json"
+    refused(capsys, [*tiny_words(gpt2_corpus, tmp_path / "out"), f"--init_from=hf:{tmp_path}/hf"], error)
 
 
 def test_load_model_wants_to_know_the_tokenizer(corpus, tmp_path):

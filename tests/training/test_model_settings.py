@@ -32,9 +32,9 @@ NEOX = ["--position=rope", "--rope_dim=4", "--parallel_block=True", "--bias=True
         (train_adam, [*LLAMA, "--optimizer_name=muon"]),
         (train_sophiag, [*NEOX, "--optimizer_name=sophiah"]),
         (train_sophiag, [*QWEN, "--adamw_for=embeddings+scalars", "--activation_checkpointing=True"]),
-        (train_sophiag, [*QWEN, "--eigenbasis=True", "--spectral=True", "--adamw_for=embeddings+scalars"]),
+        (train_sophiag, [*QWEN, "--optimizer_name=sophia_muon"]),
     ],
-    ids=["adamw", "soap", "muon", "sophiah", "sophiag", "spectral"],
+    ids=["adamw", "soap", "muon", "sophiah", "sophiag", "sophia_muon"],
 )
 def test_a_resume_equals_the_uninterrupted_run(tiny, tmp_path, monkeypatch, script, argv):  # noqa: F811
     argv = [*tiny, *argv, "--max_iters=14", "--eval_interval=7", *(["--hess_interval=4"] * (script is train_sophiag))]

@@ -51,18 +51,6 @@ def test_hutchinsons_estimate_does_not_depend_on_the_number_of_ranks(corpus, tmp
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0][0] > 0
 
 
-def test_the_eigenbasis_does_not_depend_on_the_number_of_ranks(corpus, tmp_path):
-    """Every rank updates the bases by itself, from the same gradients."""
-    argv = ["--eigenbasis=True", "--hess_interval=3", "--hess_bs=8", "--rho=2.0", "--max_iters=12"]
-    train_sophiag.main([*tiny_words(corpus, tmp_path / "whole"), "--batch_size=24", *argv])
-    done = torchrun(2, "train_sophiag.py", [*tiny_words(corpus, tmp_path / "split"), "--batch_size=2", *argv])
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
-    lines = [read_lines(tmp_path / name)[:-1] for name in ("split", "whole")]
-    rates = [[line["train/win_rate/matrices"] for line in run] for run in lines]
-    assert rates[0] == pytest.approx(rates[1], abs=0.02) and 0.05 < rates[0][-1] < 0.95
-
-
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
 def test_compiling_after_a_resume_draws_no_random_numbers(corpus, tmp_path, monkeypatch, optimizer):
     """The pass that compiles a graph restores dropout's generator. The compiler itself is replaced here."""

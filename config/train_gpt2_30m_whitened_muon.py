@@ -1,0 +1,32 @@
+# GPT-2 with 30M parameters on Python source text with whitened Muon: Muon's step in coordinates that the training
+# gradient's second moments whiten. 128 sequences of 512 tokens a step, 1,560 steps (102M tokens).
+#   python data/python/prepare.py
+#   python train_adam.py config/train_gpt2_30m_whitened_muon.py
+# The settings are those of the variant `both` of experiments/30m_whitening, where 780 steps ended at 1.2997 and 1.2972.
+# Learning rates, decay, momentum and warm-up were tuned for the spectral step (experiments/30m_spectral).
+
+out_dir = "out/gpt2_30m_whitened_muon"
+dataset = "python"
+total_bs = 128
+batch_size = 128
+block_size = 512
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+
+optimizer_name = "whitened_muon"
+learning_rate = 1.6e-2
+# AdamW updates embeddings and scalars; beta1 and beta2 are its betas.
+embedding_lr = 3.2e-2
+weight_decay = 0.1
+momentum = 0.9
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+
+max_iters = 1560
+warmup_iters = 312
+
+eval_interval = 390
+compile = True

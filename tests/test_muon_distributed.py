@@ -1,0 +1,218 @@
+"""muon_distributed.py on 1 to 4 gloo ranks, with copies and with shards, against one process."""
+
+import copy
+import datetime
+import math
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from muon import Muon, WhitenedMuon
+from muon_distributed import share, update_flops
+
+SHAPES = [(6, 6), (18, 6), (6, 24), (24, 6), (6, 6), (6, 24), (5, 7), (24, 6)]  # not divisible by all numbers of ranks
+SPLITS = [1, 3, 1, 1, 1, 1, 1, [12, 8, 4]]
+OPTIMIZERS = {
+    "muon": (Muon, {"cautious": True}),
+    "whitened": (WhitenedMuon, {"interval": 2, "max_width": 12}),
+    "sampled": (WhitenedMuon, {"source": "update_factors", "sides": "input"}),
+}
+
+
+class Matrices(nn.Module):
+    """Its loss has a gradient that is the mean of one for each of four rows, by step."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in SHAPES)
+
+    def forward(self, step, rows):
+        generator = torch.Generator().manual_seed(1 + step)
+        noise = [torch.randn(12, *shape, generator=generator) for shape in SHAPES]
+        return sum((w * n[rows].mean(0) * (1 + 0.1 * w)).sum() for w, n in zip(self.weights, noise, strict=True))
+
+
+def train(model, optimizer, steps, rank=0, ranks=1):
+    rows = range(rank * 12 // ranks, (rank + 1) * 12 // ranks)
+    for step in steps:
+        if optimizer.param_groups[0].get("source") == "update_factors" and step % 2 == 0:
+            model(100 + step, rows).backward()
+            optimizer.update_factors(0.5)
+            optimizer.zero_grad()
+        model(step, rows).backward()
+        optimizer.found_inf = torch.tensor(float(step == 3))  # this step is skipped
+        optimizer.grad_scale = torch.tensor(2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make(name, wrap=None):
+    cls, settings = OPTIMIZERS[name]
+    model = Matrices()
+    model = wrap(model) if wrap else model
+    return model, cls(model.parameters(), lr=0.05, split=SPLITS, **settings)
+
+
+def numbers_in_factors(states):
+    return sum(value.numel() for state in states.values() for key, value in state.items() if "_factor" in key)
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collected(optimizer):
+    """A state_dict that is complete on every rank, as a checkpoint has it."""
+    state_dict = optimizer.state_dict()
+    states = [{k: full(v).clone() for k, v in s.items()} for _, s in sorted(state_dict["state"].items())]
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, states)
+    merged = {
+        i: {k: v for part in parts for k, v in part.items()} for i, parts in enumerate(zip(*everyones, strict=True))
+    }
+    return state_dict | {"state": merged}
+
+
+def scatter(optimizer, state_dict):
+    from torch.distributed.tensor import distribute_tensor
+
+    params = optimizer.param_groups[0]["params"]
+    for i, state in state_dict["state"].items():
+        if hasattr(params[i], "device_mesh"):
+            moved = distribute_tensor(state["momentum_buffer"], params[i].device_mesh, params[i].placements)
+            state_dict["state"][i] = state | {"momentum_buffer": moved}
+    return state_dict
+
+
+def rank_main(rank, ranks, port, saved, results):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timeout)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    wraps = {"copies": nn.parallel.DistributedDataParallel, "shards": lambda model: fully_shard(model, mesh=mesh)}
+    exchange, sent = dist.all_to_all_single, []
+
+    def counted(received, tensor, take, give, *arguments, **more):
+        sent.append(sum(give) - give[rank])
+        return exchange(received, tensor, take, give, *arguments, **more)
+
+    dist.all_to_all_single = counted
+    for how, wrap in wraps.items():
+        for name in OPTIMIZERS:
+            model, optimizer = make(name, wrap)
+            share(optimizer)
+            sent.clear()
+            train(model, optimizer, range(5), rank, ranks)
+            results[how, name, rank, "sent"] = sum(sent) / 5
+            half = collected(optimizer)
+            train(model, optimizer, range(5, 9), rank, ranks)
+            factors = numbers_in_factors(optimizer.state)
+            results[how, name, rank] = [full(p).detach().numpy().copy() for p in model.parameters()], factors
+            again, resumed = make(name, wrap)  # from the state and weights of a single process
+            share(resumed)
+            state_dict, weights = copy.deepcopy(saved[name])  # shared with the other ranks
+            resumed.load_state_dict(scatter(resumed, state_dict))
+            with torch.no_grad():
+                for p, w in zip(again.parameters(), weights, strict=True):
+                    if hasattr(p, "device_mesh"):
+                        rows = w.chunk(ranks)
+                        w = rows[rank] if rank < len(rows) else w[:0]
+                        p = p.to_local()
+                    p.copy_(w)
+            train(again, resumed, range(5, 9), rank, ranks)
+            results[how, name, rank, "resumed"] = [full(p).detach().numpy().copy() for p in again.parameters()]
+            if rank == 0:
+                results[how, name, "half"] = half
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """{optimizer: (its state and the weights after 5 steps, the weights after 9)} of one process."""
+    found = {}
+    for name in OPTIMIZERS:
+        model, optimizer = make(name)
+        train(model, optimizer, range(5))
+        half = optimizer.state_dict(), [p.detach().clone() for p in model.parameters()]
+        half = copy.deepcopy(half)
+        train(model, optimizer, range(5, 9))
+        found[name] = half, [p.detach() for p in model.parameters()]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 3])
+def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(rank_main, (ranks, port, {name: half for name, (half, _) in alone.items()}, results), nprocs=ranks)
+        results = dict(results)
+    for how in ("copies", "shards"):
+        for name, (half, weights) in alone.items():
+            for rank in range(ranks):
+                found, _ = results[how, name, rank]
+                assert all((a == b).all() for a, b in zip(found, results[how, name, 0][0], strict=True)), "ranks differ"
+                for a, b, w in zip(found, results[how, name, rank, "resumed"], weights, strict=True):
+                    torch.testing.assert_close(torch.from_numpy(a), w, rtol=1e-4, atol=1e-5, msg=f"{how} {name}")
+                    torch.testing.assert_close(torch.from_numpy(b), w, rtol=1e-4, atol=1e-5, msg=f"{how} {name}")
+            ours, theirs = results[how, name, "half"]["state"], half[0]["state"]
+            for i, state in theirs.items():
+                assert ours[i].keys() == state.keys()
+                for key, value in state.items():
+                    torch.testing.assert_close(ours[i][key], value, rtol=1e-3, atol=1e-4)
+            sent = sum(results[how, name, rank, "sent"] for rank in range(ranks))
+            trips = {"muon": 2, "whitened": 3, "sampled": 2 + 3 / 5}[name] if how == "shards" else 0
+            assert sent == pytest.approx(trips * sum(map(math.prod, SHAPES)) * (ranks - 1) / ranks, rel=0.1)
+            if name != "muon":
+                shares = [results[how, name, rank][1] for rank in range(ranks)]
+                assert sum(shares) == numbers_in_factors(theirs), "each factor once"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_matrices_are_shared_out_by_their_cost(monkeypatch, cls, ranks):
+    """GPT-2 of 124M: no rank has more than 1.1 times the mean of the FLOPs, though some have more matrices."""
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: ranks)
+    shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+    params, split = [torch.empty(shape, device="meta") for shape in shapes], [3, 1, 1, 1] * 12
+    optimizer = cls(params, split=split)
+    share(optimizer)
+    loads, counts = [0.0] * ranks, [0] * ranks
+    for p in params:
+        loads[optimizer._share.owner[p]] += update_flops(p.shape, optimizer._share.rows[p], optimizer.param_groups[0])
+        counts[optimizer._share.owner[p]] += 1
+    assert max(loads) < 1.1 * sum(loads) / ranks
+    assert ranks < 8 or max(counts) > min(counts)
+
+
+def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda _: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(4)]
+    optimizer = WhitenedMuon(params)
+    for p in params:
+        p.grad = torch.eye(4)
+    optimizer.step()
+    share(optimizer)
+    assert ["left_root" in optimizer.state[p] for p in params] == [False, True, False, True]
+    assert all("momentum_buffer" in optimizer.state[p] for p in params)
+    with pytest.raises(RuntimeError, match="before muon_distributed"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
+
+
+def test_sharded_matrices_need_share():
+    p = nn.Parameter(torch.zeros(4, 4))
+    p.device_mesh, p.grad = "a mesh", torch.zeros(4, 4)
+    with pytest.raises(RuntimeError, match=r"only after muon_distributed.share"):
+        Muon([p]).step()
