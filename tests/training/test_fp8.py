@@ -54,7 +54,7 @@ def test_refusals(corpus, tmp_path):
         main([*argv, "--dtype=bfloat16", "--fp8=True"])
     with pytest.raises(UserError, match="fp8 needs dtype = 'bfloat16'"):
         main([*argv, "--dtype=float32", "--fp8=True"])
-    with pytest.raises(UserError, match="fp8_loss needs a Hopper GPU .* this is cpu"):
+    with pytest.raises(UserError, match=r"fp8_loss needs a Hopper GPU .* this is cpu"):
         main([*argv, "--dtype=bfloat16", "--fp8_loss=True"])
     with pytest.raises(UserError, match="fp8_loss needs dtype = 'bfloat16'"):
         main([*argv, "--dtype=float32", "--fp8_loss=True"])
