@@ -6,6 +6,7 @@ to_fp8(model, torch.device("cuda"))
 import torch
 
 from training.errors import UserError
+from training.fp8_loss import gradient_errors
 
 
 def to_fp8(model, device, emulate=False):
@@ -38,3 +39,8 @@ def check_fp8_loss(device, config):
         if getattr(config, name) % 16:
             size = getattr(config, name)
             raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")
+    errors = gradient_errors(config.n_embd, config.vocab_size, device)
+    if not all(error < 0.1 for error in errors):  # NaN is not below either
+        found = " and ".join(f"{error:.2g}" for error in errors)
+        raise UserError(f"fp8_loss computes wrong gradients here (relative errors {found}), as with some versions of "
+                        "Triton; leave it off.")  # fmt: skip

@@ -94,6 +94,15 @@ def test_loss_and_gradients_are_those_of_float64_up_to_the_rounding_of_fp8(devic
     assert_close(results(loss, hidden, weight), reference(hidden, weight, targets))
 
 
+def test_the_check_of_the_kernels_finds_what_is_wrong(device, monkeypatch):
+    width, classes, rows = (768, 50304, 8192) if device == "cuda" else (32, 304, 176)
+    errors = module.gradient_errors(width, classes, device, rows)
+    assert max(errors) < 0.1
+    transposed = module._transposed
+    monkeypatch.setattr(module, "_transposed", lambda x: transposed(x).view(torch.uint8).flip(0).view(x.dtype))
+    assert max(module.gradient_errors(width, classes, device, rows)) > 0.1
+
+
 def hard(device):
     """Rows whose likeliest class is neither in the sample nor their label, rows of huge logits, one label for many."""
     hidden, weight, targets = (x.detach() for x in case(device))
