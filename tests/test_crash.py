@@ -28,14 +28,12 @@ RUN = [
 
 
 SOAK = [
-    "config/train_gpt2_small_sophiag.py",
     "--dataset=python",
     "--total_bs=64",
     "--batch_size=32",
     "--max_iters=400",
     "--warmup_iters=200",
     "--learning_rate=1.5e-4",  # calm: at 5e-4 runs with the same seed came to differ by 0.3 on their own
-    "--beta1=0.9",
     "--eval_interval=50",
     "--eval_tokens=524288",
     "--log_interval=5",
@@ -119,8 +117,9 @@ def test_a_run_killed_three_times_loses_nothing(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_killed_twice_loses_nothing(corpus, tmp_path):
-    killed_run(corpus, tmp_path, 2, 2, "--fsdp=True")
+@pytest.mark.parametrize("how", ["--fsdp=True", "--optimizer_name=sophia_muon"])
+def test_a_run_whose_ranks_hold_parts_of_it_loses_nothing_when_killed_twice(corpus, tmp_path, how):
+    killed_run(corpus, tmp_path, 2, 2, how)
 
 
 @pytest.mark.slow
@@ -278,11 +277,12 @@ def test_memory_and_files_do_not_grow(corpus, tmp_path):
     assert last[0] < first[0] * 1.03 + 5000 and last[1] <= first[1] + 1
 
 
-def soak(out_dir, kills):
+def soak(out_dir, kills, script, config):
     """A run of SOAK on two GPUs, ended `kills` times (a rank dies, all die, a signal) and started again each time."""
-    draw, output_so_far, argv = random.Random(0), [], [*SOAK, f"--out_dir={out_dir}", "--init_from=auto"]
+    draw, output_so_far = random.Random(0), []
+    argv, script = [*config, *SOAK, f"--out_dir={out_dir}", "--init_from=auto"], ROOT / script
     for kill in range(kills):
-        process = start(2, argv)
+        process = start(2, argv, script)
         output_so_far += wait_for_step(process, 60 * (kill + 1) + draw.randrange(30))
         how = ("one rank", "all ranks", "a signal")[kill % 3]
         if how == "all ranks":
@@ -294,7 +294,7 @@ def soak(out_dir, kills):
             assert ("rank 0 ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
             assert (process.returncode == 0) == (how == "a signal")
         print(f"{out_dir.name}: {how} ended, metrics up to step {read_lines(out_dir)[-1]['step']}", flush=True)
-    process = start(2, argv)
+    process = start(2, argv, script)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, "".join(output_so_far) + output
     return {line["step"]: line["train/loss"] for line in read_lines(out_dir) if "train/loss" in line}
@@ -303,11 +303,19 @@ def soak(out_dir, kills):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_soak_on_two_gpus(tmp_path):
+@pytest.mark.parametrize(
+    "run",
+    [
+        ("train_sophiag.py", ["config/train_gpt2_small_sophiag.py", "--beta1=0.9"]),
+        ("train_adam.py", ["config/train_gpt2_small_muon.py", "--optimizer_name=whitened_muon"]),
+    ],
+    ids=["sophiag", "whitened_muon"],
+)
+def test_soak_on_two_gpus(tmp_path, run):
     """GPT-2 of 124M killed and resumed five times; two runs that were let alone say what bf16 and atomics differ by."""
     with ThreadPoolExecutor() as pool:  # they share the GPUs: most of a restart is the host's work
-        killed = pool.submit(soak, tmp_path / "killed", kills=5)
-        alone = pool.submit(lambda: [soak(tmp_path / name, kills=0) for name in ("whole", "again")])
+        killed = pool.submit(soak, tmp_path / "killed", 5, *run)
+        alone = pool.submit(lambda: [soak(tmp_path / name, 0, *run) for name in ("whole", "again")])
     killed, (whole, again) = killed.result(), alone.result()
     assert list(killed) == list(whole) == list(again)
     noise, difference = ([abs(a[step] - b[step]) for step in whole] for a, b in ((again, whole), (killed, whole)))

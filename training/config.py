@@ -344,6 +344,8 @@ def _convert(field, value):
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
+    if kind is str and "\0" in value:
+        raise UserError(f"{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
     return value
 
 

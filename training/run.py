@@ -36,7 +36,7 @@ from training.memory import estimate, largest, memory_of, micro_batch_sizes, sen
 from training.metrics import CONFIG, METRICS
 from training.monitor import Signals
 from training.schedule import check_whole, learning_rate, sequence_length, stages
-from training.sharding import check_sharding, load_weights, read_state, shard, shard_state, total_norm
+from training.sharding import check_sharding, read_state, set_weights, shard, shard_state, total_norm
 from training.shards import PartWriter
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
@@ -119,17 +119,15 @@ class Run:
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
-        in_parts = config.fsdp and checkpoint
-        with torch.device("meta") if in_parts else contextlib.nullcontext():
+        with torch.device("meta") if config.fsdp else contextlib.nullcontext():
             self.model = GPT(model_config)
-        if checkpoint and not in_parts:
+        if checkpoint and not config.fsdp:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
         if config.fsdp:
             shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
-        if in_parts:
-            world.on_all_ranks(lambda: load_weights(self.model, checkpoint, world.device))
+            world.on_all_ranks(lambda: set_weights(self.model, checkpoint, world.device))
         self.model.to(world.device)
         self._names = {p: name for name, p in self.model.named_parameters()}
         self.model.activation_checkpointing = config.activation_checkpointing

@@ -36,7 +36,9 @@ def check_sharding(config, world):
 
 
 def shard(model, mesh, dtype, compile):
-    """Split a GPT that is on the CPU over the last dimension of `mesh`, block by block. No device ever holds all of it.
+    """Split a GPT that is on the meta device over the last dimension of `mesh`, block by block.
+
+    No device ever holds all of it.
 
     Every number is computed as autocast alone computes it. A block's Linear layers are gathered in `dtype`, to which
     autocast rounds them anyway, and their gradients are summed in float32. Embeddings, an output matrix of its own and
@@ -55,15 +57,22 @@ def shard(model, mesh, dtype, compile):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - inner)
 
 
-def load_weights(model, checkpoint, device):
-    """Give a sharded model on the meta device a checkpoint's weights. Each rank takes its part alone."""
+def set_weights(model, checkpoint, device):
+    """Give a sharded model on the meta device the weights of a checkpoint; without one, those that a new GPT has.
+
+    Each rank takes its part. It has one complete parameter at most in host memory.
+    """
     model.to_empty(device=device)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if getattr(checkpoint, "manifest", None):
         read_part(checkpoint, "model", lambda path, meta: parameters[path.removeprefix("model/")])
-    else:
-        for name, p in parameters.items():
-            _take_part(p, checkpoint["model"][name])
+        return
+    for name, p in parameters.items():
+        if checkpoint:
+            complete = checkpoint["model"][name]
+        else:
+            model.init_weight(name, complete := torch.empty(p.shape))
+        _take_part(p, complete)
 
 
 def read_state(checkpoint, optimizer, names):
