@@ -167,11 +167,8 @@ def _publish(folder, bins, texts):
 
 def _tokenized(documents, tokenizer, num_proc):
     """Yield (split, bytes of little-endian ids, is it a document's end) in the order of `documents`."""
-    for task, (tokens, lengths) in _in_parallel(_tasks(documents, tokenizer), tokenizer, num_proc):
-        start = 0
-        for (split, piece), length in zip(task, lengths, strict=True):
-            yield split, tokens[start : start + length], piece is None
-            start += length
+    for task, parts in _in_parallel(_tasks(documents, tokenizer), tokenizer, num_proc):
+        yield from ((split, part, piece is None) for (split, piece), part in zip(task, parts, strict=True))
 
 
 def _tasks(documents, tokenizer):
@@ -195,11 +192,10 @@ def _tasks(documents, tokenizer):
 
 
 def _encode(tokenizer, task):
-    """The ids of a task's pieces, as the bytes of one little-endian array, and how many bytes each has."""
+    """The ids of each of a task's pieces, as little-endian bytes."""
     end, dtype = np.array([] if tokenizer.eot is None else [tokenizer.eot]), tokenizer.dtype.newbyteorder("<")
     arrays = [end if piece is None else tokenizer.encode_array(piece) for _, piece in task]
-    parts = [array.astype(dtype).tobytes() for array in arrays]
-    return b"".join(parts), [len(part) for part in parts]
+    return [array.astype(dtype).tobytes() for array in arrays]
 
 
 def _in_parallel(tasks, tokenizer, num_proc):
