@@ -134,7 +134,8 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
-    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), on Hopper the loss too")
+    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
+    fp8_loss: bool = setting(False, "output matrix and loss in FP8 (Hopper GPUs, 8,192 tokens or more in a pass)")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     fsdp_shard: int | None = setting(None, "with fsdp: ranks that one copy is split over; default all", at_least=1)
@@ -161,8 +162,11 @@ class TrainConfig:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
-        if self.fp8 and self.dtype not in ("auto", "bfloat16"):
-            raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        for name in ("fp8", "fp8_loss"):
+            if getattr(self, name) and self.dtype not in ("auto", "bfloat16"):
+                raise UserError(f"{name} needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        if self.fp8_loss and self.fsdp:
+            raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of them out.")
         if self.fsdp_shard and not self.fsdp:
             raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
         stages(self)

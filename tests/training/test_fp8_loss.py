@@ -129,14 +129,14 @@ def test_logits_that_are_not_finite_make_a_loss_that_is_not_finite(device):
 def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monkeypatch):
     if device == "cuda":
         pytest.skip("its batches are too small")
-    monkeypatch.setattr(run_module, "to_fp8", lambda model, device: None)
+    monkeypatch.setattr(run_module, "check_fp8_loss", lambda device, config: None)
     monkeypatch.setattr(step, "fits_fp8", lambda hidden, weight: True)
     curves, argv = (
         [],
         [*tiny, "--dtype=bfloat16", "--max_iters=2", "--warmup_iters=1", "--total_bs=8", "--batch_size=4"],
     )
     for fp8 in (False, True):
-        main([*argv, f"--fp8={fp8}", f"--out_dir={tmp_path / str(fp8)}"])
+        main([*argv, f"--fp8_loss={fp8}", f"--out_dir={tmp_path / str(fp8)}"])
         lines = [line for line in read_lines(tmp_path / str(fp8)) if "train/loss" in line]
         curves.append([line[key] for line in lines for key in ("train/loss", "grad_norm")])
     assert curves[0] != curves[1]
