@@ -223,6 +223,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).to(dtype), targets.flatten(), ignore_index=-1)
 
 
+def make_embedding(rows: int, width: int) -> nn.Embedding:
+    """Without nn.Embedding's own random weights: to draw them on the meta device, torch imports its compiler first."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class GPT(nn.Module):
     """A model with random weights. Built on the CPU and then moved, a seed gives the same model on every device."""
 
@@ -236,8 +241,8 @@ class GPT(nn.Module):
         with torch.device("meta"):  # no memory and no random numbers yet: `init_weights` draws each weight once
             learned = config.position == "learned"
             self.transformer = nn.ModuleDict(dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
+                wte=make_embedding(config.vocab_size, config.n_embd),
+                **({"wpe": make_embedding(config.block_size, config.n_embd)} if learned else {}),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config, layer_idx) for layer_idx in range(config.n_layer)]),
                 ln_f=make_norm(config),
@@ -248,7 +253,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         else:
             self.lm_head.to_empty(device=device)
-        self.init_weights()
+        if device.type != "meta":
+            self.init_weights()
 
     def init_weights(self) -> None:
         for name, p in self.named_parameters():

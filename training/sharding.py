@@ -81,7 +81,7 @@ def read_state(checkpoint, optimizer, names):
 
     def target(path, meta):
         p = parameters.get(path.split("/")[-2])
-        if checkpoint.manifest["tensors"][path]["sharded"]:
+        if p is not None and meta.shape == p.shape:  # as `shard_state` has it, however it was stored
             return torch.empty_like(p.detach(), dtype=meta.dtype)
         return torch.empty_like(meta, device="cpu") if owns(optimizer, p) else None
 

@@ -164,9 +164,8 @@ def _take_out(checkpoint):
 
 def _part(tensor):
     """(dtype and shape of the tensor, offsets of this rank's part in it, the part or None if it has none to write)."""
-    sharded = hasattr(tensor, "to_local")
-    about = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sharded": sharded}
-    if not sharded:
+    about = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    if not hasattr(tensor, "to_local"):
         return about, [0] * tensor.dim(), tensor.detach()
     place = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     is_copy = any(at > 0 and placement.is_replicate() for at, placement in place)

@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training.checkpoint import TEMPORARY, CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint
 from training.errors import UserError
+from training.sharding import read_state
 from training.shards import HashingFile, PartWriter, Shards, read_part, write_folder
 
 
@@ -152,6 +153,21 @@ def test_rows_are_written_once_and_read_by_any_number_of_ranks(tmp_path, mesh, a
             read_part(read_checkpoint(tmp_path / "ckpt", parts=()), "model", lambda path, meta, to=targets: to[path])
             for name, tensor in tensors.items():
                 assert torch.equal(targets[f"model/{name}"].to_local(), sharded(devices, tensor).to_local()), name
+
+
+def test_a_rank_reads_its_rows_of_momenta_and_the_factors_that_it_owns(tmp_path):
+    """Of a folder in which copies of the model, not shards, stored them."""
+    saved(tmp_path, 7)
+    with as_rank(1, 2) as devices:
+        parameters = [sharded(devices, torch.zeros(2, 3)), *(sharded(devices, torch.zeros(4, 4)) for _ in range(3))]
+        names = dict(zip(parameters, ("matrix", "matrix0", "matrix1", "matrix2"), strict=True))
+        share = SimpleNamespace(rank=1, owner=dict(zip(parameters, (0, 0, 1, 0), strict=True)))
+        checkpoint = read_checkpoint(tmp_path / "ckpt", parts=())
+        read_state(checkpoint, SimpleNamespace(_share=share), names)
+        states = checkpoint["optimizer"]["adamw"]["state"]
+        assert states["matrix"]["exp_avg"].to_local().tolist() == [[10.0, 11.0, 12.0]]
+        assert [len(states[f"matrix{number}"]) for number in range(3)] == [0, 1, 0]
+        assert states["matrix1"]["factor"][0, 0] == 17
 
 
 def test_torch_distributed_checkpoint_reads_it(tmp_path):
