@@ -25,8 +25,8 @@ BENCHMARKS = {
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    commit, clean = git_state()
-    head = commit if clean else f"{commit}-dirty"
+    commit, changed = git_state()
+    head = f"{commit}-dirty" if changed else commit
     commands = parser.add_subparsers(dest="what", required=True)
     for name, (module, help) in BENCHMARKS.items():
         sub = commands.add_parser(name, help=help)

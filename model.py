@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, targets) -> scalar
-Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles, (T, rope_dim / 2) each
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles, (T, 1, rope_dim / 2) each
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")  # the last if it is not wte
 CHOICES = {
     "gelu": ("tanh", "exact"), "norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"),
@@ -130,14 +130,14 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rope_angles(config: GPTConfig, positions: Tensor) -> Rope:
-    """Cosines and sines of position * rope_base^(-2i / R), (T, R/2) each, i < R/2, R = rope_dim. positions (T,)."""
+    """Cosines and sines of position * rope_base^(-2i / R), (T, 1, R/2) each, i < R/2, R = rope_dim. positions (T,)."""
     exponents = torch.arange(0, config.rope_dim, 2, device=positions.device, dtype=positions.dtype) / config.rope_dim
-    angles = positions[:, None] * (1 / config.rope_base**exponents)  # rounded as in Hugging Face
+    angles = positions[:, None, None] * (1 / config.rope_base**exponents)  # rounded as in Hugging Face
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs of coordinates (i, i + R/2) of x (B, H, T, C/H); those from R on stay."""
+    """Rotate the pairs of coordinates (i, i + R/2) of x (B, T, H, C/H); those from R on stay."""
     cos, sin = rope
     a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
@@ -159,13 +159,13 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C). With a cache: all tokens so far while it is empty, then one token at a time."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(self.rows, dim=2)  # (B, T, C), then (B, T, n_kv_head * C/H) twice
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or n_kv_head, T, C/H)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.c_attn(x).split(self.rows, dim=2))  # (B, T, H, C/H)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k, causal = q.to(v.dtype), k.to(v.dtype), True
+        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H); k, v: n_kv_head for H
+        causal = True
         if cache is not None:
             k, v = cache.append(k, v)
             causal = k.size(2) == T  # a single new token sees all others

@@ -49,7 +49,7 @@ from training.config import ALIASES, load_config, run_file
 from training.foreign import is_plain_name, read_json
 from training.lock import lock_file
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
-from training.tracking import SHARED, write_atomically
+from training.tracking import SHARED, git_state, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
 LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
@@ -122,7 +122,7 @@ def main(argv=None):
     out_dir = Path(arguments.out_dir)
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
-    if not arguments.dirty and (changed := changed_files()):
+    if not arguments.dirty and (changed := git_state()[1]):
         why = f"{changed[0]} differs from the git commit, so nobody could tell which code the runs had"
         raise UserError(f"{why}; commit it, or have the runs marked as not clean with --dirty=True.")
     with locked(out_dir) as lock:
@@ -137,16 +137,6 @@ def main(argv=None):
     figures = draw_sweep(averaged(trials), out_dir)
     print("\n".join(summary(trials + again)))
     print(f"wrote {', '.join([str(out_dir / STATE), *figures])}")
-
-
-def changed_files():
-    """Files of this repository that differ from its git commit; none outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "status", "--porcelain", "--untracked-files=no"]
-    try:
-        status = subprocess.run(git, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [line[3:] for line in status.splitlines()]
 
 
 # ----- the sweep file and the command line

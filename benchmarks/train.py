@@ -241,7 +241,7 @@ def speed(report, model, args):
     sizes = {"ours": micro, "ours_fp8": micro, "nanogpt": micro, "official": OFFICIAL_MICRO_BATCH.get(model)}
     makers = {"ours": lambda: Ours(settings(model, args, micro), args.folder / f"ours_{model}")}
     if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        makers["ours_fp8"] = lambda: Ours(settings(model, args, micro, fp8=True), args.folder / f"fp8_{model}")
+        makers["ours_fp8"] = lambda: Ours(settings(model, args, micro, fp8_loss=True), args.folder / f"fp8_{model}")
     if args.nanogpt and model in GPT2_SIZES:
         makers["nanogpt"] = lambda: make_nanogpt(model, args)
     if args.official and model in GPT2_SIZES:

@@ -34,7 +34,7 @@ FOLDERS = re.compile(r"""(?<![^\s=:'"(])(?:~|\.\.)?/(?:[^\s/]+/)*(?=[^\s/])""") 
 
 
 def main(argv=None, experiments=EXPERIMENTS):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", metavar="NAME", help="folder in experiments/")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run or of a sweep")
     arguments = parser.parse_args(argv)

@@ -348,7 +348,7 @@ def differing(paths):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table or figure is out of date")
     arguments = parser.parse_args(argv)
     changed = differing(documents())

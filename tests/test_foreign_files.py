@@ -28,7 +28,7 @@ from training.schedule import sequence_length
 
 DEEP = "[" * 100_000 + "]" * 100_000
 NUMBERS = ["1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1e999", "NaN", "Infinity"]
-VALUES = [None, "x", -1, 0, 1.5, True, [], {}, [[]], {"a": []}, 10**18, "\x1b[2J", "<script>$x$|"]
+VALUES = [None, "x", "a\0b", -1, 0, 1.5, True, [], {}, [[]], {"a": []}, 10**18, "\x1b[2J", "<script>$x$|"]
 
 
 def refused(main, argv, capsys):
@@ -206,7 +206,7 @@ def trained(tmp_path_factory):
 
 
 CHARACTERS = "".join(map(chr, range(64, 128)))
-ODD = [None, "x", {"a": [1]}]
+ODD = [None, "x", "a\0b", {"a": [1]}]
 
 
 def test_checkpoints_with_wrong_parts_and_a_right_hash(trained, tmp_path, capsys):
@@ -241,6 +241,7 @@ def test_checkpoints_with_wrong_parts_and_a_right_hash(trained, tmp_path, capsys
         lambda c: c["model_args"].update(unknown=1),
         lambda c: c["config"].update(learning_rate="x"),
         lambda c: c["config"].update(total_bs=[1]),
+        lambda c: c["config"].update(dataset="a\0b"),
         lambda c: c["optimizer"].clear(),
         lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
         lambda c: c["optimizer"]["state"][0].pop("exp_avg"),

@@ -155,7 +155,8 @@ def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(rank_main, (ranks, port, {name: half for name, (half, _) in alone.items()}, results), nprocs=ranks)
+        halves = {name: half for name, (half, _) in alone.items()}
+        mp.start_processes(rank_main, (ranks, port, halves, results), nprocs=ranks, start_method="forkserver")
         results = dict(results)
     for how in ("copies", "shards"):
         for name, (half, weights) in alone.items():

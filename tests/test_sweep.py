@@ -47,7 +47,7 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(sweep, "FIRST_ORDER", (str(tmp_path / "stub.py"), sweep.AdamConfig))
     monkeypatch.setattr(sweep, "SOPHIA", (str(tmp_path / "stub.py"), sweep.SophiaConfig))
-    monkeypatch.setattr(sweep, "changed_files", lambda: [])
+    monkeypatch.setattr(sweep, "git_state", lambda: ("0" * 40, []))
     return tmp_path
 
 
@@ -183,24 +183,11 @@ def test_a_sweep_with_changed_settings_is_refused(stub, capsys, optimizers, more
 
 def test_a_tree_that_differs_from_its_commit_is_refused(stub, capsys, monkeypatch):
     path, out = write_sweep(stub, {"adamw": {"learning_rate": [0.1]}}), stub / "out"
-    monkeypatch.setattr(sweep, "changed_files", lambda: ["model.py", "sweep.py"])
+    monkeypatch.setattr(sweep, "git_state", lambda: ("0" * 40, ["model.py", "sweep.py"]))
     refused(capsys, [path, f"--out_dir={out}"], "model.py differs from the git commit")
     assert not out.exists()
     sweep.main([path, f"--out_dir={out}", "--dirty=True"])
     assert len(started(out)) == 1
-
-
-def test_changed_files_are_those_that_git_tracks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "__file__", str(tmp_path / "sweep.py"))
-    assert sweep.changed_files() == [], "no git repository"
-    (tmp_path / "sweep.py").write_text("1")
-    settings = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "."], [*settings, "commit", "-qm", "x"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    (tmp_path / "notes.txt").touch()
-    assert sweep.changed_files() == []
-    (tmp_path / "sweep.py").write_text("2")
-    assert sweep.changed_files() == ["sweep.py"]
 
 
 # ----- sweep files with options

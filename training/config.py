@@ -74,16 +74,12 @@ class TrainConfig:
     gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
     norm: str = setting("layernorm", "the norms of the residual stream", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
-    position: str = setting(
-        "learned", "an embedding of positions, or rotated queries and keys (RoPE)", choices=("learned", "rope")
-    )
+    position: str = setting("learned", "embedded positions, or rotated queries and keys", choices=("learned", "rope"))
     rope_base: float = setting(10000.0, "rope: base of the wavelengths", above=0.0)
     rope_dim: int = setting(0, "rope: rotated coordinates of each head; 0: all", at_least=0)
     n_kv_head: int = setting(0, "heads of keys and values, shared by the query heads (GQA); 0: n_head", at_least=0)
     mlp: str = setting("gelu", "the MLP's activation", choices=("gelu", "swiglu", "relu2"))
-    mlp_hidden: int = setting(
-        0, "the MLP's width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64", at_least=0
-    )
+    mlp_hidden: int = setting(0, "the MLP's width; 0: 4 n_embd, swiglu 8/3 n_embd in multiples of 64", at_least=0)
     qk_norm: bool = setting(False, "RMSNorm of every query and key, as in Qwen3")
     tie_embeddings: bool = setting(True, "one matrix for the tokens in and out")
     parallel_block: bool = setting(False, "the MLP reads the block's input beside attention, as in GPT-NeoX")
@@ -98,10 +94,7 @@ class TrainConfig:
 
     cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
     muon_steps: str = setting(
-        "jordan",
-        "muon and its kin: K. Jordan's Newton-Schulz steps, or minimax ones (Polar Express)",
-        choices=("jordan", "minimax"),
-        needs=MUON,
+        "jordan", "K. Jordan's steps, or minimax ones (Polar Express)", choices=("jordan", "minimax"), needs=MUON
     )
     whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
     whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
@@ -141,16 +134,13 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
-    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), on Hopper the loss too")
+    fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
+    fp8_loss: bool = setting(False, "output matrix and loss in FP8 (Hopper GPUs, 8,192 tokens or more in a pass)")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
-    fsdp_shard: int | None = setting(
-        None, "with fsdp: split over so many ranks in a row, with copies on the others; default all", at_least=1
-    )
+    fsdp_shard: int | None = setting(None, "with fsdp: ranks that one copy is split over; default all", at_least=1)
     fsdp_keep: str = setting(
-        "gradients",
-        "with fsdp: what ranks keep complete between micro-batches; nothing: least memory, all: least communication",
-        choices=("nothing", "gradients", "all"),
+        "gradients", "with fsdp: kept complete between micro-batches", choices=("nothing", "gradients", "all")
     )
     backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
@@ -172,8 +162,11 @@ class TrainConfig:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
-        if self.fp8 and self.dtype not in ("auto", "bfloat16"):
-            raise UserError(f"fp8 needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        for name in ("fp8", "fp8_loss"):
+            if getattr(self, name) and self.dtype not in ("auto", "bfloat16"):
+                raise UserError(f"{name} needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+        if self.fp8_loss and self.fsdp:
+            raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of them out.")
         if self.fsdp_shard and not self.fsdp:
             raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
         stages(self)
@@ -355,6 +348,8 @@ def _convert(field, value):
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
+    if kind is str and "\0" in value:
+        raise UserError(f"{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
     return value
 
 

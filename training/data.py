@@ -468,8 +468,12 @@ class Prefetcher:
     """
 
     def __init__(self):
-        self._tasks, self._thread = queue.SimpleQueue(), None
+        self._tasks, self._thread = (
+            queue.SimpleQueue(),
+            threading.Thread(target=self._work, name="prefetch", daemon=True),
+        )
         self._ahead, self._last = {}, {}  # by (prepare, *others): (step, its future); the last step
+        self._thread.start()
 
     def get(self, prepare, step, *others):
         key = (prepare, *others)
@@ -478,17 +482,10 @@ class Prefetcher:
             batch = future.result()
         else:
             batch = prepare(step, *others)
-        following = step + max(1, step - self._last.get(key, step))
-        self._last[key], self._ahead[key] = step, (following, self._submit(prepare, following, *others))
+        following, future = step + max(1, step - self._last.get(key, step)), Future()
+        self._tasks.put((future, prepare, (following, *others)))
+        self._last[key], self._ahead[key] = step, (following, future)
         return batch
-
-    def _submit(self, function, *arguments):
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-            self._thread.start()
-        future = Future()
-        self._tasks.put((future, function, arguments))
-        return future
 
     def _work(self):
         while task := self._tasks.get():
@@ -501,12 +498,9 @@ class Prefetcher:
             del task, future, function, arguments  # a batch that nobody wants any more is freed
 
     def close(self):
-        """End the thread."""
+        """End the thread. It is a daemon: where the file system hangs, the process still ends."""
         for _, future in self._ahead.values():
             future.cancel()
         self._ahead.clear()
-        self._last.clear()
-        if self._thread:
-            self._tasks.put(None)
-            self._thread.join(timeout=2)  # a daemon: where the file system hangs, the process still ends
-            self._thread = None
+        self._tasks.put(None)
+        self._thread.join(timeout=2)

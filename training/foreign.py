@@ -127,7 +127,7 @@ def checked_checkpoint(content, path):
 
     kinds = {
         ("step", "sequences_seen"): lambda value: type(value) is int and 0 <= value < 2**63,
-        ("config", "model_args"): dict_of(lambda item: isinstance(item, PLAIN)),
+        ("config", "model_args"): dict_of(lambda item: isinstance(item, PLAIN) and "\0" not in str(item)),
         ("model", "optimizer", "scaler", "facts"): lambda value: isinstance(value, dict),
         ("counts", "curvature"): dict_of(is_number),
         ("history",): list_of(_is_change),

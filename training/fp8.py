@@ -12,7 +12,7 @@ def to_fp8(model, device, emulate=False):
     """Replace the Linear layers of the blocks by layers that multiply in FP8, with one scale for each tensor.
 
     Parameters, their names, gradients and optimizer states stay as they are. Embeddings and norms stay in autocast's
-    precision, and so does the output matrix where `fits_fp8` is false. `emulate` rounds the same way, slowly, on any
+    precision; `fp8_loss` is about the output matrix. `emulate` rounds the same way, slowly, on any
     device.
     Raises UserError if the device has no FP8 products, or a width of the products is no multiple of 16.
     """
@@ -27,3 +27,14 @@ def to_fp8(model, device, emulate=False):
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
+
+
+def check_fp8_loss(device, config):
+    """UserError where training/fp8_loss.py cannot serve a model of `config` on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
+    for name in ("n_embd", "vocab_size"):
+        if getattr(config, name) % 16:
+            size = getattr(config, name)
+            raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")

@@ -164,10 +164,8 @@ def load_model(init_from, out_dir, which="newest"):
         raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"], vocab_size=rows)
     if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}; "
-            "train with data whose meta.json names the tokenizer that made it."
-        )
+        problem = f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}"
+        raise UserError(f"{problem}; train with data whose meta.json names the tokenizer that made it.")
     with torch.device("meta"):
         model = GPT(GPTConfig(**checkpoint["model_args"]))
     return assign(model, checkpoint["model"], torch.float32), tokenizer, checkpoint.get("config", {})
@@ -219,9 +217,7 @@ def _config_from_hf(family, hf, dropout):
     if family.kind["position"] == "rope":
         rope, width = hf.rope_parameters, settings["n_embd"] // settings["n_head"]
         if rope["rope_type"] != "default":
-            raise ValueError(
-                f"the Hugging Face model has rope_parameters={rope}, GPT can only be of rope_type 'default'"
-            )
+            raise ValueError(f"the Hugging Face model has rope_parameters={rope}, GPT only the rope_type 'default'")
         allowed |= {"head_dim": (None, width), "layer_types": (None, ["full_attention"] * settings["n_layer"])}
         settings["rope_base"] = float(rope["rope_theta"])
         if family.name == "GPTNeoX":

@@ -150,10 +150,9 @@ def check_shared(folder, owner, patience=20):
     deadline, found = time.monotonic() + patience, None
     while found != owner:
         if time.monotonic() > deadline:
-            raise UserError(
-                f"{folder} on {socket.gethostname()} is not the folder of rank 0 on {owner['host']} (it does not hold "
-                f"the same {LOCK}); out_dir must be one folder that all machines see."
-            )
+            other = f"is not the folder of rank 0 on {owner['host']} (it does not hold the same {LOCK})"
+            remedy = "out_dir must be one folder that all machines see"
+            raise UserError(f"{folder} on {socket.gethostname()} {other}; {remedy}.")
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((Path(folder) / LOCK).read_bytes())
         time.sleep(0.1 * (found != owner))

@@ -29,7 +29,7 @@ from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
-from training.fp8 import to_fp8
+from training.fp8 import check_fp8_loss, to_fp8
 from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
@@ -125,6 +125,8 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
+        if config.fp8_loss:
+            check_fp8_loss(world.device, model_config)
         if config.fsdp:
             shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
             world.on_all_ranks(lambda: set_weights(self.model, checkpoint, world.device))
@@ -283,11 +285,11 @@ class Run:
 
     def _record(self):
         """What config.json holds beside the settings."""
-        commit, clean = git_state()
+        commit, changed = git_state()
         sizes = {"train_tokens": len(self.corpus.train), "val_tokens": len(self.corpus.val)}
         return {
             "git_commit": commit,
-            "clean": clean,
+            "clean": None if changed is None else not changed,
             **self._facts,
             "shared_device": self._shared_device,
             "history": self._history,

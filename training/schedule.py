@@ -88,7 +88,6 @@ def check_whole(name, sequences, block_size, length, ranks=1):
     multiple = ranks * length // math.gcd(block_size, ranks * length)
     if sequences % multiple:
         on = f" on each of {ranks} ranks" if ranks > 1 else ""
-        raise UserError(
-            f"block_size_schedule: {name} = {sequences} times block_size = {block_size} tokens are not a whole number "
-            f"of sequences of {length}{on}; make {name} a multiple of {multiple}, or change {length}."
-        )
+        tokens = f"{name} = {sequences} times block_size = {block_size} tokens"
+        problem = f"{tokens} are not a whole number of sequences of {length}{on}"
+        raise UserError(f"block_size_schedule: {problem}; make {name} a multiple of {multiple}, or change {length}.")

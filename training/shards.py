@@ -99,14 +99,17 @@ class HashingFile:
 class Shards:
     """This rank's part of a checkpoint, in host memory. Every rank has to make it.
 
-    number: of the checkpoint in this run. alive: the numbers of those that may still be written, as rank 0 has given.
+    number: of the checkpoint in this run.
     rest: the checkpoint without the tensors of PARTS. tied: {path: path of the same tensor}.
 
     A rank writes its rows of a DTensor. Any other tensor is written by the first rank that has one of its path.
     """
 
     def __init__(self, checkpoint, number, world, alive=(), forget=lambda alive: None):
-        """forget: called with `alive` before memory is taken."""
+        """alive: on rank 0, the numbers of the checkpoints that may still be written.
+
+        forget: called with rank 0's `alive` before memory is taken.
+        """
         self.number, self._rank = number, world.rank
         self.rest, tensors, self.tied = _take_out(checkpoint)
         complete = [path for path, tensor in tensors.items() if not hasattr(tensor, "to_local")]
@@ -161,13 +164,13 @@ def _take_out(checkpoint):
 
 def _part(tensor):
     """(dtype and shape of the tensor, offsets of this rank's part in it, the part or None if it has none to write)."""
-    tensor, sharded = tensor.detach(), hasattr(tensor, "to_local")
+    sharded = hasattr(tensor, "to_local")
     about = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sharded": sharded}
     if not sharded:
-        return about, [0] * tensor.dim(), tensor
+        return about, [0] * tensor.dim(), tensor.detach()
     place = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     is_copy = any(at > 0 and placement.is_replicate() for at, placement in place)
-    part = _local(tensor)
+    part = tensor.to_local().detach()
     return about, list(tensor.__create_chunk_list__()[0].offsets), None if is_copy or not part.numel() else part
 
 
@@ -242,7 +245,7 @@ class Exchange:
 class PartWriter:
     """The writer of a rank that is not 0. A thread writes its part of the checkpoints that rank 0's writer names."""
 
-    step = error = None  # known to rank 0
+    step = None  # of the newest on disk is known to rank 0
 
     def __init__(self, folder, world):
         """folder: in which rank 0 puts the checkpoint together."""

@@ -120,7 +120,7 @@ class TrainStep:
         self._settled = config.fsdp or world.size <= 2
         if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
             torch._dynamo.config.recompile_limit = 64
-        self._forward = ModelLoss(model, config.compile, config.fsdp, config.fp8)
+        self._forward = ModelLoss(model, config.compile, config.fsdp, config.fp8_loss)
         self._product = compiler(config.compile)(functools.partial(hessian_vector_product, model))
         self._ddp = None
         if world.distributed and not config.fsdp:

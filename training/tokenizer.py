@@ -154,10 +154,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids):
         """Ids that stand for no text are left out: those that a model is padded with (50257 to 50303), and gaps."""
-        try:
-            return self.encoding.decode(ids)
-        except KeyError:
-            return self.encoding.decode([i for i in ids if self._bytes_of(i) is not None])
+        return self.encoding.decode([i for i in ids if self._bytes_of(i) is not None])
 
     def _bytes_of(self, i):
         try:

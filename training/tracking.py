@@ -233,14 +233,15 @@ def write_atomically(path, content):
 
 
 def git_state():
-    """(commit, whether the checked-out files are as committed) of the code that runs; (None, None) outside git."""
+    """(commit, the files that git tracks and that differ from it) of the code that runs; (None, None) outside git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+        return git("rev-parse", "HEAD"), [line.split(maxsplit=1)[1] for line in changed]
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

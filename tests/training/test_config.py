@@ -196,3 +196,10 @@ def test_no_name_for_out_dir_is_not_the_working_directory(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="out_dir = ''"):
         load_config(SophiaConfig, ["--out_dir="])
+
+
+@pytest.mark.parametrize("name", ["out_dir", "dataset", "wandb_run_name"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    (tmp_path / "config.py").write_text(f"{name} = 'a\\0b'")
+    with pytest.raises(UserError, match=name):
+        load_config(SophiaConfig, [str(tmp_path / "config.py")])

@@ -54,6 +54,12 @@ def test_refusals(corpus, tmp_path):
         main([*argv, "--dtype=bfloat16", "--fp8=True"])
     with pytest.raises(UserError, match="fp8 needs dtype = 'bfloat16'"):
         main([*argv, "--dtype=float32", "--fp8=True"])
+    with pytest.raises(UserError, match=r"fp8_loss needs a Hopper GPU .* this is cpu"):
+        main([*argv, "--dtype=bfloat16", "--fp8_loss=True"])
+    with pytest.raises(UserError, match="fp8_loss needs dtype = 'bfloat16'"):
+        main([*argv, "--dtype=float32", "--fp8_loss=True"])
+    with pytest.raises(UserError, match="fsdp splits it"):
+        main([*argv, "--dtype=bfloat16", "--fp8_loss=True", "--fsdp=True"])
     with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
         main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()

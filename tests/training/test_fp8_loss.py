@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig, cross_entropy
+from tests.conftest import read_lines
+from train_sophiag import main
 from training import fp8_loss as module
+from training import run as run_module
 from training import step
 from training.curvature import label_loss
 from training.fp8_loss import fits_fp8, fp8_gradients
@@ -82,11 +85,10 @@ def assert_close(got, wanted, error=0.06, value=3e-3):
         assert ((a * b).sum() / b.square().sum()).item() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_loss_and_gradients_are_those_of_float64_up_to_the_rounding_of_fp8(device, chunks, monkeypatch):
+def test_loss_and_gradients_are_those_of_float64_up_to_the_rounding_of_fp8(device, monkeypatch):
     hidden, weight, targets = case(device)
     monkeypatch.setattr(module, "ROWS", 64)
-    monkeypatch.setattr(module, "ELEMENTS", -(-len(hidden) * len(weight) // chunks))
+    monkeypatch.setattr(module, "ELEMENTS", len(hidden) * len(weight) // 2)
     assert not len(fp8_gradients(hidden.detach(), weight.detach(), targets)[3])
     loss = LinearLoss.apply(hidden, weight, targets, cross_entropy, True)
     assert_close(results(loss, hidden, weight), reference(hidden, weight, targets))
@@ -122,6 +124,23 @@ def test_logits_that_are_not_finite_make_a_loss_that_is_not_finite(device):
     hidden, weight, targets = case(device)
     hidden.data[3, 1] = float("nan")
     assert not torch.isfinite(LinearLoss.apply(hidden, weight, targets, cross_entropy, True))
+
+
+def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monkeypatch):
+    if device == "cuda":
+        pytest.skip("its batches are too small")
+    monkeypatch.setattr(run_module, "check_fp8_loss", lambda device, config: None)
+    monkeypatch.setattr(step, "fits_fp8", lambda hidden, weight: True)
+    curves, argv = (
+        [],
+        [*tiny, "--dtype=bfloat16", "--max_iters=2", "--warmup_iters=1", "--total_bs=8", "--batch_size=4"],
+    )
+    for fp8 in (False, True):
+        main([*argv, f"--fp8_loss={fp8}", f"--out_dir={tmp_path / str(fp8)}"])
+        lines = [line for line in read_lines(tmp_path / str(fp8)) if "train/loss" in line]
+        curves.append([line[key] for line in lines for key in ("train/loss", "grad_norm")])
+    assert curves[0] != curves[1]
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
 
 
 def test_where_it_is_used(monkeypatch):

@@ -1,11 +1,13 @@
 """Checkpoints as folders of shards: written by all ranks or not at all, damage noticed, no code run.
 
-The ranks are threads that share a store. Their tensors are complete, on all of them or on one; DTensors are in
-test_fsdp.py.
+The ranks are threads that share a store, with complete tensors on all of them or on one. For DTensors one process takes
+each rank in turn, on torch's fake process group. test_fsdp.py has real ranks.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -16,12 +18,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import HashStore
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training.checkpoint import TEMPORARY, CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint
 from training.errors import UserError
-from training.shards import HashingFile, PartWriter
+from training.shards import HashingFile, PartWriter, Shards, read_part, write_folder
 
 
 class Ranks:
@@ -106,6 +111,47 @@ def test_each_tensor_is_stored_once_and_read_as_it_was(tmp_path):
     assert manifest["files"].keys() == {"run.pt", *(f"__{rank}_0.distcp" for rank in range(3))}
     only_model = read_checkpoint(path, parts=("model",))
     assert only_model["optimizer"]["adamw"]["state"]["matrix"]["exp_avg"].device.type == "meta"
+
+
+@contextlib.contextmanager
+def as_rank(rank, *mesh):
+    """A mesh of that shape, of which this process is one rank. Nothing is exchanged."""
+    dist.init_process_group("fake", rank=rank, world_size=math.prod(mesh), store=FakeStore())
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(mesh, tensor):
+    """Its rows over the last dimension of the mesh, copies over the first of two."""
+    return distribute_tensor(tensor, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (2,), (4,), (2, 2)])
+@pytest.mark.parametrize("after", [(1,), (3,), (4,), (2, 2)])
+def test_rows_are_written_once_and_read_by_any_number_of_ranks(tmp_path, mesh, after):
+    """With as many rows as ranks, fewer, and numbers that the ranks do not divide."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"{n}rows": torch.randn(n, 3, generator=draw) for n in (1, 2, 7, 16)} | {"vector": torch.arange(5.0)}
+    (tmp_path / "ckpt").mkdir()
+    written = []
+    for rank in range(math.prod(mesh)):
+        with as_rank(rank, *mesh) as devices:
+            parts = {"model": {name: sharded(devices, t) for name, t in tensors.items()}, "optimizer": {}, "step": 1}
+            world = SimpleNamespace(rank=rank, gather=lambda thing: [thing])
+            shards = Shards(parts, 1, world)
+            written.append(shards.try_to_write(tmp_path / "ckpt"))
+    assert all("error" not in part for part in written), written
+    write_folder(tmp_path / "ckpt", {"step": 1, **shards.rest, "shards": shards}, written)
+    loaded = read_checkpoint(tmp_path / "ckpt")["model"]
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    for rank in range(math.prod(after)):
+        with as_rank(rank, *after) as devices:
+            targets = {f"model/{name}": sharded(devices, torch.full_like(t, -1)) for name, t in tensors.items()}
+            read_part(read_checkpoint(tmp_path / "ckpt", parts=()), "model", lambda path, meta, to=targets: to[path])
+            for name, tensor in tensors.items():
+                assert torch.equal(targets[f"model/{name}"].to_local(), sharded(devices, tensor).to_local()), name
 
 
 def test_torch_distributed_checkpoint_reads_it(tmp_path):

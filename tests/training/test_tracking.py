@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import types
@@ -52,9 +53,20 @@ def test_console_line():
     )
 
 
-def test_git_state_is_this_checkouts():
-    commit, clean = git_state()
-    assert (commit is None and clean is None) or (len(commit) == 40 and clean in (True, False))
+def test_git_state_is_the_commit_and_what_git_tracks_and_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tracking.__file__", str(tmp_path / "a.py"))
+    assert git_state() == (None, None), "no git repository"
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("1")
+    settings = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*settings, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "notes.txt").touch()
+    commit, changed = git_state()
+    assert len(commit) == 40 and changed == []
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("2")
+    assert git_state() == (commit, ["a.py", "b.py"])
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
