@@ -474,8 +474,8 @@ def test_a_channels_last_convolution_is_refused():
 def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
     """Products in bfloat16 and roots in float16, against the same class in float64 on the CPU."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)]
-    exact, ours = parameters(shapes), parameters(shapes, torch.float32)
-    ours = [torch.nn.Parameter(p.detach().cuda()) for p in ours]
+    exact = parameters(shapes)
+    ours = [torch.nn.Parameter(p.detach().float().cuda()) for p in exact]
     start = [p.detach().clone() for p in ours]
     optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1]) for params in (exact, ours)]
     for step in range(12):
@@ -488,4 +488,4 @@ def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
         torch.cuda.set_sync_debug_mode("default")
     for p, q, s in zip(ours, exact, start, strict=True):
         moved, expected = p.cpu().double() - s.cpu().double(), q.detach() - s.cpu().double()
-        assert (moved - expected).norm() < 0.1 * expected.norm()
+        assert (moved - expected).norm() < (0.03 if cls is Muon else 0.1) * expected.norm()
