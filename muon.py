@@ -1,12 +1,12 @@
-"""Muon, and Muon in whitened coordinates, for the hidden matrices of a model. Stands alone: the only import is torch.
+"""Muon, and Muon in whitened coordinates, for the hidden matrices of a model. Needs torch only.
 
     from muon import Muon, WhitenedMuon
 
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    optimizer = WhitenedMuon(matrices, lr=8e-3)  # embeddings, norms and biases need another optimizer, such as AdamW
+    optimizer = WhitenedMuon(matrices, lr=8e-3)  # all other parameters need another optimizer, such as AdamW
 
 Muon (K. Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix. WhitenedMuon takes that step in
-coordinates in which the second moments of the matrix's gradient are closer to the identity.
+coordinates that whiten the matrix's gradient: its second moments there are closer to the identity.
 
 Matrices of one shape are stepped together, as one batch of matrix products.
 """
@@ -38,8 +38,8 @@ class Muon(Optimizer):
         p <- p - lr weight_decay p
         p <- p - lr 0.2 sqrt(max(rows, columns)) orthogonalize(momentum m + (1 - momentum) grad)
 
-    The root mean square of an update is about 0.2 lr, as AdamW's is. So AdamW's learning rate and weight decay are a
-    good start. With nesterov=False m itself is orthogonalized.
+    The root mean square of an update is about 0.2 lr, as AdamW's is. So start with AdamW's learning rate and weight
+    decay. With nesterov=False m itself is orthogonalized.
 
     Args:
         params: matrices (2-D tensors), or groups of them with their own settings.
@@ -48,20 +48,20 @@ class Muon(Optimizer):
         weight_decay: decoupled, times lr.
         nesterov: orthogonalize momentum m + (1 - momentum) grad, with the new m.
         cautious: decay only the coordinates that the update moves towards 0 (arXiv:2510.12402).
-        split: how many matrices a parameter holds, one below the other; 3 for a fused query-key-value matrix. A number
-            for the whole group, or a list with an entry for each parameter: a number, or the matrices' numbers of rows.
-        flatten: take a tensor of more dimensions, such as a convolution's weight, as (first dimension, all others).
+        split: number of matrices in a parameter, stacked by rows; 3 for a fused query-key-value matrix. One number for
+            the complete group, or a list with an entry for each parameter: a number, or the rows of each matrix.
+        flatten: reshape a tensor of more dimensions, such as a convolution's weight, to (first dimension, all others).
         ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
-        ns_steps: number of steps where ns_coefficients is one triple.
-        eps: smallest norm by which a momentum is divided.
+        ns_steps: number of steps if ns_coefficients is one triple.
+        eps: lower bound of the norm by which a momentum is divided.
 
     State of a parameter: "momentum_buffer" (m), in its shape and dtype.
-    GradScaler: step() honours the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. It divides
-    gradients by the first. Where the second is not 0, nothing changes. The host reads neither.
+    GradScaler: step() reads the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. Gradients are
+    divided by `grad_scale`. If `found_inf` is not 0, nothing changes. The host does not wait for either.
 
     Raises:
         ValueError: for a setting out of its range, and for a parameter that is not a matrix.
-        RuntimeError: for sparse gradients, for complex parameters, and for sharded ones (DTensor) before
+        RuntimeError: for sparse gradients, for complex parameters, and for sharded parameters (DTensor) before
             `muon_distributed.share(optimizer)`.
     """
 
@@ -93,7 +93,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the matrices from their gradients. A closure is called first, and its value returned."""
+        """Update the matrices from their gradients. A closure is called first, and step() returns its value."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -221,24 +221,26 @@ class WhitenedMuon(Muon):
         P_l, P_r = inverse_root(L, exponent, ridge), inverse_root(R, exponent, ridge)
         p <- p - lr c P_l orthogonalize(P_l M P_r) P_r
 
-    with M the (Nesterov) momentum and c such that the update is as long as Muon's. Exponent 0 is Muon. Mousse
-    (arXiv:2603.09697) is a related step that whitens both sides.
+    L and R are the factors, P_l and P_r the roots. M is Muon's (Nesterov) momentum. c gives the update the norm of
+    Muon's. Exponent 0 is Muon. Mousse (arXiv:2603.09697) is a related step that whitens both sides.
 
-    Args (beside Muon's):
+    Args (besides Muon's):
         sides: "input" (P_r only), "output" (P_l only) or "both".
-        exponent: of the factors. 1/2, 1/4 and 1/8 take matrix products alone; others take eigenvectors, in float64.
+        exponent: the roots are the factors to the power -exponent. 1/2, 1/4 and 1/8 need matrix products only; others
+            need eigenvectors, in float64.
         ridge: added to the factors, in units of their mean eigenvalue.
         decay: of the factors' averages.
-        interval: steps between two computations of P_l and P_r. The factors are updated in every step.
-        source: "gradient" takes the factors from the gradients of step(). With "update_factors" they come from the
-            gradients at the calls of update_factors(), such as those of Sophia's sampled labels; these calls compute
-            P_l and P_r too, and interval has no meaning.
-        max_width: a side that is wider is whitened in diagonal blocks, the fewest of equal width that are not wider.
+        interval: steps between two computations of the roots. The factors are updated in every step.
+        source: with "gradient" the factors come from the gradients of step(). With "update_factors" they come from the
+            gradients at each call of update_factors(), such as those of Sophia's sampled labels. These calls compute
+            the roots too, and interval is not used.
+        max_width: a wider side is whitened in diagonal blocks: the fewest blocks of equal width within max_width.
 
-    State of a parameter, beside Muon's, for the sides that are whitened: "left_factor" and "right_factor", float32 or
-    float64 of the shape (matrices, blocks, width, width), and "left_root" and "right_root", on GPUs in bfloat16. Where
-    the matrices of a parameter have unlike numbers of rows, each number has its own, as in "left_root_256". A group
-    counts its steps in "step".
+    State of a parameter, besides Muon's, for each side that is whitened:
+        "left_factor", "right_factor": (matrices, blocks, width, width), in float32 or float64.
+        "left_root", "right_root": of the same shape, on GPUs in bfloat16.
+    If the matrices of a parameter have different numbers of rows, each number has its own key, such as "left_root_256".
+    A group counts its steps in "step".
     """
 
     def __init__(
@@ -271,13 +273,13 @@ class WhitenedMuon(Muon):
 
     @torch.no_grad()
     def update_factors(self, scale: float = 1.0) -> None:
-        """Take the present gradients into the factors, and compute P_l and P_r anew. For source="update_factors".
+        """Add the present gradients to the factors, and compute the roots again. For source="update_factors".
 
         Args:
-            scale: of the gradients' second moments, where estimates are taken on batches of different sizes.
+            scale: multiplies the gradients' second moments, for estimates on batches of different sizes.
 
         Raises:
-            RuntimeError: where no parameter has a gradient, or source is "gradient".
+            RuntimeError: if no parameter has a gradient, or source is "gradient".
         """
         if wrong := [group for group in self.param_groups if group["source"] != "update_factors"]:
             raise RuntimeError(f"source = {wrong[0]['source']!r}: step() updates the factors; set 'update_factors'")
@@ -373,8 +375,9 @@ def orthogonalize(
 ) -> Tensor:
     """Approximate U V^T of every U S V^T in (..., rows, columns), by Newton-Schulz steps.
 
-    Singular values are taken as shares of the Frobenius norm.
-    On GPUs the products are in bfloat16, else in the matrices' dtype; the result has the matrices' dtype.
+    The matrices are first divided by their Frobenius norm, or by eps if that is larger. coefficients, steps: as Muon's
+    ns_coefficients, ns_steps. On GPUs the products are in bfloat16, else in float32 or better. The result has the
+    matrices' dtype.
     """
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
     x = x.bfloat16() if x.is_cuda else x.to(_opmath_dtype(x))
@@ -410,10 +413,10 @@ _ROOT_STEPS = {
 def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     """(A / mean eigenvalue + ridge + b / 1024)^-exponent of the symmetric semi-definite A in (..., width, width).
 
-    b is a bound of the largest eigenvalue of A / mean eigenvalue + ridge: 1.01 times the root of its square's norm.
+    With B = A / mean eigenvalue + ridge, b is an upper bound of B's largest eigenvalue: 1.01 sqrt(norm of B^2).
 
-    For 1/2, 1/4 and 1/8 it takes matrix products alone, on GPUs in float16 where A is in float32: that has TF32's
-    precision at twice its speed. The relative error is below 4e-3. Other exponents take an eigendecomposition in
+    The exponents 1/2, 1/4 and 1/8 need matrix products only. On GPUs these are in float16 if A is in float32, which has
+    TF32's precision at twice its speed. The relative error is below 4e-3. Other exponents use an eigendecomposition in
     float64. A matrix of zeros gives a multiple of the identity.
     """
     scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)

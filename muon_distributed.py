@@ -1,15 +1,16 @@
-"""The work of Muon or WhitenedMuon shared out over ranks. Needs torch alone, and muon.py beside it.
+"""Split the work of Muon or WhitenedMuon over ranks. Needs torch, and muon.py beside it.
 
-    optimizer = WhitenedMuon(matrices)     # of a model in DistributedDataParallel, or split by fully_shard
-    share(optimizer)                       # on every rank
+    optimizer = WhitenedMuon(matrices)     # of a model in DistributedDataParallel, or after fully_shard
+    share(optimizer)                       # on every rank, after all parameter groups are added
 
-Every matrix has an owner, the rank that computes its update. Factors and roots live on the owner alone.
+Every matrix has an owner, the rank that computes its update. Only the owner holds its factors and roots.
 
-- Copies (DDP): every rank has the gradients. The owners' updates are gathered, so all ranks have the same bits.
-- Shards (FSDP2): the rows of a momentum, and of WhitenedMuon's gradient, meet on the owner by an all-to-all. Another
-  one takes the update's rows back. Momenta are sharded as their parameters.
+- Copies (DDP): every rank has the gradients. An all-gather distributes the owners' updates, so all ranks have the same
+  bits.
+- Shards (FSDP2): an all-to-all sends the rows of a momentum, and of WhitenedMuon's gradient, to the owner. Another
+  all-to-all sends the rows of the update back. Momenta are sharded as their parameters.
 
-On GPUs everything travels in bfloat16. The update of one batch travels while that of the next is computed.
+On GPUs everything is sent in bfloat16. While the update of one batch is sent, that of the next is computed.
 """
 
 import math
@@ -28,14 +29,15 @@ _ROOT_PRODUCTS = 25  # matrix products that an inverse root takes
 
 
 def share(optimizer: Muon, process_group: Any = None) -> None:
-    """Let ranks compute an optimizer's updates together.
+    """Let each rank compute the updates of its share of the matrices. Call this on every rank.
 
     Args:
-        process_group: of the ranks that hold copies of the parameters, by default all. Sharded parameters bring their
-            own: the ranks over which they are sharded.
+        optimizer: a Muon or WhitenedMuon with all its parameter groups.
+        process_group: the ranks that hold copies of the parameters, by default all ranks. Sharded parameters use the
+            ranks over which they are sharded instead.
 
     Raises:
-        RuntimeError: for parameters that are sharded otherwise than by fully_shard on dimension 0.
+        RuntimeError: for parameters that are sharded in another way than fully_shard's on dimension 0.
     """
     optimizer._share = _Share(optimizer, process_group)
     for param, state in optimizer.state.items():
@@ -45,7 +47,7 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
 
 
 def update_flops(shape: Sequence[int], rows: Sequence[int], group: dict[str, Any]) -> float:
-    """FLOPs a step of a parameter whose matrices have these numbers of rows. The owners are chosen by them."""
+    """FLOPs a step of a parameter with matrices of these numbers of rows. They decide which rank owns which matrix."""
     columns, flops = math.prod(shape[1:]), 0.0
     for height in rows:
         size, least = height * columns, min(height, columns)

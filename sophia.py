@@ -2,10 +2,14 @@
 
     from sophia import SophiaG, sampled_label_loss
 
-Algorithms have the numbers of Liu et al. (arXiv:2305.14342): 1 is Hutchinson's estimator (`hutchinson`), 2 is Gauss-
-Newton-Bartlett (`sampled_label_loss`, `sampled_target_loss`), 3 the optimizer (`SophiaG` with 2, `SophiaH` with 1).
-The paper's gamma is `rho`, as in the official code. The file reads from the top: the update, the estimators, the
-optimizers, the plumbing. It needs torch only; `fused=True` also needs sophia_fused.py beside it.
+Algorithms are numbered as in Liu et al. (arXiv:2305.14342):
+
+1. Hutchinson's estimator: `hutchinson`.
+2. The Gauss-Newton-Bartlett estimator: `sampled_label_loss`, `sampled_target_loss`.
+3. The optimizer: `SophiaG` with algorithm 2, `SophiaH` with algorithm 1.
+
+The paper's gamma is `rho`, as in the official code. The file starts with the update. Then come the estimators, the
+optimizers and the plumbing. It needs torch only; `fused=True` also needs Triton, and sophia_fused.py beside it.
 """
 
 import functools
@@ -91,11 +95,12 @@ def _first(cumulative, weight, target):
 def sample_labels(logits: Tensor, generator: Generator | None = None, *, uniform: Tensor | None = None) -> Tensor:
     """Draw a label from softmax(logits) for every position. No host sync, no second copy of the logits.
 
-    A label is the inverse of the cumulative distribution at one uniform number, found in two levels: blocks of classes,
-    then classes. It depends on that number and the position's own logits only. Probability 0 is never drawn.
+    A label is the inverse of the cumulative distribution at one uniform number. The search has two levels: blocks of
+    classes, then classes. A label depends only on that number and the logits of its position. A class of probability 0
+    is never drawn.
 
-    logits: (..., classes). generator: of the logits' device; None is the default generator. uniform: (...), in [0, 1):
-    the uniform numbers, instead of drawing them here. Returns int64 (...). ValueError if uniform has another shape.
+    logits: (..., classes). generator: on the logits' device; None is the default generator. uniform: (...), numbers in
+    [0, 1) to use instead of random ones. Returns int64 (...). Raises ValueError if uniform has another shape.
     """
     if uniform is None:
         uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float32)
@@ -154,8 +159,8 @@ def sampled_label_loss(
 ) -> Tensor:  # fmt: skip
     """Mean cross-entropy against labels drawn from the model itself: Algorithm 2 (Gauss-Newton-Bartlett).
 
-    logits, generator, uniform: as in `sample_labels`. targets: (...), the batch's real labels; a position whose target
-    is ignore_index (padding) is left out of the mean, and they have no other use. None keeps all positions.
+    logits, generator, uniform: as in `sample_labels`. targets: (...), the batch's real labels, used for padding only:
+    a position whose target is ignore_index is left out of the mean. None keeps all positions.
     Returns a scalar in float32. Its gradient is what SophiaG.update_hessian() squares.
     """
     labels = sample_labels(logits, generator, uniform=uniform)
@@ -172,9 +177,9 @@ def sampled_label_loss(
 def sampled_target_loss(outputs: Tensor, generator: Generator | None = None, *, variance: float = 1.0) -> Tensor:
     """Mean over rows of ||outputs - y||^2 / (2 variance) with y ~ N(outputs, variance): Algorithm 2 for regression.
 
-    Over draws the mean of B grad^2 is exactly the diagonal of J^T J / variance, the Gauss-Newton matrix, with J the
-    Jacobian of the outputs (..., D) and B the number of rows, which `bs` counts then. Use variance 1 if the training
-    loss is the halved sum of squared errors over the D outputs, and D / 2 for torch's mse_loss.
+    Over draws the mean of B grad^2 is exactly the diagonal of the Gauss-Newton matrix J^T J / variance. Here J is the
+    Jacobian of the outputs (..., D), and B the number of rows; set `bs` to it. Use variance 1 if the training loss is
+    half the sum of squared errors over the D outputs. Use D / 2 for torch's mse_loss.
     """
     _check_number("variance", variance, above=0.0)
     noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
@@ -193,13 +198,13 @@ def hutchinson(
 ) -> list[Tensor | None]:
     """Hutchinson's estimate of the Hessian's diagonal, u * (Hessian @ u) with u ~ N(0, I): Algorithm 1.
 
-    One Hessian-vector product, which costs about two backward passes. It differentiates twice. Compiled models and
-    fused attention cannot do that: let `loss` be a function that uses the uncompiled model, and attention runs in its
-    plain form within. `.grad` is left alone.
+    It takes one Hessian-vector product, which costs about two backward passes. The loss is differentiated twice, which
+    compiled models and fused attention do not support. So let `loss` be a function that calls the uncompiled model.
+    Within it, attention runs in its plain form. `.grad` is left alone.
 
     loss: a function without arguments that returns the scalar loss, or the loss itself. params: any iterable;
-    sharded parameters (DTensor) raise RuntimeError. Returns a list in the order and shapes of params: None for those
-    that require no gradient, 0 where the gradient depends on none.
+    sharded parameters (DTensor) raise RuntimeError. Returns a list in the order and shapes of params: None for
+    parameters that require no gradient, 0 where the gradient does not depend on the parameters.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -498,8 +503,8 @@ class SophiaG(_Sophia):
         p <- p - lr weight_decay p
         p <- p - lr sign(m) min(|m| / (rho bs h + 1e-15), 1)
 
-    A coordinate moves by at most lr, and by less where the curvature bs h is large. Every k-th step (10 in the paper),
-    before the step, a backward pass of `sampled_label_loss` renews h:
+    The update moves a coordinate by at most lr, and by less where the curvature bs h is large. Before every k-th step
+    (k = 10 in the paper) a backward pass of `sampled_label_loss` updates h:
 
         optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05, bs=batch_size * block_size)
         for step, (x, y) in enumerate(batches):
@@ -513,26 +518,28 @@ class SophiaG(_Sophia):
 
     Args:
         params: tensors, or dicts of them with their own settings. A group's "name" names it in statistics().
-        lr: float, or a one-element tensor (with capturable=True on the device, to change it between graph replays).
+        lr: float, or a one-element tensor. With capturable=True put it on the device, to change it between replays.
         betas: decay of m at every step, and of h at every estimate.
-        rho: the paper's gamma. A larger rho clips fewer coordinates; keep statistics()["win_rate"] in 0.1 to 0.5.
+        rho: the paper's gamma. A larger rho clips fewer coordinates. Keep statistics()["win_rate"] from 0.1 to 0.5.
         weight_decay: decoupled, times lr.
-        bs: labels (for a language model, tokens) of a step: its batch on all ranks, all micro-batches together.
+        bs: labels (for a language model, tokens) of a step, over all ranks and micro-batches.
         maximize, foreach: as in torch.optim.
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, because h starts from 0.
-        nesterov: the step uses beta1 m + (1 - beta1) grad, with m already renewed, in place of m (as NAdam).
-        fused: the fastest, one Triton launch for all tensors alike; needs CUDA, Triton and sophia_fused.py. Tensors
-            that it cannot take (float64, odd strides) go through foreach.
+        nesterov: use beta1 m + (1 - beta1) grad with the new m in place of m, as NAdam does.
+        fused: use one Triton launch for all tensors of a kind, which is fastest. It needs CUDA, Triton and
+            sophia_fused.py. Tensors that the kernels cannot take (float64, odd strides) go through foreach.
         max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ would
-            before it, and leave the norm in `grad_norm`. Estimates are never clipped.
+            before it. `grad_norm` then holds the norm before clipping. Estimates are never clipped.
 
     State: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h) in the parameter's shape and dtype (float32 for
     float16), with bias_correction "hessian_step" (n). The official code's state dicts load. Sharded parameters
     (DTensor, as fully_shard makes them) take the same step as complete ones.
 
-    Raises ValueError for a setting that is unknown or out of its range and for a state that does not fit its parameter;
-    RuntimeError for fused where it cannot work, for sparse gradients and for update_hessian() without a gradient.
+    Raises:
+        ValueError: for a setting that is unknown or out of its range, and for a state that does not fit its parameter.
+        RuntimeError: for fused=True where it cannot work, for sparse gradients, and for update_hessian() without a
+            gradient.
     """
 
     def __init__(
@@ -546,23 +553,27 @@ class SophiaG(_Sophia):
                          nesterov=nesterov, foreach=foreach, fused=fused, max_grad_norm=max_grad_norm)  # fmt: skip
 
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
-        """Update the parameters from their gradients. bs: labels (tokens) of this step, None is the groups' setting.
-        closure evaluates the model again. It is called first, with gradients enabled; its value is returned."""
+        """Update the parameters from their gradients. bs: labels (tokens) of this step; None takes the groups' setting.
+        closure evaluates the model again. It is called first, with gradients enabled. step() returns its value."""
         return self._step(closure, bs)
 
     @torch.no_grad()
     def update_hessian(self, scale: float = 1.0, *, grad_scale: float | Tensor | None = None) -> None:
         """h <- beta2 h + (1 - beta2) scale grad^2, from the gradients of `sampled_label_loss` (Algorithm 2).
 
-        scale: labels of this estimate / bs of the steps, so that rho means the same at every estimation batch.
-        grad_scale: what the loss was multiplied by, scaler.get_scale() with a GradScaler; gradients are divided by it.
+        scale: labels of this estimate / bs of the steps. rho then means the same for every size of estimation batch.
+        grad_scale: the number that the loss was multiplied by: scaler.get_scale() with a GradScaler. Gradients are
+            divided by it.
         An estimate that is not finite changes nothing and is counted in `skipped_estimates`, without a host sync.
         """
         self._update_hessian(None, scale, True, grad_scale)
 
     def statistics(self, bs: float | None = None) -> dict[str, float]:
-        """win_rate: share of coordinates whose update is not clipped, |m| < rho bs h; win_rate/NAME: that of a group;
-        hessian_norm: 1-norm of h; hessian_norm2, momentum_norm: 2-norms of h and m. Takes one sync."""
+        """Return the share of coordinates that are not clipped, and norms of h and m. Takes one host sync.
+
+        win_rate: share of coordinates whose update is not clipped, |m| < rho bs h. win_rate/NAME: that of a group.
+        hessian_norm: 1-norm of h. hessian_norm2, momentum_norm: 2-norms of h and m.
+        """
         return self._statistics(bs)
 
     def _rho(self, group, bs):
@@ -576,8 +587,8 @@ class SophiaH(_Sophia):
 
         p <- p - lr clamp(m / max(rho h, eps), -1, 1)
 
-    h is the moving average of `hutchinson`'s estimates. It may be negative; such coordinates move by lr sign(m).
-    m, weight decay and all other arguments but bs are as in SophiaG; eps bounds the denominator.
+    h is the moving average of `hutchinson`'s estimates. A coordinate of h may be negative. It then moves by lr sign(m).
+    eps is the smallest denominator. There is no bs. All other arguments, m and weight decay are as in SophiaG.
 
         optimizer = SophiaH(model.parameters(), lr=3e-4)
         for step, (x, y) in enumerate(batches):
@@ -607,9 +618,10 @@ class SophiaH(_Sophia):
         """h <- beta2 h + (1 - beta2) estimate.
 
         estimates: `hutchinson`'s list; or a dict, parameter -> tensor or None; or any list in the optimizer's order.
-        grad_scale: what the loss was multiplied by, as in SophiaG.update_hessian.
+        grad_scale: the number that the loss was multiplied by, as in SophiaG.update_hessian.
         average: take the mean over the ranks of the default process group, if there is one. Each rank has its own u and
-            batch; the mean is unbiased too, and less noisy than one u for all. False: the ranks' estimates are equal.
+            batch. The mean is unbiased too, and less noisy than one u for all. Pass False if all ranks have the same
+            estimate already.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         if not isinstance(estimates, Mapping):
