@@ -23,8 +23,9 @@ from torch.optim.optimizer import Optimizer
 __all__ = ["JORDAN", "MINIMAX", "Muon", "WhitenedMuon", "inverse_root", "orthogonalize"]
 
 # Newton-Schulz steps (a, b, c): x <- a x + (b x x^T + c (x x^T)^2) x. K. Jordan's (2024) bring singular values above
-# 0.0015 to 0.68 to 1.21. Each of MINIMAX, as in Polar Express (arXiv:2505.16932), minimizes the largest |1 - value| on
-# the interval left by the one before, at first 0.001 to 1. The last leaves 0.113.
+# 0.0015 into the range 0.68 to 1.21. Each step of MINIMAX, as in Polar Express (arXiv:2505.16932), minimizes the
+# largest |1 - value| on the interval that the step before leaves. The first interval is 0.001 to 1. The last step
+# leaves 0.113.
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 MINIMAX = ((8.470329, -25.108075, 18.629276), (4.182837, -3.108703, 0.580607), (3.961893, -2.954089, 0.562979),
            (3.286677, -2.464788, 0.507365), (2.273831, -1.644733, 0.416199))  # fmt: skip
@@ -111,7 +112,7 @@ class Muon(Optimizer):
             yield batch, self._direction(moved, grads, batch, group)
 
     def _moved(self, batch: "_Batch", group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """What is orthogonalized, and the gradients, (matrices, rows, columns)."""
+        """Return the matrices to orthogonalize, and the gradients, (matrices, rows, columns)."""
         moved, grads = _stack(batch.momenta), _stack(batch.grads)
         if group["nesterov"]:
             moved.lerp_(grads, 1 - group["momentum"])
@@ -179,7 +180,7 @@ class Muon(Optimizer):
         self._plans = {}
 
     def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
-        """Everything in the group that has a gradient, by device, dtype and shape of its matrices."""
+        """Group the parameters that have a gradient by device, dtype and shape of their matrices."""
         members = []
         pairs = list(zip(group["params"], _splits(group), strict=True))
         if self._share:
@@ -340,7 +341,7 @@ class WhitenedMuon(Muon):
                 raise ValueError(f"{key} = {group[key]} is not possible, expected 1 or more")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts states to the parameter's dtype; factors and roots keep theirs."""
+        """Load a state as torch does, which casts it to the parameter's dtype; factors and roots keep their dtype."""
         factors: dict[int, dict[str, Tensor]] = {}
         numbers: list[int] = []
 
@@ -610,7 +611,7 @@ class _Batch:
 
 
 class _State:
-    """What a batch sees of a parameter's state: keys with a suffix where other matrices of it have other shapes."""
+    """A batch's view of a parameter's state. Keys have a suffix if the parameter holds matrices of several shapes."""
 
     def __init__(self, state: dict[str, Any], rows: list[int], height: int) -> None:
         self.state, self.count = state, rows.count(height)

@@ -60,7 +60,7 @@ def update_flops(shape: Sequence[int], rows: Sequence[int], group: dict[str, Any
 
 
 class _Share:
-    """Who computes what. owner: {parameter: rank}, the same on all ranks. rows: {parameter: those of its matrices}."""
+    """Which rank computes what. owner: {parameter: rank}, equal on all ranks. rows: {parameter: its matrices' rows}."""
 
     def __init__(self, optimizer: Muon, process_group: Any) -> None:
         self.optimizer, self.process_group = optimizer, process_group
@@ -113,7 +113,7 @@ _Received = Callable[[], list[tuple[_Batch, tuple[Tensor, ...]]]]
 
 
 class _Copies:
-    """The way of a batch whose matrices are complete on every rank. They are in the order of their owners."""
+    """The exchange for a batch whose matrices are complete on every rank, in the order of their owners."""
 
     def __init__(self, share: _Share, batch: _Batch) -> None:
         self._share, self._batch, self._own = share, batch, _Batch(batch.longest)
@@ -148,7 +148,7 @@ class _Copies:
 
 
 class _Shards:
-    """The way of a batch of which every rank has some rows of every parameter, as `fully_shard` leaves them."""
+    """The exchange for a batch of which every rank has some rows of every parameter, as after `fully_shard`."""
 
     def __init__(self, share: _Share, batch: _Batch) -> None:
         self._share, self._batch = share, batch
@@ -201,7 +201,7 @@ class _Shards:
         return lambda: torch.cat(finish()).view(len(self._batch.params), self._here, self._columns)
 
     def _exchange(self, tensor: Tensor, give: list[int], take: list[int]) -> Callable[[], tuple[Tensor, ...]]:
-        """An all-to-all of these numbers of rows; what comes from each rank, flat."""
+        """Start an all-to-all of these numbers of rows; the result waits and returns the flat part of each rank."""
         give, take = ([rows * self._columns for rows in counts] for counts in (give, take))
         received, group = tensor.new_empty(sum(take)), self._share.process_group
         work = dist.all_to_all_single(received, tensor.flatten(), take, give, group, async_op=True)

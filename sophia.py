@@ -228,7 +228,7 @@ def hutchinson(
 
 # ----- The optimizers
 class _Sophia(Optimizer):
-    """What SophiaG and SophiaH share. GradScaler: while the attributes `grad_scale` and `found_inf` (float32 scalars on
+    """Base of SophiaG and SophiaH. GradScaler: while the attributes `grad_scale` and `found_inf` (float32 scalars on
     the device, or None) are set, gradients are divided by `grad_scale`, and where `found_inf` is not 0 a call changes
     nothing, step counts included. The host never reads either."""
 
@@ -307,7 +307,7 @@ class _Sophia(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but only m and h are cast to the parameter's dtype, or to float32 where that is float16."""
+        """Load a state as torch does, but cast only m and h: to the parameter's dtype, or to float32 for float16."""
 
         def hide_from_torch(_, loaded):  # __setstate__ calls the methods that take the tensors' places
             state = {}
@@ -640,7 +640,7 @@ class SophiaH(_Sophia):
         self._update_hessian(given, 1.0, False, grad_scale)
 
     def statistics(self) -> dict[str, float]:
-        """As SophiaG.statistics; a coordinate is not clipped where |m| < max(rho h, eps)."""
+        """Return what SophiaG.statistics does. A coordinate is not clipped where |m| < max(rho h, eps)."""
         return self._statistics()
 
 
