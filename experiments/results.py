@@ -1,4 +1,4 @@
-"""Write every table of README.md and docs/*.md that rests on measurements, and the figures of final losses and claims.
+"""Update the generated tables of README.md and docs/*.md, and the figures of final losses and claims.
 
 python experiments/results.py            # rewrites what stands between <!-- generated: NAME --> and <!-- end -->
 python experiments/results.py --check    # changes nothing; fails when a table or a figure is not that of the runs

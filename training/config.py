@@ -2,7 +2,7 @@
 
     config = load_config(SophiaConfig, ["config/train_gpt2_small_sophiag.py", "--batch_size=8"])
 
-A later argument wins over earlier ones. A config file is Python and is run as code: give only files that you trust.
+The last argument wins. A config file is Python and is executed: give only files that you trust.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""How much memory a micro-batch takes, by the formula of docs/scaling.md, and the largest that fits.
+"""The memory that a micro-batch takes, by the formula of docs/scaling.md, and the largest micro-batch that fits.
 
 sequences = estimate(config, memory=80 * 2**30, ranks=1)
 batch_size = largest(micro_batch_sizes(480, ranks=1), fits=lambda size: ..., guess=sequences)
