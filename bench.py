@@ -1,4 +1,4 @@
-"""Measure the speed and memory of this repository's parts and of their peers, in one process and in turns.
+"""Measure speed and memory of this repository and of its peers. Contenders take turns in one process.
 
     python bench.py optimizer [--official PATH] [--models 124M,355M,774M]
     python bench.py train [--nanogpt PATH] [--official PATH] [--models 124M,355M]
@@ -31,11 +31,11 @@ def main(argv=None):
     for name, (module, help) in BENCHMARKS.items():
         sub = commands.add_parser(name, help=help)
         module.add_arguments(sub)
-        sub.add_argument("--out", default=f"assets/bench/{name}.json")
+        sub.add_argument("--out", default=f"assets/bench/{name}.json", help="JSON file to write (default: %(default)s)")
         sub.add_argument("--commit", default=head, help="recorded in the JSON; default: git's HEAD")
         sub.set_defaults(run=module.run)
     sub = commands.add_parser("table", help="print another subcommand's JSON as a Markdown table")
-    sub.add_argument("result", metavar="JSON")
+    sub.add_argument("result", metavar="JSON", help="a file that another subcommand wrote")
     sub.set_defaults(run=lambda args: print(markdown_table(args.result)))
     args = parser.parse_args(argv)
     args.run(args)

@@ -1,10 +1,10 @@
-"""Compare finished runs: tables with a verdict; with --out also as Markdown, and figures.
+"""Compare finished runs: print tables with a verdict. With --out, also write them as Markdown, and figures.
 
 python compare.py out/demo_adam out/demo_sophiag --out=out/demo
 python compare.py out/sweep/adamw_*_seed* out/sweep/sophiag_*_seed* --out=out/figure
 
-Reads metrics.jsonl and config.json of each run. Runs that differ only in the seed become one row. The first run is the
-baseline. Runs with other data, batch sizes or evaluations are refused.
+It reads metrics.jsonl and config.json of each run. Runs that differ only in the seed become one row. The first run is
+the baseline. Runs with other data, batch sizes or evaluations are refused.
 "Better" and "worse" need p < 0.01 in Welch's test, two seeds on both sides, finished schedules and the same number of
 steps. docs/comparing.md has this and the other rules.
 """
@@ -22,7 +22,7 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run; the first is the baseline")
     parser.add_argument("--out", metavar="PREFIX", help="write the tables to PREFIX.md, figures to PREFIX*.png, .svg")
-    parser.add_argument("--force", action="store_true", help="compare runs that are not comparable")
+    parser.add_argument("--force", action="store_true", help="compare runs that would be refused")
     parser.add_argument("--scaling", action="store_true", help="allow several model sizes; draw loss against size")
     parser.add_argument("--wandb", action="store_true", help="upload the figures to the baseline's wandb_project")
     arguments = parser.parse_args(argv)

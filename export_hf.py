@@ -6,10 +6,10 @@ python export_hf.py --init_from=import:nanoGPT/out/ckpt.pt --to=exported
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
-The model is a GPT-2, Llama, Qwen3 or GPT-NeoX of transformers, whichever has its settings (docs/models.md); settings
-that none of them has are refused. The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as
-GPT2Tokenizer, a tokenizer of characters as PreTrainedTokenizerFast with one token for each character. As always in
-transformers, and unlike in training, "<|endoftext|>" in a text is the end-of-text token.
+The model becomes a GPT-2, Llama, Qwen3 or GPT-NeoX of transformers, whichever fits its settings (docs/models.md). If
+none fits, the export is refused. The rows that pad the vocabulary are cut. GPT-2's tokenizer is exported as
+GPT2Tokenizer, a tokenizer of characters as PreTrainedTokenizerFast with one token for each character. In transformers,
+unlike in training, "<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
@@ -29,7 +29,7 @@ from training.tokenizer import gpt2_files
 class ExportConfig(ModelSource):
     """The settings of export_hf.py."""
 
-    to: str = setting("", "folder to write, which must be empty or not exist")
+    to: str = setting("", "folder to write; it must be empty or not exist")
 
     def check(self):
         super().check()

@@ -1,4 +1,4 @@
-"""Print text of a trained model, token by token: it continues a prompt or starts a document.
+"""Print text from a trained model, token by token. It continues a prompt or starts a document.
 
 python sample.py --out_dir=out/demo_sophiag --start="KING RICHARD:" --num_samples=3 --temperature=0.7
 python sample.py --out_dir=out/demo_sophiag --start=FILE:prompt.txt --max_new_tokens=200
@@ -29,12 +29,14 @@ LONGEST = 1 << 24  # characters in it
 class SampleConfig(ModelSource):
     """The settings of sample.py."""
 
-    start: str = setting("", "prompt, or FILE:PATH; default a newline (characters), the end-of-text token (GPT-2)")
-    num_samples: int = setting(1, "texts to print; number i = 0, 1, ... is drawn with seed + i", at_least=1)
-    max_new_tokens: int = setting(500, "tokens in a text, the prompt not counted", at_least=1)
-    temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model predicts", at_least=0.0)
-    top_k: int | None = setting(200, "sample among the k likeliest tokens only; None: among all", at_least=1)
-    top_p: float | None = setting(None, "sample among the fewest with this probability", above=0.0, at_most=1.0)
+    start: str = setting("", "prompt, or FILE:PATH; default: the end-of-text token, or a newline if there is none")
+    num_samples: int = setting(1, "texts to print; text i = 0, 1, ... uses seed + i", at_least=1)
+    max_new_tokens: int = setting(500, "new tokens in a text, without the prompt", at_least=1)
+    temperature: float = setting(0.8, "0: always the most likely token; 1: the model's own probabilities", at_least=0.0)
+    top_k: int | None = setting(200, "sample only among the k most likely tokens; None: all", at_least=1)
+    top_p: float | None = setting(
+        None, "sample only among the fewest tokens of this total probability", above=0.0, at_most=1.0
+    )
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 

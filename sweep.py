@@ -12,9 +12,9 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-A list is swept, any other value is fixed. A file may instead define `def sweep(steps=780)` that returns these; its
-parameters are then options: --steps=1560. Started again after an interruption, a sweep does what is missing. A failed
-or diverged run has loss inf; remove its folder to repeat it. docs/comparing.md has the rules, and what is written.
+A list is swept; other values are fixed. A file may instead define `def sweep(steps=780)` that returns these in a dict;
+its parameters are then options: --steps=1560. Start an interrupted sweep again: it runs what is missing. A failed or
+diverged run counts as an infinite loss; remove its folder to repeat it. docs/comparing.md has the rules and the output.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Tokens a second of prepare.py beside tiktoken alone, and the time that the input pipeline adds to a training step.
+"""Measure the tokens a second of prepare.py and of tiktoken alone, and the input pipeline's time in a training step.
 
 The text is Python's standard library, at most 20 MB. "tiktoken" is `encode_ordinary_batch` on the same documents in
 memory, with the same number of threads. prepare.py also reads, hashes and splits them and writes train.bin and val.bin.
@@ -37,7 +37,7 @@ ROUNDS = 5
 
 def add_arguments(parser):
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="trains (default: %(default)s)")
+    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="of training (default: %(default)s)")
 
 
 def run(args):

@@ -1,4 +1,4 @@
-"""One optimizer step, curvature update and clipping, against peers and against the memory's speed."""
+"""Time an optimizer step, a curvature update and clipping, against peers and against the memory's bandwidth."""
 
 import functools
 import gc
@@ -20,10 +20,10 @@ from training.optimizers import OptimizerContainer, amp_scaling
 
 def add_arguments(parser):
     parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
-    parser.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"of {', '.join(GPT2_SIZES)}")
+    parser.add_argument("--models", type=model_names, default="124M,355M,774M", help=f"some of {', '.join(GPT2_SIZES)}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--rounds", type=positive, default=11, help="turns of every contender; the median counts")
-    parser.add_argument("--calls", type=positive, default=10, help="calls in a row that one turn times")
+    parser.add_argument("--rounds", type=positive, default=11, help="turns of each contender; the row is their median")
+    parser.add_argument("--calls", type=positive, default=10, help="calls in one turn")
     parser.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
 
 

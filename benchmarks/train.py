@@ -1,4 +1,4 @@
-"""Training steps beside nanoGPT's and the official repository's: one process, in turns, median times.
+"""Time training steps of this repository, nanoGPT and the official one: one process, in turns, medians.
 
 The training loop is timed: reading the batch, forward, backward, clipping at 1.0 and the optimizer's step, with bf16
 autocast and torch.compile for all. Compilation comes before and is reported as its own row.
@@ -42,12 +42,14 @@ def add_arguments(parser):
     parser.add_argument("--official", metavar="PATH", help="checkout of the official Sophia repository")
     names = (*GPT2_SIZES, *LLAMA_SIZES)
     kind = partial(model_names, known=names)
-    parser.add_argument("--models", type=kind, default="124M,355M", help=f"of {', '.join(names)}")
-    parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="what to measure")
-    parser.add_argument("--optimizers", default="adamw,muon,whitened_muon,sophiag", help="of scaling and fsdp")
+    parser.add_argument("--models", type=kind, default="124M,355M", help=f"some of {', '.join(names)}")
+    parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="default: %(default)s")
+    parser.add_argument(
+        "--optimizers", default="adamw,muon,whitened_muon,sophiag", help="for the parts scaling and fsdp"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--rounds", type=positive, default=5, help="turns of every contender; the median counts")
-    parser.add_argument("--steps", type=positive, default=10, help="steps in a row that one turn times")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each contender; the row is their median")
+    parser.add_argument("--steps", type=positive, default=10, help="steps in one turn")
     parser.add_argument("--block_size", type=positive, default=1024)
     parser.add_argument("--compile", default="True", choices=("True", "False"))
 

@@ -1,9 +1,9 @@
-"""Make a meta.json of a nanoGPT meta.pkl, so that its train.bin and val.bin train here with their own vocabulary.
+"""Convert a nanoGPT meta.pkl to meta.json, so that its train.bin and val.bin train here with their own vocabulary.
 
     python data/convert_meta.py data/NAME
 
-The pickle may hold plain containers, strings and numbers only; nothing in it is run. Where every id stands for one
-character the meta.json names the characters; otherwise only how many ids there are, and samples are printed as ids.
+The pickle may hold only plain containers, strings and numbers; nothing in it is run. If every id is one character, the
+meta.json names the characters. Otherwise it holds only the number of ids, and samples are printed as ids.
 """
 
 import io

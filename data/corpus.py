@@ -1,11 +1,11 @@
-"""From documents to train.bin, val.bin and meta.json: what all data/*/prepare.py share.
+"""Write train.bin, val.bin and meta.json from documents. All data/*/prepare.py use it.
 
     args = corpus.arguments(__doc__, __file__).parse_args()
     if not corpus.is_prepared(args, source):
         corpus.write(args, documents, "gpt2", source)    # documents: pairs like ("train", "To be, or not to be")
 
-The text of a document is a str or, where it is long, an iterable of its parts. A few megabytes of text for each thread
-are in memory, or one str where that is larger.
+The text of a document is a str or, if it is long, an iterable of its parts. Memory holds a few megabytes of text for
+each thread, or one str if that is larger.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Where documents come from: files of your own, plain or compressed, and the Hugging Face hub.
+"""Read documents: from your own files, plain or compressed, or from the Hugging Face hub.
 
     parser = corpus.arguments(__doc__, __file__)
     sources.add_arguments(parser, val_fraction=0.005, required=True)
     sources.prepare(parser.parse_args(), "text")
 
-A document is a str, or a TextFile where it is a text file of more than 16 MB: its parts, read anew in each iteration.
+A document is a str. A text file of more than 16 MB is a TextFile: its parts, read again in each iteration.
 """
 
 import bz2
@@ -48,9 +48,9 @@ def add_arguments(parser, val_fraction, required, separator=None):
         "--source", nargs="+", metavar="PATH",
         help="files, folders, patterns in quotes: .txt, .md, .csv, .json, .jsonl, .parquet; also .gz, .bz2, .xz, .zst",
     )  # fmt: skip
-    parser.add_argument("--train", nargs="+", metavar="PATH", help="instead of --source: what to train on, with --val")
-    parser.add_argument("--val", nargs="+", metavar="PATH", help="instead of --source: what to hold out, with --train")
-    parser.add_argument("--field", default="text", help="where a record's text is (default: %(default)s)")
+    parser.add_argument("--train", nargs="+", metavar="PATH", help="instead of --source: what to train on; needs --val")
+    parser.add_argument("--val", nargs="+", metavar="PATH", help="instead of --source: what to hold out; needs --train")
+    parser.add_argument("--field", default="text", help="field of a record with its text (default: %(default)s)")
     parser.add_argument(
         "--separator", default=separator, type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
         help="cut .txt and .md files into documents at this text, e.g. '<|endoftext|>' or '\\n\\n'",

@@ -1,4 +1,4 @@
-"""Bring finished runs into experiments/: small enough to commit, enough for compare.py to redo tables and figures.
+"""Copy finished runs into experiments/: small enough to commit, enough for compare.py to make tables and figures again.
 
 python experiments/collect.py NAME RUN [RUN ...]     # RUN: the out_dir of a run or of a sweep
 

@@ -1,4 +1,4 @@
-"""Write every table of README.md and docs/*.md that rests on measurements, and the figures of final losses and claims.
+"""Update the generated tables of README.md and docs/*.md, and the figures of final losses and claims.
 
 python experiments/results.py            # rewrites what stands between <!-- generated: NAME --> and <!-- end -->
 python experiments/results.py --check    # changes nothing; fails when a table or a figure is not that of the runs
@@ -203,8 +203,11 @@ def settings():
             meaning = f"Sophia: {meaning}"
         elif name == "optimizer_name":
             default, meaning = f"{adam[name][2]} / {default}", f"{adam[name][3]} / {meaning}"
-        elif adam[name][2] != default:
-            default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
+        else:
+            if adam[name][2] != default:
+                default = f"{adam[name][2]} (AdamW), {default} (Sophia)"
+            if (help := adam[name][3].partition(" (")[0]) != meaning.partition(" (")[0]:
+                meaning = f"{help} / {meaning}"
         lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     lines += [f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |" for row in adam.values() if row[0] not in sophia]
     return "\n".join(lines)

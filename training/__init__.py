@@ -1,4 +1,4 @@
-"""What the scripts share. A Ctrl-C while they import modules ends them quietly; `errors.command` sees to later ones."""
+"""What the scripts share. Importing it makes Ctrl-C end a script quietly until `errors.command` takes over."""
 
 import os
 import signal

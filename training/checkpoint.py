@@ -4,8 +4,8 @@
     CheckpointWriter(out_dir).save(...)                     # the same, while training goes on
     checkpoint, path = load_checkpoint(out_dir)
 
-A file is torch.save's, which torch.load reads, followed by its SHA-256. Loading runs no code from the file. One that no
-rank holds whole is a folder (`training/shards.py`): ckpt, ckpt_prev, ckpt_best, ckpt_STEP.
+A file has the format of torch.save, followed by its SHA-256; torch.load reads it. Loading runs no code from the file.
+A checkpoint that no rank holds complete is a folder (`training/shards.py`): ckpt, ckpt_prev, ckpt_best, ckpt_STEP.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
     config = load_config(SophiaConfig, ["config/train_gpt2_small_sophiag.py", "--batch_size=8"])
 
-A later argument wins over earlier ones. A config file is Python and is run as code: give only files that you trust.
+The last argument wins. A config file is Python and is executed: give only files that you trust.
 """
 
 import dataclasses
@@ -51,19 +51,23 @@ class TrainConfig:
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
-        "scratch", "start new, resume out_dir's checkpoint (auto: if there is one), or take weights", choices=STARTS
+        "scratch",
+        "start new (scratch), resume out_dir's run, auto: either, or start from other weights",
+        choices=STARTS,
     )
     checkpoint: str = setting("newest", CHECKPOINT)
-    max_skipped: int = setting(20, "non-finite steps, or curvature estimates, in a row that stop the run", at_least=1)
+    max_skipped: int = setting(20, "stop after so many non-finite steps, or estimates, in a row", at_least=1)
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
-    seed: int = setting(1337, "seed of weights, order of the data, dropout, sampled labels", at_least=0, below=2**31)
+    seed: int = setting(1337, "seed of weights, data order, dropout and sampled labels", at_least=0, below=2**31)
 
     dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
     total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
-    batch_size: int = setting(12, "sequences in a rank's forward pass; auto: what fits", at_least=1, words=("auto",))
+    batch_size: int = setting(
+        12, "sequences in a rank's forward pass; auto: as many as fit", at_least=1, words=("auto",)
+    )
     gradient_accumulation_steps: int | None = setting(None, "derived: total_bs / (batch_size * ranks)", at_least=1)
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
-    block_size_schedule: str = setting("", "sequence length from a step on, as STEP:LENGTH,...; tokens per step stay")
+    block_size_schedule: str = setting("", "sequence length from a step on: STEP:LENGTH,...; a step keeps its tokens")
 
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads in a block", at_least=1)
@@ -71,18 +75,22 @@ class TrainConfig:
     dropout: float = setting(0.0, "dropout probability", at_least=0.0, below=1.0)
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in OpenAI's GPT-2")
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention scores of block i by i + 1 (i from 0)")
-    gelu: str = setting("tanh", "GPT-2's approximation of the GELU, or nanoGPT's exact one", choices=("tanh", "exact"))
-    norm: str = setting("layernorm", "the norms of the residual stream", choices=("layernorm", "rmsnorm"))
+    gelu: str = setting("tanh", "GELU: GPT-2's tanh approximation, or exact as in nanoGPT", choices=("tanh", "exact"))
+    norm: str = setting("layernorm", "which normalization", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
-    position: str = setting("learned", "embedded positions, or rotated queries and keys", choices=("learned", "rope"))
-    rope_base: float = setting(10000.0, "rope: base of the wavelengths", above=0.0)
-    rope_dim: int = setting(0, "rope: rotated coordinates of each head; 0: all", at_least=0)
-    n_kv_head: int = setting(0, "heads of keys and values, shared by the query heads (GQA); 0: n_head", at_least=0)
-    mlp: str = setting("gelu", "the MLP's activation", choices=("gelu", "swiglu", "relu2"))
-    mlp_hidden: int = setting(0, "the MLP's width; 0: 4 n_embd, swiglu 8/3 n_embd in multiples of 64", at_least=0)
+    position: str = setting(
+        "learned", "learned position embeddings, or rotary ones (rope)", choices=("learned", "rope")
+    )
+    rope_base: float = setting(10000.0, "rope: base of the frequencies", above=0.0)
+    rope_dim: int = setting(0, "rope: number of rotated coordinates in each head; 0: all", at_least=0)
+    n_kv_head: int = setting(0, "number of key/value heads (GQA); 0: n_head", at_least=0)
+    mlp: str = setting("gelu", "activation of the MLP", choices=("gelu", "swiglu", "relu2"))
+    mlp_hidden: int = setting(
+        0, "width of the MLP; 0: 4 n_embd; for swiglu 8/3 n_embd, rounded up to a multiple of 64", at_least=0
+    )
     qk_norm: bool = setting(False, "RMSNorm of every query and key, as in Qwen3")
-    tie_embeddings: bool = setting(True, "one matrix for the tokens in and out")
-    parallel_block: bool = setting(False, "the MLP reads the block's input beside attention, as in GPT-NeoX")
+    tie_embeddings: bool = setting(True, "input embedding and output matrix are one matrix")
+    parallel_block: bool = setting(False, "attention and MLP both read the block's input, as in GPT-NeoX")
 
     optimizer_name: str = setting("", "which optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate", at_least=0.0)
@@ -92,45 +100,62 @@ class TrainConfig:
     beta2: float = setting(0.95, "decay of the second-moment average", at_least=0.0, below=1.0, needs=WITH_BETAS)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
 
-    cautious_decay: bool = setting(False, "decay only coordinates that the update moves towards 0", needs=MUON)
+    cautious_decay: bool = setting(False, "weight decay only where the update moves towards 0", needs=MUON)
     muon_steps: str = setting(
-        "jordan", "K. Jordan's steps, or minimax ones (Polar Express)", choices=("jordan", "minimax"), needs=MUON
+        "jordan",
+        "Newton-Schulz coefficients: K. Jordan's, or Polar Express (minimax)",
+        choices=("jordan", "minimax"),
+        needs=MUON,
     )
-    whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
-    whiten_exponent: float = setting(0.125, "power of the factors' inverse; 0 is muon", at_least=0.0, needs=WHITENED)
-    whiten_ridge: float = setting(0.01, "added to factors, over their mean eigenvalue", at_least=0.0, needs=WHITENED)
+    whiten_sides: str = setting(
+        "both", "sides of a matrix that are whitened", choices=("input", "output", "both"), needs=WHITENED
+    )
+    whiten_exponent: float = setting(
+        0.125, "power of the inverse whitening factors; 0: muon", at_least=0.0, needs=WHITENED
+    )
+    whiten_ridge: float = setting(
+        0.01, "added to a factor, relative to its mean eigenvalue", at_least=0.0, needs=WHITENED
+    )
     whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
-        10, "steps between two roots of the factors", at_least=1, needs=("optimizer_name", ("whitened_muon",))
+        10, "steps between updates of the factors' roots", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
+    whiten_max_width: int | None = setting(
+        None, "sides wider than this are whitened in blocks", at_least=1, needs=WHITENED
+    )
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
-    decay_lr: bool = setting(True, "warm-up and lr_schedule; off: learning_rate throughout")
+    decay_lr: bool = setting(True, "warm-up and lr_schedule; False: learning_rate throughout")
     lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
-    min_lr: float | None = setting(None, "final learning rate; default learning_rate / 20, linear, wsd 0", at_least=0.0)
-    wsd_decay: float = setting(0.2, "the decay's share of lr_decay_iters", above=0.0, at_most=1.0, needs=WSD)
+    min_lr: float | None = setting(
+        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
+    )
+    wsd_decay: float = setting(0.2, "share of lr_decay_iters in which it decays", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(2.0, "growth of the periods, torch's T_mult", at_least=1.0, needs=RESTARTS)
+    restart_multiplier: float = setting(
+        2.0, "length of a period over the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
+    )
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
-    eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation, at most all of it", at_least=1)
-    eval_iters: int | None = setting(None, "nanoGPT's: eval_tokens = eval_iters * batch_size * block_size", at_least=1)
+    eval_tokens: int = setting(
+        2**21, "tokens of val.bin in an evaluation; a smaller val.bin is used in full", at_least=1
+    )
+    eval_iters: int | None = setting(None, "sets eval_tokens to eval_iters * batch_size * block_size", at_least=1)
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
-    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; off: only at a new best val/loss")
+    always_save_checkpoint: bool = setting(True, "checkpoint at every evaluation; False: only at a new best val/loss")
     keep_checkpoints: int = setting(0, "how many ckpt_STEP.pt to keep beside ckpt.pt and ckpt_prev.pt", at_least=0)
 
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("sophia", "Weights & Biases project")
     wandb_run_name: str = setting("", "Weights & Biases run name; default: the last part of out_dir")
 
-    device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
+    device: str = setting("auto", "auto (the first available of cuda, mps, cpu), cuda, cuda:1, mps, cpu")
     dtype: str = setting(
         "auto",
-        "autocast type; auto: bfloat16 (float16 where a GPU has none), float32 off the GPU",
+        "autocast type; auto: bfloat16, float16 on GPUs without bfloat16, float32 without a GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(False, "torch.compile the model")
@@ -138,11 +163,17 @@ class TrainConfig:
     fp8_loss: bool = setting(False, "output matrix and loss in FP8 (Hopper GPUs, 8,192 tokens or more in a pass)")
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
-    fsdp_shard: int | None = setting(None, "with fsdp: ranks that one copy is split over; default all", at_least=1)
-    fsdp_keep: str = setting(
-        "gradients", "with fsdp: kept complete between micro-batches", choices=("nothing", "gradients", "all")
+    fsdp_shard: int | None = setting(
+        None, "with fsdp: number of ranks that hold one copy together; default all", at_least=1
     )
-    backend: str = setting("auto", "of the exchange; auto: nccl on cuda, or gloo", choices=("auto", "nccl", "gloo"))
+    fsdp_keep: str = setting(
+        "gradients",
+        "with fsdp: what a rank keeps complete between micro-batches",
+        choices=("nothing", "gradients", "all"),
+    )
+    backend: str = setting(
+        "auto", "of torch.distributed; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
+    )
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
 
     def check(self):

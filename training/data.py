@@ -1,10 +1,10 @@
-"""Token files, and which of their windows belong to which sequence: pure functions of the seed, nothing to restore.
+"""Read token files, and choose the window of tokens that each sequence is: a pure function of the seed.
 
     corpus = open_dataset("shakespeare_char")           # or a mixture: "fineweb:0.7,python:0.3"
     starts = corpus.train_starts(seed=1337, first=0, count=480, block_size=1024)
     inputs, targets = take_windows(corpus.train, starts, block_size=1024)
 
-The generator is Philox, whose raw numbers NumPy keeps the same for ever; everything is derived from those.
+A resume has no state to restore. The generator is Philox; NumPy guarantees that its raw numbers never change.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""How every script reports a mistake: one sentence on stderr and exit code 2, no traceback.
+"""Report a user's mistake in every script: one sentence on stderr and exit code 2, no traceback.
 
 if __name__ == "__main__":
     command(main)

@@ -1,4 +1,4 @@
-"""What the ranks exchange in a step, and the share of its time that this takes, by the formulas of docs/training.md.
+"""Bytes that the ranks exchange in a step, and the exchange's share of the time, by the formulas of docs/scaling.md.
 
 inside, across = bytes_sent(config, parameters, matrices, ranks=64)    # by a GPU, within its node and to others
 share = time_share(config, parameters, matrices, ranks=64, flops=..., peak=989e12)

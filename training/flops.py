@@ -1,4 +1,4 @@
-"""FLOPs: what a run has computed, and the peak of its device.
+"""FLOPs that a run has computed, and the peak FLOP/s of its device.
 
 flops = run_flops(step, config, model.flops_per_token, estimate_cost=1)    # of the steps before `step`
 peak = peak_flops(torch.cuda.get_device_name(), "bfloat16")                # FLOP/s

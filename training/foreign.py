@@ -1,4 +1,4 @@
-"""Files that others wrote: nothing in them is run, their size and depth are bounded, and their types are checked.
+"""Read files that others wrote: run nothing in them, bound their size and depth, check their types.
 
 meta = read_json("data/mine/meta.json")                           # OSError, ValueError, UserError
 checkpoint = checked_checkpoint(load_tensors("ckpt.pt"), "ckpt.pt")

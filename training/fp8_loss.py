@@ -1,4 +1,4 @@
-"""The output matrix and its cross-entropy in FP8 on Hopper GPUs: the logits exist only inside a matrix product.
+"""The output matrix and its cross-entropy in FP8 on Hopper GPUs. The logits exist only inside a matrix product.
 
 if fits_fp8(hidden, weight):
     total, d_hidden, d_weight, rows = fp8_gradients(hidden, weight, targets)

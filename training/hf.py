@@ -1,4 +1,4 @@
-"""Weights from and to elsewhere: Hugging Face's GPT-2, Llama, Qwen3 and GPT-NeoX, ckpt.pt of nanoGPT and of Sophia.
+"""Import and export weights: Hugging Face's GPT-2, Llama, Qwen3 and GPT-NeoX; import a ckpt.pt of nanoGPT or Sophia.
 
 model, tokenizer, settings = load_model("gpt2-medium", out_dir=None)   # or "hf:DIR", "import:PATH", "ckpt:PATH"
 model, tokenizer, settings = load_model("resume", out_dir="out/run")   # the run's own checkpoint

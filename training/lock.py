@@ -1,4 +1,4 @@
-"""One process group owns an out_dir: a lock file that names the host and the process which writes there.
+"""A lock file, so that only one run writes to an out_dir. It names the run's host and process.
 
 lock = RunLock("out/run")      # UserError if another run is alive there
 lock.release()

@@ -1,4 +1,4 @@
-"""The loss at the output matrix, from chunks of the logits: all logits are never in memory.
+"""The output matrix and the loss, computed in chunks of rows, so that the complete logits are never in memory.
 
 loss = LinearLoss.apply(hidden, weight, targets, cross_entropy)       # (N, C), (V, C), (N,)
 loss.backward()

@@ -1,4 +1,4 @@
-"""How much memory a micro-batch takes, by the formula of docs/training.md, and the largest that fits.
+"""The memory that a micro-batch takes, by the formula of docs/scaling.md, and the largest micro-batch that fits.
 
 sequences = estimate(config, memory=80 * 2**30, ranks=1)
 batch_size = largest(micro_batch_sizes(480, ranks=1), fits=lambda size: ..., guess=sequences)
@@ -111,7 +111,7 @@ def sentence(error, config, device_name, memory, ranks, vocab_size):
     smaller = [s for s in sizes if size == "auto" or s < size]
     within = [s for s in smaller if s <= fit] or smaller[:1]
     if within and size != "auto":
-        remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/training.md)")
+        remedies.append(f"--batch_size={within[-1]} (it would fit by the formula of docs/scaling.md)")
     remedies += [f"--{name}=True" for name in ("activation_checkpointing", "fsdp") if not getattr(config, name)]
     model = f"{config.n_layer} layers of width {config.n_embd} and block_size = {config.block_size}"
     problem = f"the memory of {where} is too small for batch_size = {size}, with {model}"

@@ -1,4 +1,4 @@
-"""The files of a run and the metrics in them: one JSON object a line, whose keys are named here.
+"""The names of all metrics and of a run's files; reading metrics.jsonl, one JSON object a line.
 
 lines = read_metrics("out/run/metrics.jsonl")       # [{"step": 0, "tokens": 0, "val/loss": 10.9, ...}, ...]
 """

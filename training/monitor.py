@@ -1,4 +1,4 @@
-"""The death or silence of a rank or of its launcher, and signals that ask a run to stop.
+"""Notice a rank or a launcher that is dead or silent, and signals that ask a run to stop.
 
 monitor = RankMonitor(world)     # one thread on each rank: tells all ranks which one died or does not answer
 signals = Signals()              # signals.received is set by SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2

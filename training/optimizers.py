@@ -1,8 +1,8 @@
-"""The optimizers that a run can use: the one module under training/ that knows them by name.
+"""The optimizers that a run can use, by name, and several optimizers as one.
 
     optimizer = make_optimizer(config, model.parameter_groups(config.weight_decay), device)
 
-To add one, write a function that builds it and give it a line in OPTIMIZERS.
+To add one, write a function that builds it and add a line to OPTIMIZERS (CONTRIBUTING.md).
 """
 
 import contextlib

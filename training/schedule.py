@@ -1,4 +1,4 @@
-"""Learning rate and sequence length, as pure functions of the step."""
+"""Learning rate and sequence length, as pure functions of the step. CONTRIBUTING.md says how to add a schedule."""
 
 import bisect
 import functools

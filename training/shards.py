@@ -1,4 +1,4 @@
-"""Checkpoints that no rank holds whole: a folder in which each rank writes its part of the tensors.
+"""Checkpoints that no rank holds complete: a folder in which each rank writes its part of the tensors.
 
     shards = Shards(checkpoint, number=1, world=world)                # on every rank: a copy of its part in host memory
     write_folder("ckpt.tmp", {..., "shards": shards}, [shards.try_to_write("ckpt.tmp")])
@@ -9,7 +9,7 @@
     run.pt           everything else
     manifest.json    step, settings, size and SHA-256 of every file, where each tensor lies, and a SHA-256 of all this
 
-The ranks agree through `world.store`, never by a collective: no thread waits for a rank that is lost.
+The ranks agree through `world.store`, never by a collective, so no thread waits for a lost rank.
 """
 
 import contextlib

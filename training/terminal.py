@@ -1,4 +1,4 @@
-"""The two streams of a script, which may be closed, full, or unable to print a character, and text from others on them.
+"""Print to stdout and stderr even if they are closed, full, or unable to print a character; escape text from others.
 
 open_streams(goes_on=True)      # a run outlives its terminal
 warn("wandb could not be reached")

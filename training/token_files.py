@@ -1,9 +1,9 @@
-"""The files of a dataset's folder: train.bin and val.bin, or shards, mapped into memory; and what is not a token file.
+"""Find and map the token files of a dataset: train.bin and val.bin, or several files of a split. Refuse other files.
 
     folder = find_folder("shakespeare_char")              # data/shakespeare_char
     files, arrays = open_split(folder, "train", "<u2")    # every *train*.bin there, in the order of their names
 
-A file holds raw little-endian ids, or llm.c's header (256 int32: 20240520, version 1, the number of tokens) and uint16.
+A file holds raw little-endian ids, or llm.c's header (256 int32: 20240520, version 1, number of tokens) and uint16 ids.
 """
 
 import difflib

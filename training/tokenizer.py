@@ -1,4 +1,4 @@
-"""Text to token ids and back, for every tokenizer that a meta.json can name.
+"""Convert text to token ids and back, with every tokenizer that a meta.json can name.
 
 tokenizer = get_tokenizer("gpt2")                        # any name that tiktoken knows
 tokenizer = get_tokenizer({"characters": "\\n !&',-.ABC..."})

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl and config.json in out_dir, a line on the screen, and wandb on request.
+"""Write the records of a run: metrics.jsonl and config.json in out_dir, lines on the screen, and wandb if wanted.
 
 tracker = Tracker(config, facts={"git_commit": ...}, start_step=0)
 tracker.log({"step": 0, "train/loss": 10.8, ...})

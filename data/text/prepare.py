@@ -4,10 +4,10 @@
     python data/text/prepare.py --source FOLDER 'more/*.jsonl.gz' --out_dir data/mine --tokenizer char
     python data/text/prepare.py --train train.txt --val val.txt --separator '<|endoftext|>' --out_dir data/mine
 
-Read are .txt and .md (one document a file, or cut at --separator), .json and .jsonl (one a record), .csv and .parquet
-(one a row), plain or compressed (.gz, .bz2, .xz, .zst); of a folder its subfolders too, in sorted order. Documents
-keep their order. A hash of its text decides whether a document is held out, so the split does not change when others
-come or go. Of a single text, and where the documents are too few for that, val.bin is the last --val_fraction.
+It reads .txt and .md (one document a file, or cut at --separator), .json and .jsonl (one a record), .csv and .parquet
+(one a row), plain or compressed (.gz, .bz2, .xz, .zst). A folder is read with its subfolders, in sorted order.
+Documents keep their order. A hash of a document's text decides whether it is held out, so the split does not change
+when other documents come or go. If there is a single text, or few documents, val.bin is its last --val_fraction.
 """
 
 import sys

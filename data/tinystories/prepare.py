@@ -3,8 +3,8 @@
     python data/tinystories/prepare.py                      # roneneldan/TinyStories from the Hugging Face hub
     python data/tinystories/prepare.py --source PATH...     # from files, also TinyStoriesV2-GPT4-*.txt
 
-Text files are cut into stories at --separator, by default <|endoftext|>. Files with "train" and "valid" in their names
-are those splits; where one is missing, a hash of each story decides, with --val_fraction.
+Text files are cut into stories at --separator, by default <|endoftext|>. Files with "train" or "valid" in their names
+are those splits. If one is missing, a hash of each story decides, with --val_fraction.
 """
 
 import sys

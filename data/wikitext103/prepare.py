@@ -4,10 +4,9 @@
     python data/wikitext103/prepare.py --source PATH...     # from files, read as data/text/prepare.py does
 
 PATH is the folder of an unpacked wikitext-103-v1.zip (wiki.train.tokens, ...) or wikitext-103-raw-v1.zip
-(wiki.train.raw, ...), or parquet files of the hub. WikiText comes as lines: those from an article's title
-(" = Title = ") to the next become one document. Files with "train" and "valid" in their names, or in folders of the
-name, are those splits, "test" is left out; where "train" or "valid" is missing, a hash of each document decides, with
---val_fraction.
+(wiki.train.raw, ...), or parquet files of the hub. The lines from one article's title (" = Title = ") to the next
+become one document. A file belongs to the split "train" or "valid" that its name or its folder's name contains; "test"
+is left out. If "train" or "valid" is missing, a hash of each document decides, with --val_fraction.
 """
 
 import io

@@ -186,7 +186,7 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder(tiny, trained, tmp_path
 def test_one_that_is_missing_is_one_sentence(tiny, trained, capsys, which):
     before = contents(trained)
     error = refused(capsys, train_adam.main, [*tiny, "--init_from=resume", f"--checkpoint={which}"])
-    assert ("ckpt_best.pt of step 20" in error) == (which not in ("", "/")) and contents(trained) == before
+    assert ("ckpt_best.pt of step 20" in error) == (which not in ("", "/", "a\0b")) and contents(trained) == before
 
 
 @pytest.mark.parametrize("start", ["scratch", "auto", "gpt2"])
