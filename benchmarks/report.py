@@ -30,6 +30,7 @@ class Report:
         command = " ".join(["python", "bench.py", *sys.argv[1:]])
         self.content = {"device": device, "torch": torch.__version__, "commit": args.commit, "command": command}
         self.content |= {"rows": [], "errors": []}
+        self.write()  # before anything is measured for a file that cannot be written
         print(f"{device}, torch {torch.__version__}, commit {args.commit}", flush=True)
 
     def add(self, contender, model, metric, value, unit):

@@ -128,7 +128,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-@few
+@settings(few, max_examples=12)
 @given(data=st.data())
 def test_checkpoint_bytes(finished, tmp_path_factory, data):
     """Both checkpoints spoiled in ways of their own: the run goes on from one that is whole, or says so."""

@@ -38,6 +38,7 @@ def test_optimizer_gives_a_row_for_every_contender_and_a_table(tmp_path, monkeyp
     assert f"| step, ms | sophia | {value['sophia', 'step_ms']:.4g} |" in lines
 
 
+@pytest.mark.slow
 def test_data_gives_a_row_for_every_prepare_and_the_pipelines_overhead(tmp_path, monkeypatch):
     """A little text and the tiny model: every prepare.py is timed, and a step with and without the pipeline."""
 

@@ -168,6 +168,7 @@ def test_a_disk_that_takes_no_weights_keeps_no_part_of_them(tmp_path, capsys, ex
     assert folder.exists() == existed and not list(tmp_path.glob("hf/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -r requirements-eval.txt")
 def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path):
     """The path of the SuperGLUE numbers in Sophia's paper: choices are compared by their likelihood after examples."""

@@ -103,7 +103,8 @@ def test_a_rank_that_is_stopped_is_named_and_one_that_lags_is_logged(corpus, tmp
     assert 0.15 < lines[-1]["seconds_behind"] < 2, "5 steps of 0.05 s"
 
 
-@pytest.mark.parametrize("stuck", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_is_stuck_in_its_step_is_named(corpus, tmp_path, stuck):
     """It lives and its heart beats, but the others wait for it."""
     hangs = script(
@@ -251,6 +252,7 @@ done
 exit ${code:-0}"""
 
 
+@pytest.mark.slow
 def test_slurm_script_checkpoints_requeues_and_resumes(corpus, tmp_path):
     """The script itself, with stand-ins for srun, which starts two nodes here, and for scontrol."""
     bin, venv = tmp_path / "bin", tmp_path / ".venv" / "bin"

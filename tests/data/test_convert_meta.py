@@ -34,6 +34,7 @@ def convert(folder, monkeypatch):
     return json.loads((folder / "meta.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_that_training_names_converts_it(tmp_path):
     folder = with_pickle(tmp_path / "my data", NANOGPT)
     with pytest.raises(UserError) as error:

@@ -101,7 +101,8 @@ def start(tiny):
     return start
 
 
-@pytest.mark.parametrize("rewinds", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("rewinds", [True, False])
 def test_a_run_that_was_killed_has_one_clean_curve(tmp_path, start, rewinds):
     """It is killed after its checkpoint. What it logged after that stays on no chart of the run that goes on."""
     with Server(rewinds) as server:
