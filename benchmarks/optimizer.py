@@ -75,8 +75,8 @@ def optimizer_contenders(args):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: use --device cpu, which times the peers that run there.")
-    report = Report(args)
     contenders = optimizer_contenders(args)
+    report = Report(args)
     for model in args.models:
         if args.device == "cuda":
             for name, build in contenders.items():
