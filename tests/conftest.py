@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# As torchrun does, and before torch reads it: ranks that are forked from here must round as torchrun's do.
+os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from tests.forks import run_ranks
