@@ -103,6 +103,8 @@ class Muon(Optimizer):
                 torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
             for batch, update in (self._share or self)._updates(batches, group):
                 self._apply(update, batch, group)
+            for batch in batches:
+                batch.release()
         return loss
 
     def _updates(self, batches: "list[_Batch]", group: dict[str, Any]) -> "Iterator[tuple[_Batch, Tensor]]":
@@ -290,6 +292,7 @@ class WhitenedMuon(Muon):
         for batch, group in batches:
             for own, grads in self._share.complete(batch) if self._share else [(batch, _stack(batch.grads))]:
                 self._update_factors(grads, own, group, roots=True, scale=scale)
+            batch.release()
 
     def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
         if group["source"] == "gradient":
@@ -435,8 +438,8 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
         bound = bound * (1 + _FLOOR)
         root = _inverse_root(m.to(dtype), power).to(m.dtype)
     else:
-        values, vectors = torch.linalg.eigh(m.double())
-        root = ((vectors * (values.clamp(min=_TINY) ** -exponent)[..., None, :]) @ vectors.mT).to(m.dtype)
+        values, vectors = torch.linalg.eigh((m.cpu() if m.device.type == "mps" else m).double())  # mps: no float64
+        root = ((vectors * (values.clamp(min=_TINY) ** -exponent)[..., None, :]) @ vectors.mT).to(m.dtype).to(m.device)
     return root.view(factors.shape) * (norm * bound.view(norm.shape)) ** -exponent
 
 
@@ -578,6 +581,12 @@ class _Batch:
         if self.params is not self._params:
             torch._foreach_copy_(self._params, self.params)
             torch._foreach_copy_(self._momenta, self.momenta)
+
+    def release(self) -> None:
+        """Forget the gradients and float32 copies: batches outlive a step, and zero_grad() must free its memory."""
+        self.params, self.momenta, self.grads = self._params, self._momenta, []
+        if self.route:
+            self.route.release()
 
     def collect(self, key: str, shape: Sequence[int], dtype: torch.dtype, identity: bool = False) -> list[Tensor]:
         """The states under `key`, each (matrices, *shape); zeros or identities where one is missing."""

@@ -25,7 +25,7 @@ from muon import Muon, _Batch, _blocks, _matrices, _ns_schedule, _rows, _sides, 
 
 __all__ = ["share", "update_flops"]
 
-_ROOT_PRODUCTS = 25  # matrix products that an inverse root takes
+_ROOT_PRODUCTS = 14  # matrix products that an inverse root takes, at most
 
 
 def share(optimizer: Muon, process_group: Any = None) -> None:
@@ -130,6 +130,9 @@ class _Copies:
         own.skip = self._batch.skip
         return lambda: [(own, needed(own))] if own.states else []
 
+    def release(self) -> None:
+        self._own.params, self._own.momenta, self._own.grads = [], [], []
+
     def to_all(self, updates: list[Tensor]) -> Callable[[], Tensor]:
         like = _stack(self._batch.params[:1])
         mine = like.new_empty(max(self._counts), *like.shape[1:])  # an all-gather wants as much from every rank
@@ -168,6 +171,9 @@ class _Shards:
                 own = self._batches.setdefault(height, _Batch(max(height, self._columns)))
                 own.states.append(_State(share.optimizer.state[param], rows, height))
                 self._places.setdefault(height, []).append((i, rows))
+
+    def release(self) -> None:
+        """Gradients are received anew in every step and kept nowhere."""
 
     def _matrices(self, stack: Tensor, height: int) -> list[Tensor]:
         """Views of the matrices of `height` rows in (this rank's parameters, rows, columns)."""

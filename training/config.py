@@ -281,7 +281,7 @@ def _check_read(config, values, on_command_line):
             raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
         unread.append(field.name)
     if unread and os.environ.get("RANK", "0") == "0":
-        warn(f"not read by this run, whatever a config file says: {', '.join(unread)}.")
+        warn(f"this run does not read some settings of its config files: {', '.join(unread)}.")
 
 
 def with_current_values(cls, settings, where=""):
