@@ -238,21 +238,31 @@ def compare(report, model, contenders, tokens, args):
     return times
 
 
+def own_settings(device):
+    """{contender: its settings} of this repository's contenders that this device serves."""
+    found, capability = {"ours": {}}, torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    if capability >= (8, 9):
+        found["ours_fp8"] = {"fp8": True}
+    if capability[0] == 9:
+        found["ours_fp8_loss"] = {"fp8_loss": True}
+    return found
+
+
 def speed(report, model, args):
     micro = MICRO_BATCH[model]
-    sizes = {"ours": micro, "ours_fp8": micro, "nanogpt": micro, "official": OFFICIAL_MICRO_BATCH.get(model)}
-    makers = {"ours": lambda: Ours(settings(model, args, micro), args.folder / f"ours_{model}")}
-    if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        makers["ours_fp8"] = lambda: Ours(settings(model, args, micro, fp8_loss=True), args.folder / f"fp8_{model}")
+    makers = {}
+    for name, more in own_settings(args.device).items():
+        makers[name] = partial(Ours, settings(model, args, micro, **more), args.folder / f"{name}_{model}")
     if args.nanogpt and model in GPT2_SIZES:
         makers["nanogpt"] = lambda: make_nanogpt(model, args)
     if args.official and model in GPT2_SIZES:
         makers["official"] = lambda: make_official(model, args)
     with started(report, model, makers, args) as contenders:
+        sizes = dict.fromkeys(contenders, micro) | {"official": OFFICIAL_MICRO_BATCH.get(model)}
         for name in contenders:
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
-    for name in ("nanogpt", "official", "ours_fp8"):
+    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss"):
         for metric in ("tokens_per_second", "peak_gib"):
             ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
             if ours and peers:

@@ -273,6 +273,8 @@ TABLES = {
     "settings": settings,
     "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
     "speed-optimizer": lambda: markdown_table(ROOT / "assets/bench/optimizer.json"),
+    "speed-muon-training": lambda: markdown_table(ROOT / "assets/bench/muon_train.json"),
+    "speed-muon-optimizer": lambda: markdown_table(ROOT / "assets/bench/muon_optimizer.json"),
     "speed-data": lambda: markdown_table(ROOT / "assets/bench/data.json"),
 }
 

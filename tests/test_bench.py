@@ -160,6 +160,17 @@ def test_train_gives_a_row_for_every_part(tmp_path, monkeypatch):
     assert value["ours", "compile_seconds"] > 0 and value["nanogpt", "micro_batch"] == 4
 
 
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [((8, 0), {"ours"}), ((8, 9), {"ours", "ours_fp8"}), ((9, 0), {"ours", "ours_fp8", "ours_fp8_loss"})],
+)
+def test_each_fp8_setting_has_a_row_of_its_name_where_the_gpu_has_it(monkeypatch, capability, names):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = train.own_settings("cuda")
+    assert found.keys() == names and train.own_settings("cpu").keys() == {"ours"}
+    assert all(more == {name.removeprefix("ours_"): True} for name, more in found.items() if name != "ours")
+
+
 def test_scaling_is_over_the_mean_of_both_gpus(monkeypatch):
     alone = [{"scaling_2gpu": speed, "scaling_2gpu_one_pass": speed / 2} for speed in (100, 80)]
     found, rows = {"alone": alone, "together": {"scaling_2gpu": 171, "scaling_2gpu_one_pass": 45}}, {}

@@ -6,15 +6,14 @@ to_fp8(model, torch.device("cuda"))
 import torch
 
 from training.errors import UserError
-from training.fp8_loss import gradient_errors
+from training.fp8_loss import ROWS, gradient_errors
 
 
 def to_fp8(model, device, emulate=False):
     """Replace the Linear layers of the blocks by layers that multiply in FP8, with one scale for each tensor.
 
     Parameters, their names, gradients and optimizer states stay as they are. Embeddings and norms stay in autocast's
-    precision; `fp8_loss` is about the output matrix. `emulate` rounds the same way, slowly, on any
-    device.
+    precision; `fp8_loss` is about the output matrix. `emulate` rounds the same way, slowly, on any device.
     Raises UserError if the device has no FP8 products, or a width of the products is no multiple of 16.
     """
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
@@ -30,8 +29,8 @@ def to_fp8(model, device, emulate=False):
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
 
 
-def check_fp8_loss(device, config):
-    """UserError where training/fp8_loss.py cannot serve a model of `config` on this device."""
+def check_fp8_loss(device, config, tokens):
+    """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens` with a model of `config` here."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
@@ -39,6 +38,9 @@ def check_fp8_loss(device, config):
         if getattr(config, name) % 16:
             size = getattr(config, name)
             raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")
+    if tokens < ROWS:
+        few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {tokens:,}"
+        raise UserError(f"{few}; raise batch_size, or leave fp8_loss off.")
     errors = gradient_errors(config.n_embd, config.vocab_size, device)
     if not all(error < 0.1 for error in errors):  # NaN is not below either
         found = " and ".join(f"{error:.2g}" for error in errors)

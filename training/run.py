@@ -125,8 +125,6 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
         if config.fp8:
             to_fp8(self.model, world.device)
-        if config.fp8_loss:
-            check_fp8_loss(world.device, model_config)
         if config.fsdp:
             shard(self.model, world.mesh(config.fsdp_shard), DTYPES[config.dtype], config.compile)
             world.on_all_ranks(lambda: set_weights(self.model, checkpoint, world.device))
@@ -139,6 +137,8 @@ class Run:
         self._train_step = TrainStep(config, self.model, world, self._clock)
         if config.batch_size == "auto":
             self._choose_batch_size(checkpoint["config"].get("batch_size", 0) if resume else None)
+        if config.fp8_loss:
+            check_fp8_loss(world.device, model_config, self._batches.tokens_at_once())
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []

@@ -19,7 +19,7 @@ from training.errors import is_out_of_memory
 from training.fp8_loss import fits_fp8
 from training.loss import LinearLoss, has_kernel
 from training.optimizers import OPTIMIZERS, amp_scaling, second_order, step_arguments, supports_amp_scaling
-from training.schedule import sequence_length
+from training.schedule import sequence_length, stages
 from training.sharding import total_norm
 
 PLAIN_ATTENTION = 8  # a Hessian-vector product takes so many times fewer sequences at once than a training pass
@@ -54,6 +54,11 @@ class Batches:
         """Sequences of the stream that come before `step`, whatever total_bs was in earlier parts of the run."""
         start, seen = self._start
         return max(0, seen + (step - start) * self.config.total_bs)
+
+    def tokens_at_once(self):
+        """Tokens in a training micro-batch of this rank; with block_size_schedule in the smallest."""
+        lengths = [length for _, length in stages(self.config)]
+        return min(len(self._micro_batches(self.config.total_bs, n)[0][0]) * n for n in lengths)
 
     def close(self):
         self._prefetcher.close()

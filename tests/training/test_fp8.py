@@ -1,16 +1,21 @@
 """fp8: which layers it takes, what stays as it was, how far its losses are off, and its refusals."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from tests.conftest import read_lines, tiny_words
+from train_adam import AdamConfig
 from train_sophiag import main
+from training import fp8
 from training import run as run_module
 from training.errors import UserError
-from training.fp8 import to_fp8
+from training.fp8 import check_fp8_loss, to_fp8
+from training.step import Batches
 
 CPU = torch.device("cpu")
 
@@ -67,6 +72,34 @@ def test_refusals(corpus, tmp_path):
         shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}
         with pytest.raises(UserError, match=f"{name} to be a multiple of 16, got {size}"):
             to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "errors", "message"),
+    [
+        (64, 8192, (0.03, 0.06), None),
+        (40, 8192, (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
+        (64, 4096, (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
+        (64, 8192, (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
+        (64, 8192, (float("nan"), 0.03), "wrong gradients here"),
+    ],
+)
+def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch, width, tokens, errors, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8, "gradient_errors", lambda *_: errors)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=width, block_size=16, vocab_size=64)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_fp8_loss(torch.device("cuda"), config, tokens)
+
+
+def test_the_smallest_micro_batch_counts_the_ranks_and_the_stages():
+    def tokens(ranks, **settings):
+        config = AdamConfig(dataset="none", total_bs=24, block_size=64, batch_size=8, **settings)
+        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once()
+
+    assert tokens(1) == 8 * 64
+    assert tokens(4) == 6 * 64
+    assert tokens(1, block_size_schedule="0:48,10:64") == 8 * 48
 
 
 @pytest.mark.gpu
