@@ -289,6 +289,12 @@ def torch_saved(thing, size):
 W = "model/w"
 
 
+def halve_twice(chunks):
+    """Two parts of as many numbers as the tensor has, both of its first rows; the others would stay unread."""
+    chunks[0].update(sizes=[25, 40])
+    chunks.append(dict(chunks[0]))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -298,6 +304,7 @@ W = "model/w"
         lambda m: m["tensors"][W]["chunks"].clear(),
         lambda m: m["tensors"][W]["chunks"][0].update(sizes=[49, 40]),
         lambda m: m["tensors"][W]["chunks"][0].update(offsets=[1, 0]),
+        lambda m: halve_twice(m["tensors"][W]["chunks"]),
         lambda m: m["tensors"][W]["chunks"][0].update(start=-1),
         lambda m: m["tensors"][W]["chunks"][0].update(start=1),
         lambda m: m["tensors"][W]["chunks"][0].update(bytes=10**12),
