@@ -386,7 +386,7 @@ class Run:
             with restoring(self._origin, "optimizer's or random state"):
                 if self.config.fsdp and self._resumed.manifest:
                     self.world.on_all_ranks(lambda: read_state(self._resumed, optimizer, self._names))
-                optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
+                optimizers.load_state(optimizer, self._resumed["optimizer"], self._names, self.step)
                 if self._resumed["scaler"]:  # empty from a run in another dtype than float16
                     self._train_step.scaler.load_state_dict(self._resumed["scaler"])
                 self.world.set_rng_state(self._resumed["rng"])
