@@ -236,6 +236,15 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
         load_checkpoint(tmp_path)
 
 
+def test_a_folder_that_is_no_checkpoint_is_told_of(tmp_path):
+    """Most likely the folder of a run, in place of its ckpt."""
+    saved(tmp_path, 1)
+    for folder in tmp_path, shutil.copytree(tmp_path / "ckpt", tmp_path / "theirs"):
+        (folder / "manifest.json").unlink(missing_ok=True)  # torch.distributed.checkpoint writes none
+        with pytest.raises(UserError, match=r"is no checkpoint, it holds no manifest.json; name .* the folder ckpt"):
+            load_checkpoint(tmp_path, str(folder))
+
+
 class Trap:
     def __init__(self, path):
         self.path = path
