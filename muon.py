@@ -188,6 +188,8 @@ class Muon(Optimizer):
         if self._share:
             pairs.sort(key=lambda pair: self._share.owner[pair[0]])
         for param, split in pairs:
+            if self._share:
+                self._share.check_gradient(param)
             if param.grad is None or not param.numel():
                 continue
             if param.grad.is_sparse:

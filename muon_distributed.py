@@ -29,7 +29,9 @@ _ROOT_PRODUCTS = 14  # matrix products that an inverse root takes, at most
 
 
 def share(optimizer: Muon, process_group: Any = None) -> None:
-    """Let each rank compute the updates of its share of the matrices. Call this on every rank.
+    """Let each rank compute the updates of its share of the matrices. Call this once, on every rank.
+
+    From then on every parameter needs a gradient in each step, on every rank. Freeze others before.
 
     Args:
         optimizer: a Muon or WhitenedMuon with all its parameter groups.
@@ -37,8 +39,14 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
             ranks over which they are sharded instead.
 
     Raises:
-        RuntimeError: for parameters that are sharded in another way than fully_shard's on dimension 0.
+        TypeError: for another optimizer.
+        RuntimeError: for a second call, on a rank outside the process group, if the ranks have different parameters,
+            and for parameters that are sharded in another way than fully_shard's on dimension 0.
     """
+    if not isinstance(optimizer, Muon):
+        raise TypeError(f"share() takes a Muon or WhitenedMuon, not {type(optimizer).__name__}")
+    if optimizer._share:
+        raise RuntimeError("share() was already called for this optimizer; make another one")
     optimizer._share = _Share(optimizer, process_group)
     for param, state in optimizer.state.items():
         if optimizer._share.owner[param] != optimizer._share.rank:
@@ -66,18 +74,48 @@ class _Share:
         self.optimizer, self.process_group = optimizer, process_group
         self.rows: dict[Tensor, list[int]] = {}
         self.owner: dict[Tensor, int] = {}
-        costs = []
+        self._frozen: set[Tensor] = set()
+        costs, meshes = [], set()
         for group in optimizer.param_groups:
             for param, split in zip(group["params"], _splits(group), strict=True):
                 self.rows[param] = _rows(split, param)
                 costs.append((update_flops(param.shape, self.rows[param], group), param))
                 if hasattr(param, "device_mesh"):
                     self.process_group = _process_group(param)
+                meshes.add(getattr(param, "device_mesh", None))
+                if not param.requires_grad:
+                    self._frozen.add(param)
+        if len(meshes) > 1:
+            raise RuntimeError("share() takes parameters that are all sharded over the same ranks, or all copies")
         self.rank, self.size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+        if self.rank < 0:
+            raise RuntimeError("this rank is not in the process group: give share() the ranks that hold these copies")
+        self._check_same()
         loads = [0.0] * self.size
         for cost, param in sorted(costs, key=lambda pair: -pair[0]):  # each to the rank that has the least so far
             self.owner[param] = loads.index(min(loads))
             loads[self.owner[param]] += cost
+
+    def _check_same(self) -> None:
+        """RuntimeError if another rank has other parameters: it would wait for ever, or take wrong numbers."""
+        own = [(tuple(param.shape), rows, param.requires_grad) for param, rows in self.rows.items()]
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, own, self.process_group)
+        for rank, other in enumerate(everyones):
+            if other != own:
+                at = next((i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), None)
+                here, there = (f"{len(own)} parameters", len(other)) if at is None else (own[at], other[at])
+                number = "" if at is None else f"as number {at} (shape, rows of its matrices, requires_grad) "
+                raise RuntimeError(f"share(): rank {self.rank} has {number}{here}, and rank {rank} {there}")
+
+    def check_gradient(self, param: Tensor) -> None:
+        """RuntimeError if a gradient is missing, as perhaps on this rank only; or there, and none was expected."""
+        if (param.grad is None) != (param in self._frozen):
+            what = "no gradient" if param.grad is None else "a gradient, and was frozen at share()"
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has {what}. After share() the same parameters need "
+                "gradients in each step on every rank; freeze or unfreeze before it"
+            )
 
     def _updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
         """Yield every batch with its updates: (matrices, rows, columns), of shards (parameters, own rows, columns)."""

@@ -179,12 +179,22 @@ def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
                 assert sum(shares) == numbers_in_factors(theirs), "each factor once"
 
 
+def pretend(monkeypatch, rank, ranks, others=None):
+    """This process is a rank of several. The others have the same parameters, or those of `others`."""
+    monkeypatch.setattr(dist, "get_rank", lambda _: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: ranks)
+
+    def all_gather_object(found, own, _):
+        found[:] = [own if rank == i or others is None else others(own) for i in range(ranks)]
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
 def test_matrices_are_shared_out_by_their_cost(monkeypatch, cls, ranks):
     """GPT-2 of 124M: no rank has more than 1.1 times the mean of the FLOPs, though some have more matrices."""
-    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda _: ranks)
+    pretend(monkeypatch, 0, ranks)
     shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
     params, split = [torch.empty(shape, device="meta") for shape in shapes], [3, 1, 1, 1] * 12
     optimizer = cls(params, split=split)
@@ -198,8 +208,7 @@ def test_matrices_are_shared_out_by_their_cost(monkeypatch, cls, ranks):
 
 
 def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypatch):
-    monkeypatch.setattr(dist, "get_rank", lambda _: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    pretend(monkeypatch, 1, 2)
     params = [nn.Parameter(torch.ones(4, 4)) for _ in range(4)]
     optimizer = WhitenedMuon(params)
     for p in params:
@@ -210,6 +219,49 @@ def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypat
     assert all("momentum_buffer" in optimizer.state[p] for p in params)
     with pytest.raises(RuntimeError, match="before muon_distributed"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
+    with pytest.raises(RuntimeError, match="already called"):
+        share(optimizer)
+
+
+@pytest.mark.parametrize(
+    "others, message",
+    [
+        (lambda own: own[:1], "rank 0 has 2 parameters, and rank 1 1"),
+        (lambda own: [own[0], (*own[1][:2], False)], r"number 1 .* True\), and rank 1 .* False\)"),
+        (lambda own: own[::-1], "number 0"),
+        (lambda own: [((4, 6), [2, 2], True), own[1]], r"\[4\], True\), and rank 1 .*\[2, 2\]"),
+    ],
+)
+def test_ranks_with_different_parameters_are_refused(monkeypatch, others, message):
+    pretend(monkeypatch, 0, 2, others)
+    with pytest.raises(RuntimeError, match=message):
+        share(Muon([nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(6, 4))]))
+
+
+def test_share_refuses_other_optimizers_and_a_rank_outside_the_group(monkeypatch):
+    p = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(TypeError, match="not AdamW"):
+        share(torch.optim.AdamW([p]))
+    pretend(monkeypatch, -1, -1)
+    with pytest.raises(RuntimeError, match="not in the process group"):
+        share(Muon([p]))
+
+
+def test_a_gradient_that_only_some_ranks_may_have_is_refused_before_anything_changes(monkeypatch):
+    """The ranks would wait for each other, or take another matrix's update."""
+    pretend(monkeypatch, 0, 2)
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(3)]
+    params[2].requires_grad_(False)
+    optimizer = Muon(params)
+    share(optimizer)
+    params[0].grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match=r"\(4, 4\) has no gradient"):
+        optimizer.step()
+    params[1].grad = params[2].grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="was frozen"):
+        optimizer.step()
+    assert all((p == 1).all() for p in params)
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
 def test_sharded_matrices_need_share():

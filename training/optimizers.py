@@ -6,6 +6,7 @@ To add one, write a function that builds it and add a line to OPTIMIZERS (CONTRI
 """
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -356,26 +357,45 @@ def _labels(optimizer, names):
     return [names.get(p, str(number)) for number, p in enumerate(parameters)]
 
 
-def load_state(optimizer, state, names):
-    """Load a checkpoint's state, a state_dict or `named_state`. Settings (betas, ...) stay those of `optimizer`."""
+def load_state(optimizer, state, names, step=0):
+    """Load a checkpoint's state, a state_dict or `named_state`. Settings (betas, ...) stay those of `optimizer`.
+
+    step: of the checkpoint. After the first, a state that is missing is a ValueError.
+    """
     made = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict(_with_settings_of(optimizer, state, names))
     for part in _parts(optimizer):
-        _check_state(part)
+        _check_state(part, step)
     for p, tensors in made.items():  # a checkpoint of momentum = 0 has no buffers
         for key in tensors.keys() - optimizer.state[p].keys():
             optimizer.state[p][key] = tensors[key]
 
 
-def _check_state(optimizer):
-    """ValueError where a state is not its parameter's: a fused step would read memory that is not its own."""
+def _check_state(optimizer, step):
+    """ValueError where a state is not its parameter's, or is missing.
+
+    A fused step would read memory that is not its own. Other steps would begin a missing average again.
+    """
     is_adam = isinstance(optimizer, torch.optim.AdamW | torch.optim.NAdam)
-    for p, state in optimizer.state.items():
+    if step and not optimizer.state and not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(f"the state of {type(optimizer).__name__} is empty after {step} steps")
+    found = {p: {_whitened_by(key) or key for key in state} for p, state in optimizer.state.items()}
+    expected = set().union(*found.values())
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state.get(p, {})
+        needed = expected if owns(optimizer, p) else {key for key in expected if not _whitened_by(key)}
+        if missing := needed - found.get(p, set()):
+            raise ValueError(f"{min(missing)} of a parameter of {tuple(p.shape)} is missing, others have it")
         if is_adam and state and not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
             raise ValueError(f"an average is missing, it has {', '.join(state)}")
         for key in {"exp_avg", "exp_avg_sq", "hessian", "momentum_buffer"} & state.keys():
             if state[key] is not None and state[key].shape != p.shape:
                 raise ValueError(f"{key} is {tuple(state[key].shape)} for a parameter of {tuple(p.shape)}")
+
+
+def _whitened_by(key):
+    """ "left_root" of WhitenedMuon's key "left_root_256", which only the owner has. None of another key."""
+    return (re.match("(left|right)_(factor|root)", key) or [None])[0]
 
 
 def rescale_curvature(optimizer, ratio):
@@ -399,6 +419,8 @@ def _with_settings_of(optimizer, state, names):
         own = [next(labels) for _ in group["params"]]
         named = {"params": own} if isinstance(next(iter(saved["params"]), None), str) else {}
         groups.append({**group, **{key: saved[key] for key in ("params", "step") if key in saved}, **named})
+    if unknown := state["state"].keys() - {n for group in groups for n in group["params"]}:
+        raise ValueError(f"it has a state of {next(iter(unknown))!r:.80}, which is no parameter")
     return {**state, "param_groups": groups}
 
 
@@ -408,6 +430,8 @@ def _joined_blocks(optimizer, state):
     splits = group["split"]
     if len(saved["params"]) == len(splits):
         return state
+    if len(saved["params"]) != (count := sum(n if isinstance(n, int) else len(n) for n in splits)):
+        raise ValueError(f"it has {len(saved['params'])} matrices, expected {len(splits)} or their {count} blocks")
     numbers, joined = iter(saved["params"]), {}
     for i, split in enumerate(splits):
         blocks = [state["state"][next(numbers)]["momentum_buffer"] for _ in range(split)]

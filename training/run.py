@@ -383,13 +383,7 @@ class Run:
         if self.world.size > 1 or self.config.fsdp:
             optimizers.share_matrices(optimizer)
         if self._resumed and self.config.init_from == "resume":
-            with restoring(self._origin, "optimizer's or random state"):
-                if self.config.fsdp and self._resumed.manifest:
-                    self.world.on_all_ranks(lambda: read_state(self._resumed, optimizer, self._names))
-                optimizers.load_state(optimizer, self._resumed["optimizer"], self._names)
-                if self._resumed["scaler"]:  # empty from a run in another dtype than float16
-                    self._train_step.scaler.load_state_dict(self._resumed["scaler"])
-                self.world.set_rng_state(self._resumed["rng"])
+            self.world.on_all_ranks(lambda: self._restore(optimizer))  # a part may be missing that one rank needs
         elif self._resumed and self._resumed["optimizer"]:
             load_optimizer_state(optimizer, self.model, self._resumed["optimizer"][1])
         if self._resumed and self._resumed["optimizer"]:
@@ -398,6 +392,17 @@ class Run:
                 optimizers.rescale_curvature(optimizer, math.prod(labels) / self.tokens_per_step)
         self._resumed = None
         return optimizer
+
+    def _restore(self, optimizer):
+        """Take the optimizer's state, GradScaler's and the random states from the checkpoint that is resumed."""
+        checkpoint = self._resumed
+        with restoring(self._origin, "optimizer's or random state"):
+            if self.config.fsdp and checkpoint.manifest:
+                read_state(checkpoint, optimizer, self._names)
+            optimizers.load_state(optimizer, checkpoint["optimizer"], self._names, self.step)
+            if checkpoint["scaler"]:  # empty from a run in another dtype than float16
+                self._train_step.scaler.load_state_dict(checkpoint["scaler"])
+            self.world.set_rng_state(checkpoint["rng"])
 
     def parameter_groups(self):
         """The model's parameter groups. `lr_scale` of a group multiplies the schedule's learning rate."""

@@ -309,6 +309,9 @@ def read_folder(path, verify=True):
         for name, first in manifest["tied"].items():
             put(content, name, get(content, first))
     except OSError as error:
+        if not (path / MANIFEST).exists():
+            remedy = "name a checkpoint, such as the folder ckpt or the file ckpt.pt of a run"
+            raise UserError(f"{path} is no checkpoint, it holds no {MANIFEST}; {remedy}.") from None
         name = f", {Path(error.filename).name}" if error.filename else ""
         raise UserError(f"{path} cannot be read ({error.strerror or error}{name}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
@@ -349,8 +352,8 @@ def _sealed(manifest):
 def _check_tensors(manifest):
     """ValueError, or another error of a wrong type, if the parts of a tensor do not make it up or are in no file."""
     for path, about in manifest["tensors"].items():
-        left, size = math.prod(about["shape"]), _dtype(about).itemsize
-        for chunk in about["chunks"]:
+        left, size, row = math.prod(about["shape"]), _dtype(about).itemsize, 0
+        for chunk in sorted(about["chunks"], key=lambda chunk: chunk["offsets"]):  # rows, as fully_shard splits them
             place = [*about["shape"], *chunk["offsets"], *chunk["sizes"], chunk["start"], chunk["bytes"]]
             ends = [offset + length for offset, length in zip(chunk["offsets"], chunk["sizes"], strict=True)]
             if not all(type(number) is int and number >= 0 for number in place) or any(
@@ -361,6 +364,9 @@ def _check_tensors(manifest):
             if count * size > chunk["bytes"] or end > manifest["files"][chunk["file"]]["bytes"]:
                 raise ValueError(f"{path} has parts that are in no file")
             left -= count
+            if chunk["offsets"][:1] not in ([], [row]):
+                raise ValueError(f"{path} has parts that overlap, or a gap between them")
+            row += sum(chunk["sizes"][:1])
         if left:
             raise ValueError(f"{path} is incomplete")
 

@@ -19,7 +19,7 @@ import train_sophiag
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, losses, read_lines, tiny_words, torchrun, write_corpus
 from tests.training.test_run import refused
-from training.checkpoint import all_checkpoints, load_checkpoint, read_checkpoint
+from training.checkpoint import all_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from training.errors import UserError
 from training.optimizers import FIRST_ORDER, OPTIMIZERS
 from training.run import Run
@@ -144,8 +144,16 @@ def test_whitened_muon_goes_on_however_it_is_split(corpus, tmp_path, before, ran
     step_back(out_dir, 4)
     train(ranks, "train_adam.py", corpus, out_dir, *argv, "--init_from=resume", f"--fsdp={fsdp}")
     assert losses(out_dir) == pytest.approx(losses(tmp_path / "before"), abs=1e-4)
-    state = load_checkpoint(out_dir)[0]["optimizer"]["muon"]["state"]
+    checkpoint = load_checkpoint(out_dir)[0]
+    state = checkpoint["optimizer"]["muon"]["state"]
     assert all("left_root" in entry for entry in state.values()) and len(state) == 8
+    if ranks == 1:
+        del state[next(iter(state))]["left_root"]
+        save_checkpoint(out_dir, dict(checkpoint))
+        words = [*tiny_words(corpus, out_dir), *argv, "--max_iters=9", "--init_from=resume"]
+        done = torchrun(2, "train_adam.py", words)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1, "by the rank that needs it, for all"
+        assert "left_root of a parameter of" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ import torch
 from sophia import SophiaG
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.optimizers import OptimizerContainer, load_state, make_optimizer, second_order, split_qkv, statistics
+from training.optimizers import (
+    FIRST_ORDER,
+    OptimizerContainer,
+    load_state,
+    make_optimizer,
+    second_order,
+    split_qkv,
+    statistics,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 
@@ -133,6 +141,41 @@ def test_muons_state_of_blocks_from_older_checkpoints_is_joined():
     for p, expected in zip(made[0]["params"], (torch.cat(buffers[:3]), *buffers[3:]), strict=True):
         assert torch.equal(optimizer.state[p]["momentum_buffer"], expected)
     assert optimizer.param_groups[0]["momentum"] == 0.95 and optimizer.param_groups[0]["split"] == [3, 1, 1]
+
+
+def spoil(part, what):
+    """Change the state_dict of an optimizer as damage or another program could."""
+    first, *_ = part["state"]
+    if what == "nothing":
+        part["state"].clear()
+    elif what == "unknown":
+        part["state"][99] = part["state"].pop(first)
+    elif what == "fewer":
+        part["param_groups"][0]["params"].pop()
+    elif what == "one":
+        del part["state"][first]
+    else:
+        part["state"][first].pop(what)
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [(name, what) for name in FIRST_ORDER for what in ("one", "fewer", "unknown")]
+    + [(name, "nothing") for name in FIRST_ORDER if name != "sgd"]  # which has none if momentum = 0
+    + [("whitened_muon", key) for key in ("momentum_buffer", "left_factor", "right_root")],
+)
+def test_a_state_that_is_not_complete_is_refused(name, what):
+    """It would begin again at 0, silently."""
+    made, optimizer = [make_optimizer(AdamConfig(optimizer_name=name), groups(), CPU) for _ in range(2)]
+    for group in made.param_groups:
+        group["lr"] = 0.1
+    made.step()
+    made.step()
+    complete = copy.deepcopy(made.state_dict())
+    load_state(optimizer, copy.deepcopy(complete), {}, step=2)
+    spoil(complete if "state" in complete else complete[next(iter(complete))], what)
+    with pytest.raises((ValueError, KeyError)):
+        load_state(optimizer, complete, {}, step=2)
 
 
 def test_a_matrix_is_split_by_the_setting_and_not_by_its_shape():

@@ -236,6 +236,15 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
         load_checkpoint(tmp_path)
 
 
+def test_a_folder_that_is_no_checkpoint_is_told_of(tmp_path):
+    """Most likely the folder of a run, in place of its ckpt."""
+    saved(tmp_path, 1)
+    for folder in tmp_path, shutil.copytree(tmp_path / "ckpt", tmp_path / "theirs"):
+        (folder / "manifest.json").unlink(missing_ok=True)  # torch.distributed.checkpoint writes none
+        with pytest.raises(UserError, match=r"is no checkpoint, it holds no manifest.json; name .* the folder ckpt"):
+            load_checkpoint(tmp_path, str(folder))
+
+
 class Trap:
     def __init__(self, path):
         self.path = path
@@ -289,6 +298,12 @@ def torch_saved(thing, size):
 W = "model/w"
 
 
+def halve_twice(chunks):
+    """Two parts of as many numbers as the tensor has, both of its first rows; the others would stay unread."""
+    chunks[0].update(sizes=[25, 40])
+    chunks.append(dict(chunks[0]))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -298,6 +313,7 @@ W = "model/w"
         lambda m: m["tensors"][W]["chunks"].clear(),
         lambda m: m["tensors"][W]["chunks"][0].update(sizes=[49, 40]),
         lambda m: m["tensors"][W]["chunks"][0].update(offsets=[1, 0]),
+        lambda m: halve_twice(m["tensors"][W]["chunks"]),
         lambda m: m["tensors"][W]["chunks"][0].update(start=-1),
         lambda m: m["tensors"][W]["chunks"][0].update(start=1),
         lambda m: m["tensors"][W]["chunks"][0].update(bytes=10**12),
