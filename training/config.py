@@ -33,6 +33,8 @@ WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
 WSD = ("lr_schedule", ("wsd",))
 RESTARTS = ("lr_schedule", ("cosine_restarts",))
+FALLS = ("lr_schedule", tuple(name for name in SCHEDULES if name != "constant"))
+DECAYS, SPLIT = ("decay_lr", (True,)), ("fsdp", (True,))
 CHECKPOINT = "which checkpoint --init_from=resume takes: newest, best (lowest val/loss), a STEP, or a PATH"
 
 
@@ -126,11 +128,13 @@ class TrainConfig:
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; False: learning_rate throughout")
-    lr_schedule: str = setting("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
+    lr_schedule: str = setting(
+        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
+    )
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
     min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0
+        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0, needs=FALLS
     )
     wsd_decay: float = setting(0.2, "share of lr_decay_iters in which it decays", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
@@ -164,12 +168,13 @@ class TrainConfig:
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     fsdp_shard: int | None = setting(
-        None, "with fsdp: number of ranks that hold one copy together; default all", at_least=1
+        None, "number of ranks that hold one copy together; default all", at_least=1, needs=SPLIT
     )
     fsdp_keep: str = setting(
         "gradients",
-        "with fsdp: what a rank keeps complete between micro-batches",
+        "what a rank keeps complete between micro-batches",
         choices=("nothing", "gradients", "all"),
+        needs=SPLIT,
     )
     backend: str = setting(
         "auto", "of torch.distributed; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
@@ -198,9 +203,12 @@ class TrainConfig:
                 raise UserError(f"{name} needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
         if self.fp8_loss and self.fsdp:
             raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of them out.")
-        if self.fsdp_shard and not self.fsdp:
-            raise UserError(f"fsdp_shard = {self.fsdp_shard} needs fsdp = True; add it, or leave fsdp_shard out.")
-        stages(self)
+        starts = {
+            "block_size_schedule": stages(self)[-1][0],
+            "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
+        }
+        if late := [name for name, step in starts.items() if step >= self.max_iters]:
+            _warn_once(f"the run ends at max_iters = {self.max_iters}, before the last change that {late[0]} names.")
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number.")
@@ -280,8 +288,14 @@ def _check_read(config, values, on_command_line):
             unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
             raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
         unread.append(field.name)
-    if unread and os.environ.get("RANK", "0") == "0":
-        warn(f"this run does not read some settings of its config files: {', '.join(unread)}.")
+    if unread:
+        _warn_once(f"this run does not read some settings of its config files: {', '.join(unread)}.")
+
+
+def _warn_once(text):
+    """Warn on one of the ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        warn(text)
 
 
 def with_current_values(cls, settings, where=""):
@@ -309,7 +323,9 @@ def describe(cls):
     for field in dataclasses.fields(cls):
         default = "" if field.default in (None, "") else str(field.default)
         name, values = field.metadata.get("needs", ("", ()))
-        limits = ", ".join(filter(None, [_allowed(field), f"with {name} {' or '.join(values)}" if name else ""]))
+        limits = "; ".join(
+            filter(None, [_allowed(field), f"with {name} {' or '.join(map(str, values))}" if name else ""])
+        )
         yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 

@@ -410,6 +410,9 @@ def _read_folder(path):
         raise ValueError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks weights, {min(info['missing_keys'])} among them")
+    extra = [key for key in info["unexpected_keys"] if not key.endswith(".masked_bias")]  # GPT-2's constant, once saved
+    if extra:
+        raise ValueError(f"{path} has weights that its config.json does not describe, {min(extra)} among them")
     return from_hf(hf_model)
 
 

@@ -19,10 +19,13 @@ FREE = 0.1  # share of the memory that is left to the libraries and to fragmenta
 
 
 def count_parameters(model):
-    """Parameters of a GPT with this GPTConfig, norms and biases left out, without building it."""
+    """Parameters of a GPT with this GPTConfig, without building it."""
     rows = model.vocab_size * (1 if model.tie_embeddings else 2)
     rows += model.block_size if model.position == "learned" else 0
-    return rows * model.n_embd + model.n_layer * sum(map(math.prod, _block_matrices(model)))
+    norm = model.n_embd * (2 if model.bias and model.norm == "layernorm" else 1)
+    block = sum(rows * columns + model.bias * rows for rows, columns in _block_matrices(model))
+    block += 2 * norm + 2 * model.head_dim * model.qk_norm
+    return rows * model.n_embd + model.n_layer * block + norm
 
 
 def _block_matrices(model):

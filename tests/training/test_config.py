@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
@@ -14,17 +13,21 @@ from training.errors import UserError
 from training.optimizers import FIRST_ORDER, SECOND_ORDER
 from training.run import _accumulation
 
-CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
 def config_class(path):
-    return SophiaConfig if re.search("sophiag|hybrid", Path(path).name) else AdamConfig
+    """That of the script in the command of the file's header, which has to name this file."""
+    scripts = set(re.findall(rf"(train_\w+)\.py config/{re.escape(path.name)}", path.read_text(encoding="utf-8")))
+    assert len(scripts) == 1, f"{path}: {scripts or 'no command'}"
+    return {"train_adam": AdamConfig, "train_sophiag": SophiaConfig}[scripts.pop()]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_loads_under_its_script(path):
+def test_every_config_file_loads_under_the_script_that_it_names(path, capsys):
     config = load_config(config_class(path), [str(path)])
     assert config.total_bs % config.batch_size == 0, "a config must run on one device as it is"
+    assert not capsys.readouterr().err, "a setting that the run does not read"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,7 @@ def test_every_config_file_loads_under_its_script(path):
 )
 def test_official_commands_resolve_to_480_sequences(ranks, argv, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config(config_class(argv[0]), argv)
+    config = load_config(config_class(ROOT / argv[0]), argv)
     assert config.batch_size * _accumulation(config, ranks) * ranks == 480
     assert config.total_bs * config.block_size == 491_520
 
@@ -167,6 +170,10 @@ def test_help_names_every_setting(capsys):
         (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "'adamw'"),
         (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd'"),
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
+        (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
+        (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),
+        (["--fsdp_keep=all"], "fsdp_keep = 'all' is not read where fsdp = False", "set fsdp to True"),
+        (["--fsdp_shard=2"], "fsdp_shard = 2", "set fsdp to True"),
     ],
 )
 def test_a_setting_that_the_run_would_not_read_is_refused(argv, culprit, remedy):
@@ -181,6 +188,20 @@ def test_an_unread_setting_of_a_config_file_is_one_warning(tmp_path, capsys):
     assert "momentum" in (warning := capsys.readouterr().err) and "beta2" not in warning
     load_config(AdamConfig, [str(tmp_path / "config.py")])
     assert "beta2" in (warning := capsys.readouterr().err) and "momentum" not in warning
+
+
+@pytest.mark.parametrize(
+    "argv, late",
+    [
+        (["--block_size_schedule=0:128,10:1024"], "block_size_schedule"),
+        (["--sophia_start_iter=10"], "sophia_start_iter"),
+        (["--block_size_schedule=0:128,9:1024", "--sophia_start_iter=9"], ""),
+    ],
+)
+def test_a_change_that_the_run_never_reaches_is_one_warning(capsys, argv, late):
+    load_config(SophiaConfig, [*argv, "--max_iters=10", "--warmup_iters=1"])
+    warning = capsys.readouterr().err
+    assert late in warning and warning.count("warning: the run ends at max_iters = 10") == bool(late)
 
 
 def test_every_need_names_a_setting_and_possible_values():

@@ -45,7 +45,7 @@ def test_bytes_sent_in_a_step(argv, ranks, passes, inside, across):
 
 def test_state_of_a_gpu_in_bytes():
     parameters, matrices = memory.sizes(config_of())
-    assert (parameters, matrices) == (84_934_656 + 51_328 * 768, 84_934_656)
+    assert (parameters, matrices) == (84_934_656 + 51_328 * 768 + 25 * 768, 84_934_656)
     assert memory.state_bytes(config_of(), ranks=8) == 16 * parameters
     assert memory.state_bytes(config_of("--optimizer_name=muon"), ranks=8) == 16 * parameters - 4 * matrices
     assert memory.state_bytes(config_of("--fsdp=True"), ranks=8) == 2 * parameters

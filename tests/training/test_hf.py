@@ -16,7 +16,7 @@ from tests.test_model import randomize, small_gpt, tokens
 from training import data
 from training.checkpoint import read_checkpoint
 from training.config import load_config
-from training.errors import command
+from training.errors import UserError, command
 from training.hf import MODEL_SETTINGS, from_hf, from_pretrained, load_model, load_pretrained, sha256_of, to_hf
 
 SHAPE = dict(n_layer=1, n_head=4, n_embd=24, block_size=16, vocab_size=64)  # not the one of tiny_words
@@ -378,6 +378,29 @@ def test_to_hf_names_what_no_family_has(settings, message):
 def test_from_hf_names_the_key_of_other_families(name, settings, message):
     with pytest.raises(ValueError, match=message):
         from_hf(other_hf(name, **settings))
+
+
+@pytest.mark.parametrize(
+    "name, constants, extra",
+    [
+        ("LlamaConfig", ["model.layers.0.self_attn.rotary_emb.inv_freq"], "model.layers.0.self_attn.q_proj.bias"),
+        ("LlamaConfig", [], "model.layers.2.self_attn.q_proj.weight"),
+        ("GPTNeoXConfig", ["gpt_neox.layers.0.attention.masked_bias"], "gpt_neox.layers.1.adapter.weight"),
+    ],
+)
+def test_weights_that_the_config_does_not_describe_are_refused_and_old_constants_are_not(
+    tmp_path, name, constants, extra
+):
+    from safetensors.torch import load_file, save_file
+
+    other_hf(name).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file) | {key: torch.ones(8) for key in constants}
+    save_file(weights, file, metadata={"format": "pt"})
+    load_pretrained(f"hf:{tmp_path}")
+    save_file(weights | {extra: torch.ones(8)}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"does not describe, {extra} among them"):
+        load_pretrained(f"hf:{tmp_path}")
 
 
 # ----- fine-tuning
