@@ -211,7 +211,8 @@ def read_run(folder):
             config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
-    lines = [line for line in read_metrics(metrics, about=LINES) if is_valid(line)]
+    of_steps = {line["step"]: line for line in read_metrics(metrics, about=LINES) if is_valid(line)}
+    lines = [of_steps[step] for step in sorted(of_steps)]  # of a step that is there twice the later line
     for line in lines:
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf

@@ -242,6 +242,9 @@ def test_checkpoints_with_wrong_parts_and_a_right_hash(trained, tmp_path, capsys
         lambda c: c["config"].update(learning_rate="x"),
         lambda c: c["config"].update(total_bs=[1]),
         lambda c: c["config"].update(dataset="a\0b"),
+        lambda c: c.update(flops=10**400),
+        lambda c: c.update(recent_losses=[10**400]),
+        lambda c: c["counts"].update(skipped=10**30),
         lambda c: c["optimizer"].clear(),
         lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
         lambda c: c["optimizer"]["state"][0].pop("exp_avg"),
@@ -300,3 +303,15 @@ def test_names_from_others_are_escaped(tmp_path, capsys):
     for path in tmp_path.glob("figure*.svg"):
         text = path.read_text()
         assert "<script" not in text and "\x1b" not in text and "\u202e" not in text, path
+
+
+def test_lines_of_metrics_that_are_there_twice_or_in_disorder_count_once(tmp_path):
+    """Two copies of a run's lines in one file, of which the later lines count."""
+    runs = [write_run(tmp_path / f"s{seed}", config={"seed": seed}) for seed in (1, 2)]
+    path = tmp_path / "s2" / "metrics.jsonl"
+    right, lines = read_run(runs[1]), path.read_text().splitlines(keepends=True)
+    wrong = [line.replace('"val/loss": ', '"val/loss": 1') for line in lines]
+    path.write_text("".join(wrong + lines[::-1]))
+    assert read_run(runs[1]).lines == right.lines
+    compare.main([*runs, f"--out={tmp_path / 'both'}"])
+    assert list(tmp_path.glob("both*.svg"))

@@ -179,7 +179,9 @@ class TrainConfig:
     backend: str = setting(
         "auto", "of torch.distributed; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
-    nccl_timeout: int = setting(600, "seconds that a rank waits for the others before it gives up", at_least=1)
+    nccl_timeout: int = setting(
+        600, "seconds that a rank waits for the others before it gives up", at_least=1, at_most=10**6
+    )
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""

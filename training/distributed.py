@@ -41,8 +41,8 @@ class Distributed:
         self.local_rank = _number("LOCAL_RANK", 0)
         self.is_rank0 = self.rank == 0
         self.one_machine = _number("LOCAL_WORLD_SIZE", ranks) == ranks
-        if self.rank >= self.size:
-            raise UserError(f"RANK = {self.rank} is not below WORLD_SIZE = {self.size}; {_UNSET}.")
+        if not 0 <= self.rank < self.size:
+            raise UserError(f"RANK = {self.rank} is not below WORLD_SIZE = {self.size}, or is negative; {_UNSET}.")
         self.device = self._device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -65,6 +65,8 @@ class Distributed:
         )
         if not host:
             raise UserError(f"RANK is set and MASTER_ADDR is not; {_UNSET}.")
+        if not 0 <= port < 1 << 16:
+            raise UserError(f"MASTER_PORT = {port} is no port; {_UNSET}.")
         serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             store = dist.TCPStore(host, port, None, serves, patience, wait_for_workers=False, multi_tenant=True)

@@ -109,7 +109,7 @@ def checked_checkpoint(content, path):
     """`content` as a Checkpoint. UserError where a part is not of its type, or the weights are not the model's."""
 
     def is_number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)  # a larger one is no float
 
     def dict_of(is_right):
         return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))

@@ -142,7 +142,8 @@ class Run:
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
-        self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
+        with restoring(origin, "counters"):
+            self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))

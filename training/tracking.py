@@ -116,8 +116,11 @@ class Lines:
             found = "removed or renamed during the run; it is written again, but earlier checkpoints may be gone."
             self._file.seek(0)
             write_atomically(self.path, self._file.read(self._end))
+        if not os.path.isfile(self.path):  # a FIFO would block
+            raise OSError("it is not a file")
+        new = open(self.path, "a+b", buffering=0)  # before the old one is closed: it may fail
         self._file.close()
-        self._file, self._end = open(self.path, "a+b", buffering=0), self.path.stat().st_size
+        self._file, self._end = new, self.path.stat().st_size
         return found
 
     def _write(self):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from train_adam import AdamConfig
+from training.config import load_config
 from training.distributed import Distributed
 from training.errors import UserError, command
 
@@ -38,6 +40,8 @@ def test_one_machine_or_several(monkeypatch, local, one_machine):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 is not below WORLD_SIZE = 2"),
         ({"RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not"),
         ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT = None"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = -1"),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999"),
         ({"LOCAL_RANK": "first"}, "LOCAL_RANK = 'first'"),
     ],
 )
@@ -48,6 +52,12 @@ def test_an_environment_that_no_launcher_made_is_one_sentence(monkeypatch, capsy
         command(lambda: Distributed("cpu"))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and "start the ranks with torchrun" in error
+
+
+def test_a_timeout_beyond_any_clock_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command(lambda: load_config(AdamConfig, [f"--nccl_timeout={10**30}"]))
+    assert "nccl_timeout" in capsys.readouterr().err
 
 
 def test_a_world_size_alone_is_no_world(monkeypatch):

@@ -1,6 +1,7 @@
 """metrics.jsonl, config.json, the clock, wandb that must not matter."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -255,3 +256,20 @@ def test_files_that_go_during_the_run_are_noticed_and_written_again(tiny, tmp_pa
     steps = [line["step"] for line in read_lines(out)]
     assert steps == ([-1, *range(10, 21)] if how == "metrics replaced" else list(range(21)))
     assert load_checkpoint(out)[0]["step"] == 20 and json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("obstacle", [os.mkdir, os.mkfifo], ids=["folder", "fifo"])
+def test_a_run_outlives_what_takes_the_place_of_its_metrics(tiny, tmp_path, capsys, monkeypatch, obstacle):
+    """metrics.jsonl is something else for one evaluation; all lines are there when it has gone again."""
+    path, evaluate = tmp_path / "out" / "metrics.jsonl", Run.evaluate
+    todo = [lambda: None, lambda: (path.unlink(), obstacle(path)), lambda: shutil.move(path, tmp_path / "obstacle")]
+
+    def meddle(run):
+        if todo:
+            todo.pop(0)()
+        return evaluate(run)
+
+    monkeypatch.setattr(Run, "evaluate", meddle)
+    train_adam.main([*tiny, "--max_iters=30"])
+    assert "cannot be written again" in capsys.readouterr().err
+    assert [line["step"] for line in read_lines(tmp_path / "out")] == list(range(31))
