@@ -468,12 +468,9 @@ class Prefetcher:
     """
 
     def __init__(self):
-        self._tasks, self._thread = (
-            queue.SimpleQueue(),
-            threading.Thread(target=self._work, name="prefetch", daemon=True),
-        )
+        self._tasks = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)  # begins with the first task
         self._ahead, self._last = {}, {}  # by (prepare, *others): (step, its future); the last step
-        self._thread.start()
 
     def get(self, prepare, step, *others):
         key = (prepare, *others)
@@ -482,6 +479,8 @@ class Prefetcher:
             batch = future.result()
         else:
             batch = prepare(step, *others)
+        if not self._thread.ident:
+            self._thread.start()
         following, future = step + max(1, step - self._last.get(key, step)), Future()
         self._tasks.put((future, prepare, (following, *others)))
         self._last[key], self._ahead[key] = step, (following, future)
@@ -503,4 +502,5 @@ class Prefetcher:
             future.cancel()
         self._ahead.clear()
         self._tasks.put(None)
-        self._thread.join(timeout=2)
+        if self._thread.ident:
+            self._thread.join(timeout=2)

@@ -310,8 +310,8 @@ def read_folder(path, verify=True):
             put(content, name, get(content, first))
     except OSError as error:
         if not (path / MANIFEST).exists():
-            remedy = "name a checkpoint, such as the folder ckpt or the file ckpt.pt of a run"
-            raise UserError(f"{path} is no checkpoint, it holds no {MANIFEST}; {remedy}.") from None
+            remedy = "a checkpoint is the folder ckpt or the file ckpt.pt of a run"
+            raise UserError(f"{path} cannot be read (it is a folder without {MANIFEST}); {remedy}.") from None
         name = f", {Path(error.filename).name}" if error.filename else ""
         raise UserError(f"{path} cannot be read ({error.strerror or error}{name}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
