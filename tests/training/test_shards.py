@@ -241,7 +241,7 @@ def test_a_folder_that_is_no_checkpoint_is_told_of(tmp_path):
     saved(tmp_path, 1)
     for folder in tmp_path, shutil.copytree(tmp_path / "ckpt", tmp_path / "theirs"):
         (folder / "manifest.json").unlink(missing_ok=True)  # torch.distributed.checkpoint writes none
-        with pytest.raises(UserError, match=r"cannot be read \(it is a folder without manifest.json\); .* the folder ckpt"):
+        with pytest.raises(UserError, match=r"is a folder without manifest.json\); .* the folder ckpt"):
             load_checkpoint(tmp_path, str(folder))
 
 
