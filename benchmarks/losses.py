@@ -1,7 +1,7 @@
 """Compare the training losses of two settings or two commits: the same seed, the same tokens.
 
     python bench.py losses HEAD~1 HEAD "HEAD~1 --batch_size=32"
-    python bench.py losses . ". --fp8=True" --base "config/train_gpt2_medium_sophiag.py --max_iters=300"
+    python bench.py losses . ". --fp8=True" --base "config/train_gpt2_30m_sophiag.py --max_iters=300 --warmup_iters=30"
 
 Each argument is a run: a commit or a folder with a checkout (. is this one), then settings. The others are compared
 with the first. A run that differs only in its micro-batch shows how large rounding differences are.
