@@ -88,6 +88,7 @@ def losses_of(args, checkout, settings, out_dir, free):
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     free.append(gpu)
     if done.returncode:
-        raise UserError(f"{shlex.join(settings) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
+        raise UserError(f"{shlex.join(settings) or checkout}: {reason}")
     lines = read_metrics(out_dir / METRICS)
     return {line["step"]: line["train/loss"] for line in lines if line.get("train/loss") is not None}
