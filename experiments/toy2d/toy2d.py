@@ -28,28 +28,11 @@ def hessian_diagonal(point):
     return torch.func.hessian(loss)(point.detach()).diagonal()
 
 
-class Newton(torch.optim.Optimizer):
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self):
-        for point in self.param_groups[0]["params"]:
-            point -= point.grad / hessian_diagonal(point)  # the Hessian is diagonal
-
-
-class SignGD(torch.optim.SGD):
-    def step(self):
-        for point in self.param_groups[0]["params"]:
-            point.grad.sign_()
-        super().step()
-
-
 OPTIMIZERS = {
     "Gradient descent": lambda params, lr: torch.optim.SGD(params, lr=lr),
-    "SignGD": lambda params, lr: SignGD(params, lr=lr),
+    "SignGD": lambda params, lr: torch.optim.SGD(params, lr=lr),  # of the gradient's sign
     "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
-    "Newton": lambda params, lr: Newton(params),
+    "Newton": lambda params, lr: torch.optim.SGD(params, lr=1.0),  # of the gradient over the Hessian, which is diagonal
     # rho = lr: where nothing is clipped this is Newton's step. No averages, as nothing here is stochastic.
     "Sophia": lambda params, lr: SophiaH(params, lr=lr, rho=lr, betas=(0.0, 0.0), weight_decay=0.0),
 }
@@ -63,8 +46,12 @@ def trajectory(name, lr):
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss(point).backward()
-        if isinstance(optimizer, SophiaH):
+        if name == "Sophia":
             optimizer.update_hessian([hessian_diagonal(point)])
+        elif name == "SignGD":
+            point.grad.sign_()
+        elif name == "Newton":
+            point.grad /= hessian_diagonal(point)
         optimizer.step()
         points.append(point.detach().clone())
     return torch.stack(points)
