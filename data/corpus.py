@@ -35,7 +35,7 @@ class EmptySplit(UserError):
 
 
 def arguments(description, script):
-    """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
+    """The parser with the options of every prepare.py. The folder of its file `script` is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=description)
     folder = Path(script).resolve().parent

@@ -43,7 +43,7 @@ OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the 
 
 
 def add_arguments(parser, val_fraction, required, separator=None):
-    """What a corpus takes that is, or can be, read from files."""
+    """Add the options of a corpus that can be read from files."""
     parser.add_argument(
         "--source", nargs="+", metavar="PATH",
         help="files, folders, patterns in quotes: .txt, .md, .csv, .json, .jsonl, .parquet; also .gz, .bz2, .xz, .zst",

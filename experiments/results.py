@@ -141,7 +141,7 @@ def verdicts(baseline, names):
 
 
 def speedups(baseline, names):
-    """What the baseline needs for the final loss of the others, over what they used; in steps and in seconds."""
+    """Speed-ups over the baseline, in steps and in seconds."""
     groups, cells = [], {}
     for name in (baseline, *names):
         for steps in (*HORIZONS, *OTHER_HORIZONS):
@@ -242,7 +242,7 @@ SIZES_ON_GPUS = {"124M": GPT2_SIZES["124M"], "1.5B": GPT2_SIZES["1.5B"], "6.6B":
 
 
 def memory_of_neox():
-    """What a GPU holds in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
+    """Memory of a GPU in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
     rows = []
     for size in ("1.5b", "6.6b"):
         config = load_config(AdamConfig, [str(ROOT / f"config/train_neox_{size}_adam.py")])
