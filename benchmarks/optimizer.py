@@ -60,7 +60,9 @@ def optimizer_contenders(args):
         contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
         contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
         contenders["muon"] = beside_adamw(Muon)
+        contenders["muon_fused"] = beside_adamw(Muon, fused=True)
         contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
+        contenders["whitened_muon_fused"] = beside_adamw(WhitenedMuon, fused=True)
         contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
     else:
         contenders = {"sophia": with_groups(sophia.SophiaG)}

@@ -111,7 +111,8 @@ def thinned(run):
     others = [i for i in range(len(lines)) if i not in kept]
     places = np.linspace(len(others) - 1, 0, min(LINES - len(kept), len(others)))
     kept |= {others[i] for i in places.round().astype(int)}
-    return [{key: six_digits(lines[i][key]) for key in KEYS if key in lines[i]} for i in sorted(kept)]
+    keys = [*KEYS, *dict.fromkeys(key for line in lines for key in line if key.startswith("val/loss/"))]
+    return [{key: six_digits(lines[i][key]) for key in keys if key in lines[i]} for i in sorted(kept)]
 
 
 if __name__ == "__main__":
