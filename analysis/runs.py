@@ -212,7 +212,7 @@ def read_run(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
     of_steps = {line["step"]: line for line in read_metrics(metrics, about=LINES) if is_valid(line)}
-    lines = [of_steps[step] for step in sorted(of_steps)]  # of a step that is there twice the later line
+    lines = [of_steps[step] for step in sorted(of_steps)]  # of two lines of a step the later one
     for line in lines:
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf
@@ -283,7 +283,7 @@ def group(runs):
     for run in runs:
         used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
         used = {k: v for k, v in used.items() if k not in newer or v != DEFAULTS.get(k)}
-        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
+        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off counts as absent
         key = json.dumps([own, run.conditions, run.changed and run.name], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
             if other.config.get("seed") == run.config.get("seed"):

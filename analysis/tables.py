@@ -130,7 +130,7 @@ def with_interval(values, horizons, form):
 
 
 def plain(text):
-    """`text` that Markdown shows as it is: no tag, formula, link, column or control character comes of a name."""
+    """Escape `text` for Markdown: no name becomes a tag, formula, link, column or control character."""
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text))
     return re.sub(r"(?<!\\)([|$`]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
