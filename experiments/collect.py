@@ -4,8 +4,8 @@ python experiments/collect.py NAME RUN [RUN ...]     # RUN: the out_dir of a run
 
 A run's config.json loses the folders of this machine. Its metrics.jsonl keeps at most LINES lines, the KEYS that tables
 and figures read, and 6 significant digits: every evaluation, the first and the last lines, and others evenly between.
-Of a sweep come the runs with held-out seeds, or every finished run where the sweep sweeps the seed; its sweep.json is
-merged with the one that is there. A run that is there already is not replaced: remove it first.
+From a sweep it takes the runs with held-out seeds or, if the seed was swept, every finished run. The sweep.json is
+merged with the one in NAME. A run that is in NAME already is not replaced: remove it first.
 """
 
 import json
