@@ -26,15 +26,28 @@ from training.run import Run
 
 TINY = 1e-30  # keeps quotients finite
 
+
+@contextmanager
+def float32_products():
+    """No TF32 within: its rounding would hide the small eigenvalues of a factor."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ----- the optimizers: they override how a batch of matrices, (matrices, rows, columns), becomes an update
 
 
 class KLMuon(WhitenedMuon):
     """WhitenedMuon with KL-Shampoo's factors (arXiv:2509.03378): each from gradients that the other one whitens.
 
-        L <- decay L + (1 - decay) G (R / mean eigenvalue + ridge)^-1 G^T,  R likewise, with the L before this step
+    L <- decay L + (1 - decay) G (R / mean eigenvalue + ridge)^-1 G^T,  R likewise, with the L before this step
     """
 
+    @float32_products()
     def _update_factors(self, grads, batch, group, roots, scale=1.0):
         grads = grads.to(batch.dtype)
         for_left = _triangular_solve(batch, "right_factor", grads.mT, group["ridge"]).mT
@@ -55,6 +68,7 @@ class InputMuon(WhitenedMuon):
         (group,) = self.param_groups
         return group["step"] % group["interval"] == 0
 
+    @float32_products()
     def _update_factors(self, grads, batch, group, roots, scale=1.0):
         if group["sides"] == "both":
             super()._update_factors(grads, batch, group | {"sides": "output"}, roots, scale)
@@ -66,6 +80,7 @@ class InputMuon(WhitenedMuon):
 class NewtonMuon(InputMuon):
     """Newton-Muon (arXiv:2604.01472): orthogonalize M (R / mean eigenvalue + ridge)^-1, and whiten nothing after it."""
 
+    @float32_products()
     def _direction(self, moved, grads, batch, group):
         self._update_factors(grads, batch, group | {"sides": "input"}, roots=self.needs_inputs())
         moved = torch.cholesky_solve(moved.to(batch.dtype).mT, _cholesky(batch, "right_factor", group["ridge"])).mT
@@ -75,13 +90,14 @@ class NewtonMuon(InputMuon):
 class SOAPMuon(WhitenedMuon):
     """SOAP-Muon (modded-nanogpt, pull requests 278 and 321): SOAP's step on Muon's momentum, then orthogonalized.
 
-    Of WhitenedMuon's settings it reads decay and interval. A side's basis are the eigenvectors of its factor. As in SOAP
-    (arXiv:2409.11321) they follow it by one step of orthogonal iteration every `interval` steps, and a step's update is
-    computed before its gradient joins the factors. The first step is Muon's.
+    Of WhitenedMuon's settings it reads decay and interval. The eigenvectors of a side's factor are its basis. Every
+    `interval` steps they follow the factor by one step of orthogonal iteration, as in SOAP (arXiv:2409.11321). A step's
+    update is computed before its gradient joins the factors. The first step is Muon's.
 
     State of a parameter, besides the factors: "left_basis", "right_basis", "second_moment", (matrices, ., .) each.
     """
 
+    @float32_products()
     def _direction(self, moved, grads, batch, group):
         step, decay, grads = group["step"], group["decay"], grads.to(batch.dtype)
         second = _load(batch, "second_moment") if step else torch.zeros_like(grads)
