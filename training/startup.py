@@ -52,7 +52,8 @@ def attention_line(config, dtype, device):
         grouped = config.n_kv_head < config.n_head
         kind = torch._fused_sdp_choice(q, k, v, dropout_p=config.dropout, is_causal=True, enable_gqa=grouped)
         kernel, version = KERNELS[SDPBackend(kind).name], torch.backends.cudnn.version() or 0
-        if kernel == "FlashAttention-2" and torch.cuda.get_device_capability(device)[0] == 9:
+        is_hopper = not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+        if kernel == "FlashAttention-2" and is_hopper:
             old = f" (torch prefers cuDNN from {PREFERRED} on, this is {version})" if version < PREFERRED else ""
             kernel += f"{old}; {COST}"
         return f"attention: {kernel}"
