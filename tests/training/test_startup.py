@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train_adam
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, tiny_words
 from training import startup
@@ -29,6 +30,23 @@ def test_a_run_imports_no_package_that_it_does_not_use(corpus, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not set(UNNEEDED) & set(json.loads(done.stdout.splitlines()[-1]))
+    assert "attention: " not in done.stdout, "only GPUs have a choice"
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_names_its_kernel_in_one_line(tiny, capsys):
+    train_adam.main([*tiny, "--device=cuda", "--max_iters=1", "--warmup_iters=0"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention: ")]
+    assert len(lines) == 1 and "unknown" not in lines[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_a_compiled_run_looks_for_a_cache_folder(tiny, monkeypatch, compiled):
+    folders = []
+    monkeypatch.setattr("training.step.compiler", lambda on: lambda function: function)
+    monkeypatch.setattr("training.run.keep_compiled_code", lambda device: folders.append(device.type))
+    train_adam.main([*tiny, "--max_iters=1", "--warmup_iters=0", f"--compile={compiled}"])
+    assert folders == ["cpu"] * compiled
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
