@@ -13,7 +13,7 @@ from training.errors import UserError
 from training.optimizers import FIRST_ORDER, SECOND_ORDER
 from training.run import _accumulation
 
-CONFIGS = sorted((ROOT / "config").glob("*.py"))
+CONFIGS = sorted((ROOT / "config").glob("[!_]*.py"))
 
 
 def config_class(path):

@@ -47,7 +47,7 @@ def test_wsd(step, expected):
     assert value == pytest.approx(exact, rel=1e-12) and value == pytest.approx(expected, abs=0.01)
 
 
-@pytest.mark.parametrize("step, expected", [(59, 1.0), (81, 1.0), (82, 0.9138), (95, 0.3724), (108, 0.1167), (109, 0.1)])
+@pytest.mark.parametrize("step, expected", [(81, 1.0), (82, 0.9138), (95, 0.3724), (108, 0.1167), (109, 0.1)])
 def test_wsd_sqrt(step, expected):
     """1 - sqrt(0.25 / 27.25) is 0.9042 after a quarter step; half-way the rate is below half."""
     assert rate(step, lr_schedule="wsd_sqrt", wsd_decay=0.25) == pytest.approx(expected, abs=1e-4)
