@@ -357,11 +357,8 @@ class _Sophia(Optimizer):
         """Buckets of all parameters that have a gradient. gradients: by parameter, instead of each `.grad`."""
         buckets = _fused().buckets(self, gradients) if self.fused else self._group_tensors(gradients)
         for bucket in buckets:
-            if (
-                bucket.device.type == "cuda"
-                and not bucket.group["capturable"]
-                and torch.cuda.is_current_stream_capturing()
-            ):
+            cuda = bucket.device.type == "cuda"
+            if cuda and not bucket.group["capturable"] and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("Attempting CUDA graph capture of an optimizer with capturable=False.")
             if bucket.pointers is not None:
                 bucket.table = bucket.pointers.upload(bucket)
@@ -545,7 +542,6 @@ class SophiaG(_Sophia):
     State: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h) in the parameter's shape and dtype (float32 for
     float16), with bias_correction "hessian_step" (n). The official code's state dicts load. Sharded parameters
     (DTensor, as fully_shard makes them) take the same step as complete ones.
-
     Raises ValueError for a bad setting and a state that does not fit, RuntimeError where fused=True cannot work.
     """
 
