@@ -11,6 +11,7 @@ coordinates that whiten the matrix's gradient: its second moments there are clos
 Matrices of one shape are stepped together, as one batch of matrix products.
 """
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,8 @@ class Muon(Optimizer):
         ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
         ns_steps: number of steps if ns_coefficients is one triple.
         eps: lower bound of the norm by which a momentum is divided.
+        fused: use the Triton kernels of muon_fused.py around the matrix products. It needs CUDA, Triton and that file.
+            Tensors that the kernels cannot take (float64, odd strides), and shared matrices, go on without.
 
     State of a parameter: "momentum_buffer" (m), in its shape and dtype.
     GradScaler: step() reads the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. Gradients are
@@ -62,8 +65,8 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: for a setting out of its range, and for a parameter that is not a matrix.
-        RuntimeError: for sparse gradients, for complex parameters, and for sharded parameters (DTensor) before
-            `muon_distributed.share(optimizer)`.
+        RuntimeError: for fused=True without Triton or muon_fused.py, for sparse gradients, for complex parameters, and
+            for sharded parameters (DTensor) before `muon_distributed.share(optimizer)`.
     """
 
     _step_supports_amp_scaling = True
@@ -83,11 +86,13 @@ class Muon(Optimizer):
         ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
         ns_steps: int = 5,
         eps: float = 1e-7,
+        fused: bool = False,
         _whitening: dict[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "cautious": cautious,
             "split": split, "flatten": flatten, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "eps": eps,
+            "fused": fused,
         }  # fmt: skip
         self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults | (_whitening or {}))
@@ -98,9 +103,10 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
-            batches = self._batches(group)
+            batches = self._batches(group, fused=group["fused"] and not self._share)
             for batch in batches:
-                torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
+                if not batch.fused:
+                    torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
             for batch, update in (self._share or self)._updates(batches, group):
                 self._apply(update, batch, group)
             for batch in batches:
@@ -115,12 +121,18 @@ class Muon(Optimizer):
 
     def _moved(self, batch: "_Batch", group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the matrices to orthogonalize, and the gradients, (matrices, rows, columns)."""
+        if batch.fused:
+            return batch.average_momenta(group["momentum"], group["nesterov"], group.get("source") == "gradient")
         moved, grads = _stack(batch.momenta), _stack(batch.grads)
         if group["nesterov"]:
             moved.lerp_(grads, 1 - group["momentum"])
         return moved, grads
 
     def _apply(self, update: Tensor, batch: "_Batch", group: dict[str, Any]) -> None:
+        if batch.fused:
+            settings = 0.2 * math.sqrt(batch.longest), batch.lr, group["weight_decay"], group["cautious"]
+            batch.fused.apply(batch.params, update, *settings, batch.found_inf)
+            return
         lr, update = batch.lr, update.to(batch.params[0].dtype)
         scale = 0.2 * math.sqrt(batch.longest) * lr
         updates = list(update * scale if isinstance(scale, Tensor) else update)
@@ -154,6 +166,8 @@ class Muon(Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
+        if group["fused"]:
+            _fused()
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("lr as a tensor must have one element")
         for key in ("lr", "weight_decay", "eps"):
@@ -179,9 +193,11 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("fused", False)  # states saved before it was a setting
         self._plans = {}
 
-    def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
+    def _batches(self, group: dict[str, Any], fused: bool = False) -> list["_Batch"]:
         """Group the parameters that have a gradient by device, dtype and shape of their matrices."""
         members = []
         pairs = list(zip(group["params"], _splits(group), strict=True))
@@ -215,7 +231,7 @@ class Muon(Optimizer):
         if plan is None or not plan.fits(members):
             plan = self._plans[id(group)] = _Plan(members)
         for batch in plan.batches:
-            batch.begin(self, group)
+            batch.begin(self, group, fused)
         return plan.batches
 
 
@@ -324,7 +340,7 @@ class WhitenedMuon(Muon):
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
             moments = _product(x, x.mT, batch.dtype)
             moments = moments if scale == 1 else moments * scale
-            torch._foreach_lerp_(factors, batch.for_states(moments, factors), 1 - group["decay"])
+            batch.average(factors, moments, 1 - group["decay"])
             known = all(f"{side}_root" in state for state in batch.states)
             if roots or not known:
                 old = batch.collect(f"{side}_root", shape, grads.dtype, identity=True)
@@ -390,7 +406,7 @@ def orthogonalize(
     tall = x.shape[1] > x.shape[2]
     with torch.autocast(x.device.type, enabled=False):
         for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
-            gram = x.mT @ x if tall else x @ x.mT
+            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             if step == 0:  # of x / norm; dividing the squares costs less
                 norm = (
                     gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
@@ -400,7 +416,7 @@ def orthogonalize(
             polynomial.diagonal(dim1=1, dim2=2).add_(a)
             if step == 0:
                 polynomial = (polynomial / norm).to(x.dtype)
-            x = x @ polynomial if tall else polynomial @ x
+            x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x.to(matrices.dtype).view(matrices.shape)
 
 
@@ -468,10 +484,10 @@ def _inverse_root(m: Tensor, power: int) -> Tensor:
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
     """P_l x P_r of (matrices, rows, columns), with roots of (matrices, blocks, width, width)."""
     for side, root in roots.items():
-        if side == "left":
+        if root.shape[1] == 1:
+            x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
+        elif side == "left":
             x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
-        elif root.shape[1] == 1:
-            x = x @ root[:, 0]
         else:
             x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
     return x
@@ -542,6 +558,7 @@ class _Batch:
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.route: Any = None  # of muon_distributed.py
+        self.fused: Any = None  # the module muon_fused, if this step uses it
         self.members: list[tuple[Tensor, list[int], int]] = []
         self.states: list[_State] = []
         self._params: list[Tensor] = []
@@ -556,28 +573,41 @@ class _Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.params[0].dtype
+        return _opmath_dtype(self.params[0])
 
-    def begin(self, optimizer: Muon, group: dict[str, Any]) -> None:
-        """Take this step's gradients and learning rate; bring all to float32 or better; apply GradScaler's protocol."""
-        device, narrow = self._params[0].device, self._params[0].dtype
-        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        self.skip = None if found_inf is None else found_inf.to(device, non_blocking=True) != 0
+    @property
+    def skip(self) -> Tensor | None:
+        """Whether this step changes nothing, on the device; None if it does whatever the gradients are."""
+        return None if self.found_inf is None else self.found_inf != 0
+
+    def begin(self, optimizer: Muon, group: dict[str, Any], fused: bool) -> None:
+        """Take this step's gradients and learning rate; bring all to float32 or better; apply GradScaler's protocol.
+
+        With `fused`, and if the kernels can take the tensors, they do this later; self.fused is then their module.
+        """
+        self.params, self.momenta, self.grads = self._params, self._momenta, []
+        device, narrow, dtype = self.params[0].device, self.params[0].dtype, self.dtype
+        self.grad_scale, self.found_inf = (
+            value if value is None else value.to(device, non_blocking=True)
+            for value in (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        )
         lr = group["lr"]
         self.lr = lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device)
-        dtype = _opmath_dtype(self._params[0])
-        self.params, self.momenta = (
-            views if dtype == narrow else [view.to(dtype) for view in views] for views in (self._params, self._momenta)
-        )
-        self.grads: list[Tensor] = []
         for param, rows, height in self.members:
             assert param.grad is not None
-            self.grads += _matrices(_local(param.grad).to(dtype), rows, height)
-        if grad_scale is not None:
-            self.grads = list(torch._foreach_div(self.grads, grad_scale.to(device, dtype, non_blocking=True)))
-        if self.skip is not None:
-            self.grads = [torch.where(self.skip, m, g) for m, g in zip(self.momenta, self.grads, strict=True)]
-            self.lr = self.lr * (~self.skip).to(dtype)
+            self.grads += _matrices(_local(param.grad), rows, height)
+        kernels = _fused() if fused else None
+        self.fused = kernels if kernels and kernels.fits(self.params, self.momenta, self.grads) else None
+        if self.fused:
+            return
+        if dtype != narrow:
+            self.params, self.momenta = ([x.to(dtype) for x in views] for views in (self.params, self.momenta))
+        self.grads = [grad.to(dtype) for grad in self.grads]
+        if self.grad_scale is not None:
+            self.grads = list(torch._foreach_div(self.grads, self.grad_scale.to(dtype)))
+        if (skip := self.skip) is not None:
+            self.grads = [torch.where(skip, m, g) for m, g in zip(self.momenta, self.grads, strict=True)]
+            self.lr = self.lr * (~skip).to(dtype)
 
     def write_back(self) -> None:
         if self.params is not self._params:
@@ -613,12 +643,28 @@ class _Batch:
             self._stacks[key] = present, stack.bfloat16() if stack.is_cuda else stack.to(self.dtype)
         return self._stacks[key][1]
 
+    def average_momenta(self, momentum: float, nesterov: bool, with_grads: bool) -> tuple[Tensor, Tensor]:
+        """Average the momenta with the kernels; return Muon._moved's, with an empty tensor in place of unused grads."""
+        first = self.params[0]
+        shape, dtype = (len(self.params), *first.shape), torch.bfloat16 if first.is_cuda else self.dtype
+        moved, grads = (first.new_empty(shape if used else 0, dtype=dtype) for used in (True, with_grads))
+        self.fused.average(self.momenta, self.grads, 1 - momentum, self.found_inf, self.grad_scale, nesterov, moved,
+                           grads if with_grads else None)  # fmt: skip
+        return moved, grads
+
+    def average(self, old: list[Tensor], new: Tensor, weight: float) -> None:
+        """old <- old + weight (new - old), unless found_inf is set. new: (all matrices, ...)."""
+        if self.fused and self.fused.fits(old, [new]):
+            self.fused.average(old, new.split([state.count for state in self.states]), weight, self.found_inf)
+        else:
+            torch._foreach_lerp_(old, self.for_states(new, old), weight)
+
     def for_states(self, new: Tensor, old: list[Tensor]) -> list[Tensor]:
         """`new` (all matrices, ...) cut into one tensor a state; `old` in its place where found_inf is set."""
         parts = new.split([state.count for state in self.states])
-        if self.skip is None:
+        if (skip := self.skip) is None:
             return list(parts)
-        return [torch.where(self.skip, o, n) for o, n in zip(old, parts, strict=True)]
+        return [torch.where(skip, o, n) for o, n in zip(old, parts, strict=True)]
 
 
 class _State:
@@ -656,6 +702,15 @@ def _rows(split: int | Sequence[int], param: Tensor) -> list[int]:
 
 def _opmath_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _fused() -> Any:
+    """The module muon_fused, from beside this file."""
+    try:
+        return importlib.import_module(f"{__package__}.muon_fused" if __package__ else "muon_fused")
+    except ModuleNotFoundError as error:
+        remedy = "pip install triton" if error.name == "triton" else f"copy {error.name}.py beside muon.py"
+        raise RuntimeError(f"`fused=True` needs {error.name}: {remedy}") from error
 
 
 def _stack(matrices: Sequence[Tensor]) -> Tensor:

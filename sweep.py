@@ -12,9 +12,10 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-A list is swept; other values are fixed. A file may instead define `def sweep(steps=780)` that returns these in a dict;
-its parameters are then options: --steps=1560. Start an interrupted sweep again: it runs what is missing. A failed or
-diverged run counts as an infinite loss; remove its folder to repeat it. docs/comparing.md has the rules and the output.
+A list is swept; other values are fixed. "script" names a training script of your own (docs/comparing.md). A file may
+instead define `def sweep(steps=780)` that returns these in a dict; its parameters are then options: --steps=1560. Start
+an interrupted sweep again: it runs what is missing. A failed or diverged run counts as an infinite loss; remove its
+folder to repeat it. docs/comparing.md has the rules and the output.
 """
 
 import inspect
@@ -207,6 +208,16 @@ def settings_of(definition, optimizer):
     return {"optimizer_name": optimizer, **definition["common"], **definition["optimizers"][optimizer]}
 
 
+def script_of(settings):
+    """(training script, class of its settings). Takes "script" out of `settings`: a script that has a class Config."""
+    if not (script := settings.pop("script", None)):
+        return SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
+    path = str(Path(__file__).parent / script)
+    if "Config" not in (names := run_file(path, runpy.run_path, path)):
+        raise UserError(f"{path}: a training script has its settings in a dataclass Config; name it so.")
+    return path, names["Config"]
+
+
 def grid(definition, out_dir, known=()):
     """The trials of every optimizer: all combinations, or `runs` of them. Runs in `known` keep their folders.
 
@@ -220,7 +231,7 @@ def grid(definition, out_dir, known=()):
             raise UserError(f"{optimizer!r:.80} is to be in the names of folders; name this optimizer {limits}.")
         settings = settings_of(definition, optimizer)
         files = [settings.pop("config")] if "config" in settings else []
-        script, config_class = SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
+        script, config_class = script_of(settings)
         swept = {key: values for key, values in settings.items() if isinstance(values, list)}
         budgets[optimizer] = []
         for values in itertools.product(*swept.values()):

@@ -470,14 +470,15 @@ def test_a_channels_last_convolution_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
-def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
+def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls, fused):
     """Products in bfloat16 and roots in float16, against the same class in float64 on the CPU."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)]
     exact = parameters(shapes)
     ours = [torch.nn.Parameter(p.detach().float().cuda()) for p in exact]
     start = [p.detach().clone() for p in ours]
-    optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1]) for params in (exact, ours)]
+    optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1], fused=fused) for params in (exact, ours)]
     for step in range(12):
         set_gradients(exact, step)
         for p, q in zip(ours, exact, strict=True):

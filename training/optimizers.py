@@ -59,10 +59,10 @@ def muon(config, groups, device):
     return _beside_adamw(Muon, config, groups, device, (config.beta1, config.beta2), momentum=config.momentum)
 
 
-def whitened_muon(config, groups, device):
+def whitened_muon(config, groups, device, cls=WhitenedMuon):
     """The same with Muon's step in coordinates that the training gradient whitens."""
     whitening = {"momentum": config.momentum, "interval": config.whiten_interval, **_whitening(config)}
-    return _beside_adamw(WhitenedMuon, config, groups, device, (config.beta1, config.beta2), **whitening)
+    return _beside_adamw(cls, config, groups, device, (config.beta1, config.beta2), **whitening)
 
 
 def sophia_muon(config, groups, device):
