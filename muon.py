@@ -252,8 +252,8 @@ class Muon(Optimizer):
             momentum = state["momentum_buffer"]
             if (momentum.shape, momentum.device, momentum.is_floating_point()) != (param.shape, param.device, True):
                 raise ValueError(
-                    f"a momentum_buffer of shape {tuple(momentum.shape)} ({momentum.dtype}, {momentum.device}) does "
-                    f"not fit a parameter of shape {tuple(param.shape)} on {param.device}: the state is of another model"
+                    f"a momentum_buffer of shape {tuple(momentum.shape)} ({momentum.dtype}, {momentum.device}) does not"
+                    f" fit a parameter of shape {tuple(param.shape)} on {param.device}: the state is of another model"
                 )
             if hasattr(param, "device_mesh") and not (self._share and hasattr(momentum, "device_mesh")):
                 raise RuntimeError(
@@ -780,6 +780,5 @@ def _check_number(name: str, value: Any, *, least: float = 0, below: float = mat
     with contextlib.suppress(TypeError, RuntimeError):  # not a number, or several
         if least <= value < below and (not whole or hasattr(value, "__index__")):
             return
-    raise ValueError(
-        f"{name} = {value!r} is not possible, expected {'integer' if whole else 'number'} {least} to {below}"
-    )
+    kind = "an integer" if whole else "a number"
+    raise ValueError(f"{name} = {value!r} is not possible, expected {kind} from {least} to below {below}")
