@@ -301,7 +301,7 @@ class WhitenedMuon(Muon):
     A group counts its steps in "step".
     """
 
-    skipped_estimates: Tensor | None = None  # how many calls of update_factors() took no effect, on the device
+    skipped_estimates: Tensor | float = 0.0  # how many calls of update_factors() took no effect, on the device
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1, *,
@@ -344,7 +344,7 @@ class WhitenedMuon(Muon):
             found_inf = (~torch.stack(norms).isfinite()).any().float()
             if self._share:
                 self._share.take_largest(found_inf)
-            self.skipped_estimates = found_inf if self.skipped_estimates is None else self.skipped_estimates + found_inf
+            self.skipped_estimates = self.skipped_estimates + found_inf
             for batch, _ in batches:
                 batch.found_inf = found_inf.to(batch.grads[0].device)
         for batch, group in batches:

@@ -2,14 +2,9 @@
 
     from sophia import SophiaG, sampled_label_loss
 
-Algorithms are numbered as in Liu et al. (arXiv:2305.14342):
-
-1. Hutchinson's estimator: `hutchinson`.
-2. The Gauss-Newton-Bartlett estimator: `sampled_label_loss`, `sampled_target_loss`.
-3. The optimizer: `SophiaG` with algorithm 2, `SophiaH` with algorithm 1.
-
-The paper's gamma is `rho`, as in the official code. Needs torch only; `fused=True` also needs Triton, and
-sophia_fused.py beside this file.
+Liu et al. (arXiv:2305.14342): Hutchinson's estimator (Algorithm 1) is `hutchinson`. The Gauss-Newton-Bartlett estimator
+(Algorithm 2) is `sampled_label_loss` and `sampled_target_loss`. `SophiaH` and `SophiaG` are Algorithm 3 with either.
+The paper's gamma is `rho`, as in the official code. Needs torch; `fused=True` also needs Triton and sophia_fused.py.
 """
 
 import contextlib
@@ -191,9 +186,7 @@ def sampled_target_loss(outputs: Tensor, generator: Generator | None = None, *, 
 
 
 class _Estimates(list):
-    """Estimates that know their parameters, so that no order has to be kept."""
-
-    params: list[Tensor]
+    params: list[Tensor]  # of the estimates, so that no order has to be kept
 
 
 def hutchinson(
@@ -212,10 +205,8 @@ def hutchinson(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     result, params = _Estimates(), list(params)
-    if not all(isinstance(p, Tensor) for p in params):
-        raise TypeError("hutchinson takes an iterable of tensors, such as model.parameters()")
-    if any(hasattr(p, "device_mesh") or p.is_complex() for p in params):
-        raise RuntimeError("hutchinson does not work on sharded parameters (DTensor) and complex ones; use SophiaG")
+    if any(not isinstance(p, Tensor) or hasattr(p, "device_mesh") or p.is_complex() for p in params):
+        raise RuntimeError("hutchinson does not work on sharded parameters (DTensor), complex ones, or no tensors")
     result.params, active = params, [*dict.fromkeys(p for p in params if p.requires_grad)]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss() if callable(loss) else loss
@@ -245,7 +236,7 @@ class _Sophia(Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then calls step() itself, with the attributes above
     grad_norm: Tensor | None = None  # the last step's gradient norm before clipping, on the device
-    skipped_estimates: Tensor | None = None  # how many estimates took no effect, on the device
+    skipped_estimates: Tensor | float = 0.0  # how many estimates took no effect, on the device
     _estimated = False  # a step has looked whether there is a curvature
 
     def __init__(self, params, defaults, *, maximize=False, capturable=False, bias_correction=False, nesterov=False,
@@ -457,14 +448,12 @@ class _Sophia(Optimizer):
         _check_number("scale", scale, above=0.0)
         buckets = self._collect(gradients)
         if not buckets:
-            remedy = "call it after the backward pass of the curvature's loss and before zero_grad()"
-            raise RuntimeError(f"{type(self).__name__}.update_hessian() found no gradient; {remedy}")
+            raise RuntimeError("update_hessian() found no gradient; call it after the backward pass before zero_grad()")
         _check_number("grad_scale", 1.0 if grad_scale is None else grad_scale, above=0.0)
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
-            skipped = 0.0 if self.skipped_estimates is None else self.skipped_estimates
-            self.skipped_estimates = _scalar(skipped, buckets[0].device)
+            self.skipped_estimates = _scalar(self.skipped_estimates, buckets[0].device)
             if self._all_fused(buckets):
                 found_inf = _fused().check_estimate(buckets, scale, squared, self.skipped_estimates)
             else:
@@ -519,9 +508,15 @@ class SophiaG(_Sophia):
     The update moves a coordinate by at most lr, and by less where the curvature bs h is large. Before every k-th step
     (k = 10 in the paper) a backward pass of `sampled_label_loss` updates h:
 
-        sampled_label_loss(model(x)).backward()
-        optimizer.update_hessian()
-        optimizer.zero_grad()
+        optimizer = SophiaG(model.parameters(), lr=3e-4, rho=0.05, bs=batch_size * block_size)
+        for step, (x, y) in enumerate(batches):
+            if step % 10 == 0:
+                sampled_label_loss(model(x)).backward()
+                optimizer.update_hessian()
+                optimizer.zero_grad()
+            F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     Args:
         params: tensors, or dicts of them with their own settings. A group's "name" names it in statistics().
@@ -534,10 +529,9 @@ class SophiaG(_Sophia):
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, because h starts from 0.
         nesterov: use beta1 m + (1 - beta1) grad with the new m in place of m, as NAdam does.
-        fused: use one Triton launch for all tensors of a kind, which is fastest. It needs CUDA, Triton and
-            sophia_fused.py. Tensors that the kernels cannot take (float64, odd strides) go through foreach.
-        max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ would
-            before it. `grad_norm` then holds the norm before clipping. Estimates are never clipped.
+        fused: use one Triton launch for all tensors of a kind. It needs CUDA, Triton and sophia_fused.py. Tensors that
+            the kernels cannot take (float64, odd strides) go through foreach.
+        max_grad_norm: clip the global gradient norm to this within step(). `grad_norm` holds the norm before clipping.
 
     State: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h) in the parameter's shape and dtype (float32 for
     float16), with bias_correction "hessian_step" (n). The official code's state dicts load. Sharded parameters
@@ -592,9 +586,15 @@ class SophiaH(_Sophia):
 
     h is the moving average of `hutchinson`'s estimates. A coordinate of h may be negative. It then moves by lr sign(m).
     eps is the smallest denominator. There is no bs. All other arguments, m and weight decay are as in SophiaG. With
-    maximize=True give `hutchinson` the negated loss. Before every k-th step call
+    maximize=True give `hutchinson` the negated loss.
 
-        optimizer.update_hessian(hutchinson(lambda: loss_fn(model(x), y), model.parameters()))
+        optimizer = SophiaH(model.parameters(), lr=3e-4)
+        for step, (x, y) in enumerate(batches):
+            if step % 10 == 0:
+                optimizer.update_hessian(hutchinson(lambda: loss_fn(model(x), y), model.parameters()))
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     """
 
     def __init__(
@@ -623,10 +623,8 @@ class SophiaH(_Sophia):
                 raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(owners)} parameters")
             estimates = dict(zip(owners, estimates, strict=True))
         given = {param: estimate for param, estimate in estimates.items() if estimate is not None}
-        if unknown := given.keys() - set(params):
-            raise ValueError(f"update_hessian got {len(unknown)} estimates of what is no parameter of this optimizer")
-        if not all(isinstance(estimate, Tensor) for estimate in given.values()):
-            raise TypeError("update_hessian takes estimates that are tensors, each in the shape of its parameter")
+        if bad := given.keys() - set(params) or {p for p, e in given.items() if not isinstance(e, Tensor)}:
+            raise ValueError(f"{len(bad)} estimates of what is no parameter of this optimizer, or that are no tensors")
         if average and torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
             counts = torch.tensor([float(p in given) for p in params], device=params[0].device)

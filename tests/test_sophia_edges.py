@@ -293,7 +293,7 @@ def test_a_parameter_that_the_loss_does_not_use_is_warned_of_and_has_the_estimat
 def test_parameters_that_hutchinson_cannot_take_are_refused():
     model = nn.Linear(3, 3)
     for params in (model.named_parameters(), SophiaH(model.parameters()).param_groups):
-        with pytest.raises(TypeError, match=r"an iterable of tensors, such as model.parameters\(\)"):
+        with pytest.raises(RuntimeError, match=r"does not work on .*no tensors"):
             hutchinson(lambda: model(torch.ones(3)).sum(), params)
     z = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     with pytest.raises(RuntimeError, match="complex"):
@@ -303,7 +303,9 @@ def test_parameters_that_hutchinson_cannot_take_are_refused():
 @pytest.mark.parametrize("value", [0.5, [1.0] * 6, "x"])
 def test_estimates_that_are_no_tensors_are_refused(value):
     p = matrix()
-    with pytest.raises(TypeError, match="estimates that are tensors"):
+    with pytest.raises(
+        ValueError, match="1 estimates of what is no parameter of this optimizer, or that are no tensors"
+    ):
         SophiaH([p]).update_hessian({p: value})
 
 
