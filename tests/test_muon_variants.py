@@ -53,7 +53,9 @@ class KFAC:
         self.a = DECAY * self.a + (1 - DECAY) * g @ g.T
         if step % INTERVAL == 0:
             self.b = DECAY * self.b + (1 - DECAY) * sum(torch.outer(row, row) for row in x)
-            self.roots = root_of(self.a, EXPONENT if self.both else 0.0, RIDGE), root_of(self.b, EXPONENT, RIDGE)
+            values, vectors = torch.linalg.eigh(damped(self.b))
+            right = sum(value**-EXPONENT * torch.outer(v, v) for value, v in zip(values, vectors.T, strict=True))
+            self.roots = root_of(self.a, EXPONENT if self.both else 0.0, RIDGE), right
         return whitened_step(m, *self.roots)
 
 
@@ -107,7 +109,11 @@ class SOAPForMLP(SOAP):
 
 
 def inverse(s):
-    return torch.linalg.inv(s / s.diagonal().mean() + RIDGE * torch.eye(len(s)).double())
+    return torch.linalg.inv(damped(s))
+
+
+def damped(s):
+    return s / s.diagonal().mean() + RIDGE * torch.eye(len(s)).double()
 
 
 def whitened_step(m, left, right):

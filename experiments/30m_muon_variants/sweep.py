@@ -10,6 +10,7 @@ settings = fresh["whitening"]["settings"]
 muon = best_of("30m_tuning", settings["max_iters"], only=("muon",))["muon"]
 whitened = settings | fresh["variants"]["every_momentum_0.85"]
 input_side = whitened | {"whiten_sides": "input", "whiten_exponent": 0.25}
+kfac = {"variant": "kfac", "whiten_interval": 10, "whiten_decay": 0.6}  # 0.95 to the power 10
 record = {"whiten_decay": 0.9, "whiten_interval": 10}  # of SOAP-Muon
 soap = muon | {"optimizer_name": "whitened_muon", "variant": "soap"} | record
 newton = {"optimizer_name": "whitened_muon", "variant": "newton", "whiten_ridge": 0.2, "whiten_interval": 10}
@@ -23,7 +24,7 @@ variants = {
     "soap_muon_0.95": soap | {"momentum": 0.95},
     "kl": whitened | {"variant": "kl"},
     "input": input_side,
-    "kfac": input_side | {"variant": "kfac"},
+    "kfac": input_side | kfac,
     "newton_muon": muon | newton,
     "newton_muon_1.6e-2": whitened | newton,
     "muon_warm": muon | warm,
@@ -31,8 +32,8 @@ variants = {
     "whitened_warm": whitened | warm,
     "kl_quarter": whitened | {"variant": "kl", "whiten_exponent": 0.25},
     "soap_muon_mlp": soap | {"variant": "soap_mlp", "momentum": 0.95},
-    "kfac_half": input_side | {"variant": "kfac", "whiten_exponent": 0.5, "whiten_ridge": 0.1},
-    "kfac_both": whitened | {"variant": "kfac"},
+    "kfac_half": input_side | kfac | {"whiten_exponent": 0.5, "whiten_ridge": 0.1},
+    "kfac_both": whitened | kfac,
     "soap_muon_every": whitened | {"variant": "soap"} | record | {"whiten_interval": 1},
 }
 

@@ -59,7 +59,10 @@ class KLMuon(WhitenedMuon):
 class InputMuon(WhitenedMuon):
     """WhitenedMuon with K-FAC's factor of the input side (arXiv:1503.05671): R is the average of x x^T.
 
-    inputs: {parameter: x of its layer, (tokens, columns)}. They are read in the steps that compute the roots.
+    The root is (R / mean eigenvalue + ridge)^-exponent by eigenvectors. `inverse_root` of muon.py adds 1/1024 of the
+    largest eigenvalue, which can be more than the mean one here.
+
+    inputs: {parameter: x of its layer, (tokens, columns)}, for the next step if needs_inputs().
     """
 
     inputs: dict
@@ -73,8 +76,14 @@ class InputMuon(WhitenedMuon):
         if group["sides"] == "both":
             super()._update_factors(grads, batch, group | {"sides": "output"}, roots, scale)
         if roots:
-            x = [self.inputs[param] for param, rows, height in batch.members for _ in range(rows.count(height))]
-            super()._update_factors(torch.stack(x).to(batch.dtype), batch, group | {"sides": "input"}, roots)
+            values, vectors = torch.linalg.eigh(self._average(batch, group))
+            values = values.clamp(min=0) / (values.mean(-1, keepdim=True) + TINY) + group["ridge"]
+            root = (vectors * values[:, None, :] ** -group["exponent"]) @ vectors.mT
+            _store(batch, "right_root", root[:, None], identity=True)  # one block
+
+    def _average(self, batch, group):
+        x = [self.inputs[param] for param, rows, height in batch.members for _ in range(rows.count(height))]
+        return _factor(batch, "right_factor", torch.stack(x).to(batch.dtype).mT, group["decay"])
 
 
 class NewtonMuon(InputMuon):
@@ -82,8 +91,8 @@ class NewtonMuon(InputMuon):
 
     @float32_products()
     def _direction(self, moved, grads, batch, group):
-        self._update_factors(grads, batch, group | {"sides": "input"}, roots=self.needs_inputs())
-        moved = torch.cholesky_solve(moved.to(batch.dtype).mT, _cholesky(batch, "right_factor", group["ridge"])).mT
+        factor = self._average(batch, group) if self.needs_inputs() else _load(batch, "right_factor")
+        moved = torch.cholesky_solve(moved.to(batch.dtype).mT, _cholesky(factor, group["ridge"])).mT
         return Muon._direction(self, moved, grads, batch, group)
 
 
@@ -107,10 +116,7 @@ class SOAPMuon(WhitenedMuon):
             second.lerp_(rotated.square(), 1 - decay)
             moved = left @ (rotated / (second.sqrt() + 1e-8)) @ right.mT
         for side, x, dim in (("left", grads, 1), ("right", grads.mT, 2)):
-            factor = (1 - decay) * (x @ x.mT)
-            if step:
-                factor += decay * _load(batch, f"{side}_factor")
-            _store(batch, f"{side}_factor", factor)
+            factor = _factor(batch, f"{side}_factor", x, decay)
             if step == 0:
                 _store(batch, f"{side}_basis", torch.linalg.eigh(factor).eigenvectors, identity=True)
             elif step % group["interval"] == 0:
@@ -142,9 +148,8 @@ def _iterated(factor, basis):
     return torch.linalg.qr(factor @ basis).Q, order
 
 
-def _cholesky(batch, key, ridge):
-    """C, (matrices, width, width), with C C^T = factor / its mean eigenvalue + ridge."""
-    factor = _load(batch, key)[:, 0]  # one block
+def _cholesky(factor, ridge):
+    """C with C C^T = factor / its mean eigenvalue + ridge, (matrices, width, width)."""
     factor = factor / (factor.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] + TINY)
     factor.diagonal(dim1=1, dim2=2).add_(ridge)
     return torch.linalg.cholesky_ex(factor).L
@@ -152,9 +157,22 @@ def _cholesky(batch, key, ridge):
 
 def _triangular_solve(batch, key, x, ridge):
     """C^-1 x, so that its Gram matrix is x^T (factor / mean eigenvalue + ridge)^-1 x. Before the first step x."""
-    if any(key not in state for state in batch.states):
+    if not _has(batch, key):
         return x
-    return torch.linalg.solve_triangular(_cholesky(batch, key, ridge), x, upper=False)
+    return torch.linalg.solve_triangular(_cholesky(_load(batch, key)[:, 0], ridge), x, upper=False)
+
+
+def _factor(batch, key, x, decay):
+    """Add x x^T to the average under `key`, and return the average, (matrices, width, width)."""
+    factor = (1 - decay) * (x @ x.mT)
+    if _has(batch, key):
+        factor += decay * _load(batch, key)
+    _store(batch, key, factor)
+    return factor
+
+
+def _has(batch, key):
+    return all(key in state for state in batch.states)
 
 
 def _load(batch, key):
