@@ -396,6 +396,7 @@ class WhitenedMuon(Muon):
             _check_number(key, group[key])
         _check_number("decay", group["decay"], below=1)
         _check_number("interval", group["interval"], least=1, whole=True)
+        _check_number("step", group["step"], whole=True)
         if group["max_width"] is not None:
             _check_number("max_width", group["max_width"], least=1, whole=True)
 
