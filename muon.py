@@ -160,14 +160,16 @@ class Muon(Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        if group["fused"]:
-            _fused()
         if unknown := group.keys() - self.defaults.keys() - _LABELS:
             raise ValueError(f"{type(self).__name__} has no setting {min(unknown)!r}")
         for key in ("lr", "weight_decay"):
             _check_number(key, group[key])
         _check_number("eps", group["eps"], least=1e-18)  # its square is not 0 in float32
         _check_number("momentum", group["momentum"], below=1)
+        for key in ("nesterov", "cautious", "flatten", "fused"):
+            _check_number(key, group[key], below=2, whole=True)  # "False" would be true
+        if group["fused"]:
+            _fused()
         _ns_schedule(group["ns_coefficients"], group["ns_steps"])
         if len({*group["params"]}) < len(group["params"]):
             raise ValueError("a group has the same parameter twice; pass tied parameters once")

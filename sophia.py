@@ -276,6 +276,8 @@ class _Sophia(Optimizer):
             _check_number(f"beta parameter at index {i}", beta, below=1.0)
         for key in ("lr", "rho", "weight_decay"):
             _check_number({"lr": "learning rate"}.get(key, f"{key} value"), group[key])
+        for key in ("maximize", "capturable", "bias_correction", "nesterov"):
+            _check_number(key, group[key], below=2)  # "False" would be true
         _check_number("epsilon value", group.get("eps", 1.0), above=0.0)
         _check_number("bs", group.get("bs", 1.0), above=0.0)
         if self.fused:

@@ -528,6 +528,8 @@ classes = pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
         ({"ns_coefficients": (1.0, 1.0, 1.0), "ns_steps": 2.5}, "ns_steps = 2.5"), ({"split": 2.0}, "split = 2.0"),
         ({"split": None}, "split = None"), ({"split": [[2.0, 4.0]]}, "split = \\[2.0, 4.0\\]"),
         ({"split": ["3"]}, "split = 3 does not"),
+        ({"nesterov": "False"}, "nesterov = 'False'"), ({"cautious": None}, "cautious = None"),
+        ({"flatten": "no"}, "flatten = 'no'"), ({"fused": "False"}, "fused = 'False'"),
     ],
 )  # fmt: skip
 def test_further_impossible_settings_are_named(cls, settings, message):

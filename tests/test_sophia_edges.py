@@ -248,6 +248,15 @@ def test_a_bad_max_grad_norm_is_named(value):
     assert SophiaG([matrix()], max_grad_norm=math.inf).max_grad_norm == math.inf  # only measures
 
 
+@pytest.mark.parametrize("name", ["maximize", "capturable", "bias_correction", "nesterov"])
+@pytest.mark.parametrize("value", ["False", None, 2])
+def test_a_switch_that_is_no_truth_value_is_named(name, value):
+    """As a configuration file may give it: "False" would be true."""
+    for cls in (SophiaG, SophiaH):
+        with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}"):
+            cls([matrix()], **{name: value})
+
+
 # --- hutchinson ------------------------------------------------------------------------------------------------------
 
 
