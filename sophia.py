@@ -784,7 +784,7 @@ def _local_shards(tensors):
 def _scalar(value, device):
     """A float or a one-element tensor as a scalar on the device, without a sync for a tensor. None stays."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True).reshape(())
+        return value.to(device, non_blocking=True).reshape(()) if value.device != device or value.ndim else value
     return None if value is None else torch.full((), value, device=device)
 
 

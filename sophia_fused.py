@@ -155,10 +155,11 @@ class PointerTable:
         """Run the kernel. With outputs, returns float32 (outputs, programs): the numbers that each program puts out."""
         block, iterations, warps = LAUNCH[name]
         chunks = self.chunks[LAUNCH[name]]
-        partials = torch.empty(outputs, len(chunks), dtype=torch.float32, device=bucket.device) if outputs else None
+        programs = chunks.shape[0]
+        partials = torch.empty(outputs, programs, dtype=torch.float32, device=bucket.device) if outputs else None
         types = _types(bucket.dtypes)
         with _on(bucket.device):
-            _KERNELS[name][(len(chunks),)](
+            _KERNELS[name][(programs,)](
                 self.rows, chunks, *([] if partials is None else [partials]), *args, **constants,
                 P=types[0], G=types[1], M=types[2], H=types[3],
                 ALIGNMENT=bucket.alignment, VECTOR=8 if bucket.alignment > 1 else 1,
@@ -291,9 +292,9 @@ def check_estimate(buckets: list[Any], scale: float, squared: bool, skipped: Ten
 
 
 def _squares(buckets: list[Any]) -> Tensor:
-    """Sums of squares of the gradients, of every program that took part."""
-    partials = [bucket.table.launch("square", bucket, outputs=1)[0] for bucket in buckets]
-    return partials[0] if len(partials) == 1 else torch.cat(partials)
+    """The sum of squares of the gradients of every program that took part, (1, programs)."""
+    partials = [bucket.table.launch("square", bucket, outputs=1) for bucket in buckets]
+    return partials[0] if len(partials) == 1 else torch.cat(partials, dim=1)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
