@@ -117,6 +117,10 @@ class _Share:
                 "gradients in each step on every rank; freeze or unfreeze before it"
             )
 
+    def take_largest(self, number: Tensor) -> None:
+        """Give all ranks the largest of their numbers."""
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.process_group)
+
     def _updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
         """Yield every batch with its updates: (matrices, rows, columns), of shards (parameters, own rows, columns)."""
 

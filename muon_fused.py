@@ -25,7 +25,7 @@ def fits(*lists: Sequence[Tensor]) -> bool:
         return False
     if device == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay would copy stale addresses
         return False
-    return all(t.dtype in _DTYPES and t.is_contiguous() for tensors in lists for t in tensors)
+    return all(t.dtype in _DTYPES and t.is_contiguous() and not t.is_neg() for tensors in lists for t in tensors)
 
 
 def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, found_inf: Tensor | None = None,

@@ -109,3 +109,25 @@ def test_fused_without_its_file_says_what_to_copy(monkeypatch):
     monkeypatch.setitem(sys.modules, "muon_fused", None)
     with pytest.raises(RuntimeError, match=r"copy muon_fused\.py beside muon\.py"):
         Muon(parameters(SHAPES, torch.float32), fused=True)
+
+
+@devices
+@pytest.mark.parametrize("change", ["negated gradient", "transposed in place", "float16"])
+def test_tensors_that_the_kernels_cannot_take_as_they_are_take_the_same_steps(device, change):
+    ends = []
+    for fused in (True, False):
+        dtype = torch.float16 if change == "float16" else torch.float32
+        params = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in parameters([(8, 8), (8, 8)])]
+        optimizer = Muon(params, lr=0.1, fused=fused)
+        for step in range(3):
+            set_gradients(params, step)
+            if change == "negated gradient":
+                params[0].grad = torch._neg_view(params[0].grad)
+            if change == "transposed in place" and step == 1:
+                params[0].data = params[0].data.t()
+            optimizer.step()
+        ends.append(params)
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=1e-2 if device == "cuda" else 1e-5, atol=1e-2 if device == "cuda" else 1e-5
+        )
