@@ -61,7 +61,7 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
         with HashingFile(temporary) as file:
             file.save(checkpoint)
             file.write(_MARK + bytes.fromhex(file.sha256))
-    for newest in (path for path in _forms(out_dir, NEWEST) if path.exists()):
+    for newest in (path for path in _present(out_dir, NEWEST)[::-1] if path.exists()):
         as_link = newest.suffix == form == ".pt"  # then both names are there at every moment
         (_link if as_link else _replace)(newest, out_dir / f"{PREVIOUS}{newest.suffix}")
     if keep:
@@ -72,8 +72,9 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
     with contextlib.suppress(OSError):  # the checkpoint is complete; not every file system can sync a folder
         for old in kept_checkpoints(out_dir)[:-keep] if keep else ():
             remove(old)
-        for old in out_dir.glob("ckpt*.old"):  # of a run that was killed
-            shutil.rmtree(old)
+        for path in out_dir.glob("ckpt*"):
+            if path.suffix in (".tmp", ".link", ".aside", ".gone"):  # of a run that was killed
+                remove(path)
         sync_folder(out_dir)
 
 
@@ -229,10 +230,24 @@ def _forms(out_dir, name):
     return [Path(out_dir) / f"{name}.pt", Path(out_dir) / name]
 
 
+def _present(out_dir, name):
+    """Those forms of a checkpoint that are there. A kill between two renames leaves both; the later step is first."""
+    found = [path for path in _forms(out_dir, name) if os.path.lexists(path)]
+    return sorted(found, key=lambda path: _step_of(path) or 0, reverse=True) if len(found) > 1 else found
+
+
+def recover(out_dir):
+    """Undo what a killed run had begun: a folder was set aside, and none has taken its place."""
+    for aside in Path(out_dir).glob("ckpt*.aside"):
+        if not _present(out_dir, aside.stem):
+            os.replace(aside, aside.with_suffix(""))
+
+
 def _replace(source, name):
     """Rename `source`, in place of a checkpoint of this name in either form. A file takes a file's place atomically."""
-    aside = _set_aside(name) if name.is_dir() else None
+    aside = _set_aside(name, "aside") if name.is_dir() else None
     os.replace(source, name)
+    source.unlink(missing_ok=True)  # the system does nothing where both are names of one file
     if aside:
         shutil.rmtree(aside)
     other = name.with_suffix("" if name.suffix else ".pt")
@@ -240,9 +255,9 @@ def _replace(source, name):
         remove(other)
 
 
-def _set_aside(folder):
+def _set_aside(folder, suffix):
     """Give a folder another name, with which no half-removed one is taken for a checkpoint."""
-    aside = folder.with_name(f"{folder.name}.old")
+    aside = folder.with_name(f"{folder.name}.{suffix}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
     return aside
@@ -251,7 +266,7 @@ def _set_aside(folder):
 def remove(path):
     """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(_set_aside(path))
+        shutil.rmtree(_set_aside(path, "gone"))
     else:
         path.unlink(missing_ok=True)
 
@@ -280,8 +295,8 @@ def kept_checkpoints(out_dir):
 
 def all_checkpoints(out_dir):
     """The paths of all checkpoints of a run, the newest first."""
-    named = [path for name in (NEWEST, PREVIOUS, BEST) for path in _forms(out_dir, name)]
-    return [path for path in named if os.path.lexists(path)] + kept_checkpoints(out_dir)[::-1]
+    named = [path for name in (NEWEST, PREVIOUS, BEST) for path in _present(out_dir, name)]
+    return named + kept_checkpoints(out_dir)[::-1]
 
 
 def load_checkpoint(out_dir, which="newest", parts=PARTS):
@@ -294,7 +309,7 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
         path = _find(out_dir, which)
         return read_checkpoint(path, parts), path
     problems = []
-    for path in [path for name in (NEWEST, PREVIOUS) for path in _forms(out_dir, name) if os.path.lexists(path)]:
+    for path in [path for name in (NEWEST, PREVIOUS) for path in _present(out_dir, name)]:
         try:
             return read_checkpoint(path, parts), path
         except UserError as error:
@@ -393,9 +408,7 @@ def checkpoint_sha256(path):
 
 def set_aside_unreadable(out_dir):
     """Rename a newest checkpoint that cannot be read. It must not become the previous one."""
-    for path in _forms(out_dir, NEWEST):
-        if not os.path.lexists(path):
-            continue
+    for path in _present(out_dir, NEWEST):
         try:
             _replace(path, path.with_name(f"{path.name}.unreadable"))
         except OSError as error:

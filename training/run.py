@@ -224,6 +224,7 @@ class Run:
                     probe.write_bytes(bytes(1 << 16))  # an empty file fits on a full disk
                 finally:
                     probe.unlink(missing_ok=True)
+                checkpoints.recover(folder)
                 return self._lock.owner
 
     def _load_checkpoint(self):

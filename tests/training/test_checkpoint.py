@@ -15,6 +15,7 @@ from training.checkpoint import (
     copy_to_host,
     kept_checkpoints,
     load_checkpoint,
+    make_newest,
     read_checkpoint,
     save_checkpoint,
     set_aside_unreadable,
@@ -36,6 +37,15 @@ def test_newest_previous_and_kept(tmp_path):
     assert [path.name for path in kept_checkpoints(tmp_path)] == ["ckpt_30.pt", "ckpt_40.pt"]
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_30.pt", "ckpt_40.pt", "ckpt_prev.pt"], "nothing left over"
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 40, "plain torch.load reads it"
+
+
+def test_a_second_name_for_a_checkpoint_that_has_it_already_leaves_no_third(tmp_path):
+    """os.replace() does nothing where both are names of one file."""
+    save_checkpoint(tmp_path, checkpoint(1))
+    for _ in range(2):
+        CheckpointWriter(tmp_path).mark_best(tmp_path / "ckpt.pt")
+    make_newest(tmp_path / "ckpt_best.pt", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
 
 
 def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):

@@ -24,7 +24,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from training.checkpoint import TEMPORARY, CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint
+from training.checkpoint import (
+    TEMPORARY,
+    CheckpointWriter,
+    kept_checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+    recover,
+    save_checkpoint,
+)
 from training.errors import UserError
 from training.sharding import read_state
 from training.shards import HashingFile, PartWriter, Shards, read_part, write_folder
@@ -430,7 +438,7 @@ def test_a_write_ends_when_a_rank_is_lost(tmp_path, monkeypatch, capsys):
 def test_a_run_that_was_killed_leaves_nothing_that_is_read(tmp_path):
     """Killed while it wrote, and between any two renames."""
     saved(tmp_path, 1, 2)
-    for leftover in TEMPORARY, "ckpt_prev.old", "ckpt_best.link":
+    for leftover in TEMPORARY, "ckpt_prev.aside", "ckpt_best.link":
         shutil.copytree(tmp_path / "ckpt_prev", tmp_path / leftover)
         (tmp_path / leftover / "__1_0.distcp").unlink()
     assert load_checkpoint(tmp_path)[0]["step"] == 2
@@ -443,6 +451,56 @@ def test_a_run_that_was_killed_leaves_nothing_that_is_read(tmp_path):
         ranks.wait()
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "ckpt_best", "ckpt_prev"]
     assert load_checkpoint(tmp_path)[0]["step"] == 4
+
+
+class Killed(BaseException):
+    pass
+
+
+def save_as(form, out_dir, step):
+    """Save a folder ("f") or a file ("s"), with a capital letter the best one."""
+    content, write_parts = state(step, 0, is_best=form.isupper()), None
+    content["optimizer"]["adamw"]["state"] = {}
+    if form in "fF":
+        shards = Shards(content, step, SimpleNamespace(rank=0, gather=lambda thing: [thing]))
+        content, write_parts = {**shards.rest, "shards": shards}, lambda folder, part: [part.try_to_write(folder)]
+    save_checkpoint(out_dir, content, 1, write_parts)
+
+
+@pytest.mark.parametrize("forms", ["FfF", "SsS", "SSfF", "FFsS", "SSFSf"])
+def test_a_kill_between_any_two_calls_of_the_system_loses_no_checkpoint(tmp_path, monkeypatch, forms):
+    """The newest or the one before, the best and the kept one are there. The next saves leave nothing else."""
+    (tmp_path / "before").mkdir()
+    *before, last = enumerate(forms, start=1)
+    for step, form in before:
+        save_as(form, tmp_path / "before", step)
+    best, steps = max(step for step, form in before if form.isupper()), {before[-1][0], last[0]}
+    for calls in itertools.count(1):
+        out, left = shutil.copytree(tmp_path / "before", tmp_path / str(calls)), itertools.count(calls, -1)
+
+        def killed_at(call, left=left):
+            def killed(*arguments, **settings):
+                if next(left) <= 0:
+                    raise Killed
+                return call(*arguments, **settings)
+
+            return killed
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("replace", "link", "mkdir", "unlink", "rmdir", "rename"):
+                patch.setattr(os, name, killed_at(getattr(os, name)))
+            save_as(last[1], out, last[0])
+        recover(out)  # as the next start does
+        assert load_checkpoint(out)[0]["step"] in steps
+        assert load_checkpoint(out, "best")[0]["step"] in {best, last[0] if last[1].isupper() else best}
+        assert {path.stem for path in kept_checkpoints(out)} & {f"ckpt_{step}" for step in steps}
+        for step in last[0] + 1, last[0] + 2:
+            save_as(last[1].upper(), out, step)
+        assert load_checkpoint(out)[0]["step"] == load_checkpoint(out, "best")[0]["step"] == last[0] + 2
+        names = {"ckpt", "ckpt_prev", "ckpt_best", f"ckpt_{last[0] + 2}"}
+        assert sorted(name.removesuffix(".pt") for name in os.listdir(out)) == sorted(names)
+        if next(left) > 0:
+            break
 
 
 def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
