@@ -76,6 +76,7 @@ class Muon(Optimizer):
 
     _step_supports_amp_scaling = True
     _share: Any = None  # of muon_distributed.py: the ranks that compute the updates together
+    _loaded = False  # whether load_state_dict() has brought states
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1, *,
@@ -96,6 +97,8 @@ class Muon(Optimizer):
         """Update the matrices from their gradients. A closure is called first, and step() returns its value."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        if self._share:
+            self._share.agree_on_found_inf()
         for group in self.param_groups:
             batches = self._batches(group, fused=group["fused"] and not self._share)
             for batch in batches:
@@ -229,6 +232,7 @@ class Muon(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._loaded = any(self.state.values())
         for param, key, value in kept:
             if key == "momentum_buffer" or not self._share or self._share.owner[param] == self._share.rank:
                 self.state[param][key] = value.to(param.device, copy=True)
@@ -337,6 +341,8 @@ class WhitenedMuon(Muon):
         _check_number("scale", scale)
         if wrong := [group for group in self.param_groups if group["source"] != "update_factors"]:
             raise RuntimeError(f"source = {wrong[0]['source']!r}: step() updates the factors; set 'update_factors'")
+        if self._share:
+            self._share.agree_on_found_inf()
         batches = [(batch, group) for group in self.param_groups for batch in self._batches(group)]
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
@@ -379,6 +385,9 @@ class WhitenedMuon(Muon):
         for side in _sides(group):
             shape = _factor_shape(grads, side, group)
             x = (grads if side == "left" else grads.mT).unflatten(1, shape[:2])  # (matrices, blocks, width, others)
+            if self._loaded and any(f"{side}_factor" not in state for state in batch.states):
+                what = f"the loaded state lacks a {side}_factor, which begins anew. After muon_distributed.share()"
+                warnings.warn(f"{what} a rank's state_dict has only its own; give each rank those of all", stacklevel=4)
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
             moments = _product(x, x.mT, batch.dtype)
             moments = moments if scale == 1 else moments * scale
@@ -750,7 +759,7 @@ def _sides(group: dict[str, Any]) -> list[str]:
 def _blocks(width: int, max_width: int | None) -> int:
     """The fewest diagonal blocks of equal width that are at most max_width wide."""
     least = 1 if max_width is None else -(-width // max_width)
-    return next(n for n in range(least, width + 1) if width % n == 0)
+    return next((n for n in range(least, width + 1) if width % n == 0), 1)
 
 
 def _factor_shape(x: Tensor, side: str, group: dict[str, Any]) -> tuple[int, int, int]:

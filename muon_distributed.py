@@ -117,6 +117,14 @@ class _Share:
                 "gradients in each step on every rank; freeze or unfreeze before it"
             )
 
+    def agree_on_found_inf(self) -> None:
+        """Skip the step on all ranks if one of them does."""
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "found_inf", None) is not None:
+            device = next(iter(self.owner)).device
+            optimizer.found_inf = torch.as_tensor(optimizer.found_inf, dtype=torch.float32, device=device)
+            self.take_largest(optimizer.found_inf)
+
     def take_largest(self, number: Tensor) -> None:
         """Give all ranks the largest of their numbers."""
         dist.all_reduce(number, dist.ReduceOp.MAX, self.process_group)

@@ -45,7 +45,7 @@ def train(model, optimizer, steps, rank=0, ranks=1):
             optimizer.update_factors(0.5)
             optimizer.zero_grad()
         model(step, rows).backward()
-        optimizer.found_inf = torch.tensor(float(step == 3))  # this step is skipped
+        optimizer.found_inf = torch.tensor(float(step == 3 and rank == ranks - 1))  # all ranks skip this step
         optimizer.grad_scale = torch.tensor(2.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -226,6 +226,35 @@ def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypat
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(RuntimeError, match="a parameter is not the one of muon_distributed"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("source", ["gradient", "update_factors"])
+def test_a_state_without_the_factors_of_other_ranks_is_told_of(monkeypatch, recwarn, source):
+    """A rank's own state_dict after share(), as rank 0 alone may save it, given to a process that needs all factors."""
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+
+    def step(optimizer):
+        for p in params:
+            p.grad = torch.eye(4)
+        optimizer.update_factors() if source == "update_factors" else None
+        optimizer.step()
+        return optimizer
+
+    saved = step(WhitenedMuon(params, source=source))
+    step(WhitenedMuon(params, source=source)).load_state_dict(saved.state_dict())
+    begun = WhitenedMuon(params, source=source)
+    begun.load_state_dict(begun.state_dict())  # as accelerate does
+    step(begun)
+    complete = WhitenedMuon(params, source=source)
+    complete.load_state_dict(saved.state_dict())
+    step(complete)
+    assert not recwarn.list
+    pretend(monkeypatch, 0, 2)
+    share(saved)
+    incomplete = WhitenedMuon(params, source=source)
+    incomplete.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="lacks a (left|right)_factor, .* give each rank those of all"):
+        step(incomplete)
 
 
 @pytest.mark.parametrize(
