@@ -202,12 +202,12 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it
         for index, group in enumerate(self.param_groups):  # states of before a setting was there lack it
-            for key, value in {**self.defaults, **(before[index] if before else {})}.items():
-                group.setdefault(key, value)
+            own = {**self.defaults, **(before[index] if before else group)}  # `fused` is the machine's
+            group.update({key: value for key, value in own.items() if key not in group or key == "fused"})
         self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, which casts it to the parameter's dtype; factors and roots keep their dtype.
+        """Load a state as torch does. Factors and roots keep their dtype, and this optimizer its `fused`.
 
         Raises ValueError for a setting that no group may have, and loads nothing.
         """
@@ -216,7 +216,7 @@ class Muon(Optimizer):
 
         def take_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             for group, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
-                self._check({**group, **saved, "params": group["params"]})
+                self._check({**group, **saved, "params": group["params"], "fused": group["fused"]})
                 params.update(zip(saved["params"], group["params"], strict=False))
             states = dict(loaded["state"])
             for number in states.keys() & params.keys():

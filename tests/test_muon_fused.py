@@ -105,6 +105,19 @@ def test_a_state_from_before_the_setting_loads():
     optimizer.step()
 
 
+def test_a_fused_state_goes_on_where_there_is_no_triton_and_back(monkeypatch):
+    params, fused = run(Muon, torch.float32, "cpu", fused=True)
+    saved = copy.deepcopy(fused.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "muon_fused", None)
+        plain = Muon([{"params": params, "split": SPLITS}])
+        plain.load_state_dict(saved)
+    assert [group["fused"] for group in plain.param_groups] == [False]
+    assert plain.param_groups[0]["lr"] == fused.param_groups[0]["lr"]
+    fused.load_state_dict(plain.state_dict())
+    assert fused.param_groups[0]["fused"]
+
+
 def test_fused_without_its_file_says_what_to_copy(monkeypatch):
     monkeypatch.setitem(sys.modules, "muon_fused", None)
     with pytest.raises(RuntimeError, match=r"copy muon_fused\.py beside muon\.py"):

@@ -354,7 +354,7 @@ def make_newest(path, out_dir):
     """Make the checkpoint at `path` the newest one of `out_dir`. Those of later steps get the name ckpt_STEP."""
     step, out_dir = _step_of(path), Path(out_dir)
     try:
-        temporary = out_dir / f"ckpt_newest{path.suffix}"
+        temporary = out_dir / "ckpt_newest.tmp"
         _link(path, temporary)
         for other in (other for name in (NEWEST, PREVIOUS, BEST) for other in _forms(out_dir, name)):
             if (later := _step_of(other)) is not None and later > step:
