@@ -23,7 +23,7 @@ from model import EMBEDDINGS, GPT, GPTConfig
 from training.checkpoint import MANIFEST, load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
-from training.foreign import check_weights, load_tensors, restoring
+from training.foreign import Checkpoint, check_weights, load_tensors, restoring
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer, gpt2_files, read_tokenizer_json
 
@@ -307,7 +307,7 @@ def start_from(config):
     An import whose optimizer is the config's goes on at its step with its optimizer state. Everything else gives
     weights for step 0. A smaller block_size forgets the positions beyond it.
     """
-    checkpoint = load_pretrained(config.init_from)
+    checkpoint = load_pretrained(config.init_from, () if config.fsdp else ("model",))
     args, weights = checkpoint["model_args"], checkpoint["model"]
     args |= dataclasses.asdict(GPTConfig(**args))  # older ones lack the settings of today
     block_size, positions = config.block_size, "transformer.wpe.weight"
@@ -337,6 +337,8 @@ def start_from(config):
 
 def sha256_of(checkpoint):
     """The SHA-256 of the weights and optimizer states of a start_from checkpoint."""
+    if getattr(checkpoint, "manifest", None):  # the weights are not read yet
+        return checkpoint.manifest["sha256"]
     digest, (_, states) = hashlib.sha256(), checkpoint["optimizer"] or (None, {})
     for name, tensors in sorted({"": checkpoint["model"], **states}.items()):
         for key, tensor in sorted(tensors.items()):
@@ -354,18 +356,20 @@ def load_optimizer_state(optimizer, model, states):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def load_pretrained(init_from):
+def load_pretrained(init_from, parts=("model",)):
     """The model of `init_from` in the form of this project's checkpoints.
 
+    parts: as `read_checkpoint` has it, for "ckpt:". Without "model" a folder's weights are left to `set_weights`.
     "optimizer" is None or (its optimizer_name, {parameter name: state}); "tokenizer" is None if it is not known.
     """
     kind, _, path = init_from.partition(":")
-    checkpoint = {"step": 0, "optimizer": None, "config": {}}
+    checkpoint = Checkpoint({"step": 0, "optimizer": None, "config": {}}, path)
     if kind == "import":
         checkpoint |= _read_import(path)
     elif kind == "ckpt":
         is_run = Path(path).is_dir() and not (Path(path) / MANIFEST).exists()
-        own = load_checkpoint(path, parts=("model",))[0] if is_run else read_checkpoint(path, parts=("model",))
+        own = load_checkpoint(path, parts=parts)[0] if is_run else read_checkpoint(path, parts=parts)
+        checkpoint.path, checkpoint.manifest = own.path, None if parts else own.manifest
         checkpoint |= {key: own[key] for key in ("model", "model_args", "tokenizer", "config")}
     else:
         try:
@@ -375,7 +379,8 @@ def load_pretrained(init_from):
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
     checkpoint.setdefault("tokenizer", _guess_tokenizer(rows, path if kind == "hf" else ""))
-    return checkpoint | {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
+    checkpoint |= {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
+    return checkpoint
 
 
 def _guess_tokenizer(rows, folder):

@@ -64,15 +64,19 @@ def set_weights(model, checkpoint, device):
     """
     model.to_empty(device=device)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    if getattr(checkpoint, "manifest", None):
-        read_part(checkpoint, "model", lambda path, meta: parameters[path.removeprefix("model/")])
-        return
+    if manifest := getattr(checkpoint, "manifest", None):
+
+        def target(path, meta):
+            p, shape = parameters[path.removeprefix("model/")], manifest["tensors"][path]["shape"]
+            return p if list(p.shape) == shape else torch.empty(shape, dtype=meta.dtype)
+
+        read_part(checkpoint, "model", target)
     for name, p in parameters.items():
-        if checkpoint:
-            complete = checkpoint["model"][name]
-        else:
+        if not checkpoint:
             model.init_weight(name, complete := torch.empty(p.shape))
-        _take_part(p, complete)
+            _take_part(p, complete)
+        elif (complete := checkpoint["model"][name]) is not p:
+            _take_part(p, complete[: len(p)])  # a smaller block_size takes the first positions
 
 
 def read_state(checkpoint, optimizer, names):
