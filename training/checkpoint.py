@@ -303,7 +303,7 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
     if problems:
         raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
     if found := all_checkpoints(out_dir):
-        raise UserError(f"{out_dir} holds no ckpt.pt; go on from another of its checkpoints: --checkpoint={found[0]}.")
+        raise UserError(f"{out_dir} holds no newest checkpoint, ckpt.pt; go on from another one: --checkpoint={found[0]}.")
     if not os.path.isdir(out_dir):
         where = f"there is no such folder on {socket.gethostname()}"
         raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")
@@ -319,7 +319,7 @@ def _find(out_dir, which):
         path = next((path for path in found if str(_step_of(path)) == which), None)
     if path is None or not os.path.lexists(path):
         steps = ", ".join(f"{path.name} of step {_step_of(path)}" for path in found) or "none"
-        raise UserError(f"checkpoint = {which!r} is not among those of {out_dir} ({steps}); name one of them.")
+        raise UserError(f"checkpoint = {which!r} is none of those in {out_dir} ({steps}); name one of them.")
     return path
 
 
@@ -373,7 +373,7 @@ def read_checkpoint(path, parts=PARTS, verify=True):
                 digest.update(block)
                 left -= len(block)
             if verify and (left or file.read() != _MARK + digest.digest()):
-                raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
+                raise UserError(f"{path} is damaged: its SHA-256 is not the one stored at its end.")
     except FileNotFoundError:
         where = f"there is none on {socket.gethostname()}"
         raise UserError(f"{path} cannot be read ({where}); mount its file system, or name another one.") from None

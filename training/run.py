@@ -206,7 +206,7 @@ class Run:
         else:
             raise RunError(f"{self._memory_sentence(None)}.")
         config.gradient_accumulation_steps = _accumulation(config, world.size)
-        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
+        self._say(f"batch_size = auto: the largest that fits is {config.batch_size}")
 
     def _memory_sentence(self, error):
         world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
@@ -271,8 +271,8 @@ class Run:
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
             if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
-                trained = f"what the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
-                remedy = "put that back, or give the new data a --dataset of their own"
+                trained = f"the file that the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
+                remedy = "put that file back, or name another folder with --dataset"
                 raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
@@ -281,11 +281,11 @@ class Run:
         changed, config, step = self._changed, self.config, self.step
         seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
         if {"seed", "train_sha256"} & changed.keys():
-            yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+            yield f"the order of the data is another from sequence {seen} on; some may be read twice"
         elif "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
+            yield f"total_bs changed: the data go on at sequence {seen}; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
-            yield "val/loss is taken on other tokens than before; the search for the best one begins again"
+            yield "val/loss is measured on other tokens than before, so earlier checkpoints do not count for ckpt_best"
         if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
             yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
 
@@ -327,7 +327,7 @@ class Run:
             follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
             if name != "dropout" and value != getattr(wanted, name) and not follows:
                 differing.append((name, value, getattr(wanted, name)))
-        said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
+        said = "; ".join(f"{name} = {value}, this run has {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
         origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
@@ -500,7 +500,7 @@ class Run:
             if self._writer:
                 self._writer.wait()
         except UserError as error:
-            remedy = f"make {self.config.out_dir} writable, with free space, and resume from the one before"
+            remedy = f"make {self.config.out_dir} writable, with free space, and resume from the checkpoint before it"
             raise RunError(f"{error}; {remedy}.") from None
 
     # ----- evaluation, metrics, checkpoints
@@ -658,12 +658,12 @@ def _warn_of_separate_tasks():
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
             alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
-            warn(f"{alone}; start one torchrun a machine (docs/training.md) to train together.")
+            warn(f"{alone}; to train together, start one torchrun on each machine (docs/training.md).")
 
 
 def _resolve_dtype(dtype, device):
     if dtype == "float16" and device.type != "cuda":
-        raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
+        raise UserError(f"dtype = 'float16' needs a cuda device, not {device}; use bfloat16 or float32.")
     if dtype != "auto" or device.type != "cuda":
         return "float32" if dtype == "auto" else dtype
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -705,8 +705,8 @@ def _run_files(out_dir):
 def _check_empty(config):
     """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
     if _run_files(config.out_dir) and not config.overwrite:
-        other = f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong"
-        raise UserError(f"{other}; name another --out_dir, or replace it with --overwrite=True.")
+        other = f"{config.out_dir} already holds a run, and {config.checkpoint} is of another one"
+        raise UserError(f"{other}; name a new --out_dir, or replace the run in it with --overwrite=True.")
 
 
 def _check_out_dir(config):
