@@ -303,7 +303,7 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
     if problems:
         raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
     if found := all_checkpoints(out_dir):
-        raise UserError(f"{out_dir} holds no newest checkpoint, ckpt.pt; go on from another one: --checkpoint={found[0]}.")
+        raise UserError(f"{out_dir} holds no ckpt.pt, the newest; go on from another one: --checkpoint={found[0]}.")
     if not os.path.isdir(out_dir):
         where = f"there is no such folder on {socket.gethostname()}"
         raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")

@@ -137,7 +137,9 @@ class TrainConfig:
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
-    wsd_decay: float = setting(0.2, "last share of lr_decay_iters, in which the learning rate falls", above=0.0, at_most=1.0, needs=WSD)
+    wsd_decay: float = setting(
+        0.2, "last share of lr_decay_iters, with a falling rate", above=0.0, at_most=1.0, needs=WSD
+    )
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
     restart_multiplier: float = setting(
         2.0, "length of a period over the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
@@ -203,7 +205,7 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         for name in ("fp8", "fp8_loss"):
             if getattr(self, name) and self.dtype not in ("auto", "bfloat16"):
-                raise UserError(f"{name} needs dtype = 'bfloat16', not {self.dtype!r}; change dtype, or leave {name} out.")
+                raise UserError(f"{name} needs dtype = 'bfloat16', not {self.dtype!r}; change it, or leave {name} out.")
         if self.fp8_loss and self.fsdp:
             raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of the two out.")
         starts = {
@@ -244,8 +246,9 @@ class ModelSource:
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
+            needs = f"checkpoint = {self.checkpoint!r} needs init_from = 'resume', not {self.init_from!r}"
             remedy = "use --init_from=resume to go on from it, or ckpt:PATH to start new from its weights"
-            raise UserError(f"checkpoint = {self.checkpoint!r} needs init_from = 'resume', not {self.init_from!r}; {remedy}.")
+            raise UserError(f"{needs}; {remedy}.")
 
 
 def load_config(cls, argv=None):

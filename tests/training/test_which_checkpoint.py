@@ -178,7 +178,7 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder(tiny, trained, tmp_path
     train(words, 24)
     assert [line["step"] for line in read_lines(tmp_path / "new")] == list(range(25))
     assert losses(tmp_path / "new") == losses(trained)[:24] and contents(trained) == before
-    assert "does not belong" in refused(capsys, train_adam.main, words)
+    assert "is of another one" in refused(capsys, train_adam.main, words)
     train_adam.main([*words, "--eval_only=True"])
 
 
@@ -213,7 +213,7 @@ def test_the_tools_take_any_of_them(trained, tmp_path, capsys):
         sample.main([*words, *TEXTS])
     assert found["newest"] == found["40"] and len(set(found.values())) == 3
     for script in (sample, evaluate):
-        with pytest.raises(UserError, match="checkpoint = 'best' goes with"):
+        with pytest.raises(UserError, match="checkpoint = 'best' needs"):
             script.main(["--init_from=gpt2", "--checkpoint=best"])
 
 
