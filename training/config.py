@@ -138,7 +138,7 @@ class TrainConfig:
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
     wsd_decay: float = setting(
-        0.2, "last share of lr_decay_iters, with a falling rate", above=0.0, at_most=1.0, needs=WSD
+        0.2, "last share of lr_decay_iters, in which the learning rate falls", above=0.0, at_most=1.0, needs=WSD
     )
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
     restart_multiplier: float = setting(
