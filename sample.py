@@ -81,7 +81,9 @@ def prompt_ids(start, tokenizer):
             raise UserError(f"start = {start!r}: {path} has more than {LONGEST:,} characters; name a shorter text.")
         if not text:
             raise UserError(f"start = {start!r}: {path} is empty; leave --start out to begin a document.")
-    return tokenizer.encode(text)
+    if ids := tokenizer.encode(text):
+        return ids
+    raise UserError(f"start = {start!r:.80} gives no token of this model; name another prompt.")
 
 
 def decode_stream(ids, tokenizer, prompt=()):

@@ -221,7 +221,8 @@ def _parse_mixture(dataset):
     for part in dataset.split(","):
         name, _, weight = part.rpartition(":")
         try:
-            weight = Fraction(weight)
+            is_sane = "/" in weight or 0 < float(weight) < math.inf  # 1e999999999 has a billion digits
+            weight = Fraction(weight) if is_sane else 0
         except (ValueError, ZeroDivisionError):
             weight = 0
         if not name or weight <= 0 or name in shares:
@@ -315,7 +316,7 @@ def check_dataset(corpus, total_bs, block_size):
         note = "" if part.tokenizer else "its meta.json names no tokenizer: sample.py will print ids instead of text"
         if not part.meta and checked["train"][0] < 256:
             note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
-        if note and os.environ.get("LOCAL_RANK", "0") == "0":
+        if note and ("RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"):
             warn(f"{part.folder}: {note}.")
     if len(found) == 1:
         return {key: value for key, value in facts.items() if key != "share"}

@@ -82,7 +82,7 @@ def command(main, goes_on=False):
         explained = _explain(error)
         if not explained:
             raise
-        rank = os.environ.get("LOCAL_RANK", "0")
+        rank = os.environ.get("LOCAL_RANK", "0") if "RANK" in os.environ else "0"
         if not rank.isdecimal() or int(rank) == 0 or explained.exit_code == 1:
             print(f"error: {printable(' '.join(str(explained).split()))}", file=sys.stderr)
         sys.exit(explained.exit_code)
