@@ -306,14 +306,14 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
         except UserError as error:
             problems.append(str(error))
             warn(error)
+    if found := [path for path in all_checkpoints(out_dir) if path.stem not in (NEWEST, PREVIOUS)]:
+        problems.append(f"It has others: --checkpoint={found[0]}, or --init_from=ckpt:{found[0]} to start new.")
     if problems:
-        raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
-    if found := all_checkpoints(out_dir):
-        raise UserError(f"{out_dir} holds no ckpt.pt; go on from another of its checkpoints: --checkpoint={found[0]}.")
+        raise UserError(f"{out_dir}: no checkpoint can be read as the newest. {' '.join(problems)}")
     if not os.path.isdir(out_dir):
         where = f"there is no such folder on {socket.gethostname()}"
         raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")
-    raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
+    raise UserError(f"{out_dir} holds no checkpoint; name the folder of a run, or train one with --init_from=scratch.")
 
 
 def _find(out_dir, which):
@@ -334,9 +334,7 @@ def _step_of(path):
     try:
         if path.is_dir():
             return read_json(path / MANIFEST)["step"]
-        if not path.is_file():  # a FIFO would block
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        return load_tensors(path, mmap=True)["step"]
     except Exception:
         return None
 

@@ -243,7 +243,7 @@ def _open_corpus(dataset):
         if count != said:
             names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
             why = "a file was cut short, is missing, or does not belong there: copy the files again"
-            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said}; {why} or {AGAIN}.")
+            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said!r:.40}; {why} or {AGAIN}.")
     identity = {path: _stat(path)[:2] for path in (*files["train"], *files["val"])}
     vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
     tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens
@@ -289,8 +289,9 @@ def _read_meta(folder):
         meta["tokenizer"] = read_tokenizer_json(folder / spec["file"])
         if meta["tokenizer"]["sha256"] != spec["sha256"]:
             raise UserError(f"{folder / spec['file']} is not the tokenizer that {path} names (its SHA-256 differs).")
-    elif isinstance(spec, dict) and len(spec["characters"]) != size:
-        raise UserError(f"{path}: vocab_size = {size}, but it names {len(spec['characters'])} characters; {AGAIN}.")
+    elif isinstance(spec, dict) and {len(spec["characters"]), len(set(spec["characters"]))} != {size}:
+        count = len(set(spec["characters"]))
+        raise UserError(f"{path}: vocab_size = {size}, but it names {count} different characters; {AGAIN}.")
     return meta
 
 

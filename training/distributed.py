@@ -56,13 +56,10 @@ class Distributed:
 
     def _join(self, backend, device_id):
         """Wait until all ranks are there, then form the process groups."""
-        patience, host, port = (
-            datetime.timedelta(seconds=self.timeout),
-            os.environ.get("MASTER_ADDR"),
-            _number("MASTER_PORT"),
-        )
+        patience, host = datetime.timedelta(seconds=self.timeout), os.environ.get("MASTER_ADDR")
         if not host:
             raise UserError(f"RANK is set and MASTER_ADDR is not; {_UNSET}.")
+        port = _number("MASTER_PORT")
         if not 0 <= port < 1 << 16:
             raise UserError(f"MASTER_PORT = {port} is no port; {_UNSET}.")
         serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -75,6 +75,8 @@ def command(main, goes_on=False):
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        with file_errors("the working directory", "change to another one"):
+            os.getcwd()  # where it was removed, torch ends the process without a word
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

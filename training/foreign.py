@@ -83,6 +83,7 @@ def load_tensors(path, mmap=False):
             raise UserError(f"{path} cannot be read (it is not a file).")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            mmap = mmap and os.fsencode(path).decode(errors="replace") == str(path)  # torch's C++ wants UTF-8
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_tensors(content)
         return content

@@ -13,7 +13,7 @@ import sample
 import train_adam
 from tests.conftest import losses, read_lines, write_corpus
 from tests.training.test_resume import TINY, contents, refused
-from training.checkpoint import CheckpointWriter, kept_checkpoints, read_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from training.errors import UserError
 from training.run import Run
 
@@ -131,6 +131,18 @@ def test_other_evaluation_windows_begin_the_search_for_the_best_again(tiny, tmp_
 
 
 # ----- which one
+
+
+@pytest.mark.parametrize("before", [float("nan"), -float("inf")])
+def test_a_best_loss_that_none_can_beat_is_beaten(tiny, tmp_path, capsys, before):
+    train(tiny, 10)
+    checkpoint, _ = load_checkpoint(tmp_path / "out")
+    save_checkpoint(tmp_path / "out", {**checkpoint, "best_val_loss": before})
+    train(tiny, 20, "--init_from=resume")
+    assert f"is {before}; the search for the best one begins again" in capsys.readouterr().err
+    found = load_checkpoint(tmp_path / "out", "best")[0]
+    losses = [line["val/loss"] for line in read_lines(tmp_path / "out") if line["step"] in (10, 20)]
+    assert found["best_val_loss"] == min(losses) and found["step"] == (20 if losses[1] < losses[0] else 10)
 
 
 @pytest.fixture
