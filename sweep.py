@@ -393,7 +393,7 @@ def read_state(out_dir, definition):
         raise UserError(f"{out_dir / STATE} is damaged, or not that of one sweep; name another --out_dir.")
     if difference := first_difference(state["sweep"], definition):
         raise UserError(f"{out_dir} holds a sweep with {difference}; only add to it, or name another --out_dir.")
-    for run in (run for run in state["runs"] if run["optimizer"] in definition["optimizers"]):
+    for run in (run for run in state["runs"] if run["optimizer"] in state["sweep"]["optimizers"]):
         before, after = (settings_of(sweep, run["optimizer"]) for sweep in (state["sweep"], definition))
         swept = {key: values for key, values in after.items() if isinstance(values, list)}
         values = {key: run["swept"][key] if key in run["swept"] else fixed_value(before, key) for key in swept}

@@ -387,7 +387,8 @@ def _parse(field, text):
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--{field.name}={text:.80}: wants {'a whole number' if kind is int else 'a number'}.") from None
+        wants = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{field.name}={text:.80}: wants {wants}.") from None
 
 
 def _convert(field, value):

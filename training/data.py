@@ -243,7 +243,8 @@ def _open_corpus(dataset):
         if count != said:
             names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
             why = "a file was cut short, is missing, or does not belong there: copy the files again"
-            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said!r:.40}; {why} or {AGAIN}.")
+            differing = f"{names} holds {count} tokens, its meta.json says {said!r:.40}"
+            raise UserError(f"{folder}: {differing}; {why} or {AGAIN}.")
     identity = {path: _stat(path)[:2] for path in (*files["train"], *files["val"])}
     vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
     tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens

@@ -58,13 +58,14 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
     with pytest.raises(UserError, match="no checkpoint can be read as the newest"):
         load_checkpoint(tmp_path)
     (tmp_path / "ckpt_1.pt").write_bytes(whole)
-    with pytest.raises(UserError, match="--checkpoint=.*ckpt_1.pt"):
+    with pytest.raises(UserError, match=r"--checkpoint=.*ckpt_1\.pt"):
         load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "dangling"])
 @pytest.mark.parametrize(
-    "name", ["ckpt.pt.tmp", "ckpt.tmp", "ckpt.tmp.old", "ckpt_prev.pt.old", "ckpt_prev.link", "ckpt_best.pt", "ckpt_9.pt"]
+    "name",
+    ["ckpt.pt.tmp", "ckpt.tmp", "ckpt.tmp.old", "ckpt_prev.pt.old", "ckpt_prev.link", "ckpt_best.pt", "ckpt_9.pt"],
 )
 def test_nothing_in_out_dir_is_in_the_way_of_a_checkpoint(tmp_path, name, kind):
     """Opening a FIFO would wait for ever, and no open() gets past a folder."""
