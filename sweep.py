@@ -195,13 +195,15 @@ def check_definition(names, path):
     parts = [*definition.values(), *(optimizers.values() if isinstance(optimizers, dict) else ())]
     if not optimizers or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: a sweep file gives two dicts, `common` and `optimizers` (--help shows one).")
+    if odd := [part["config"] for part in parts if not isinstance(part.get("config", ""), str)]:
+        raise UserError(f"{path}: config = {odd[0]!r:.80}, but it must be the path of one config file.")
     if (runs := names.get("runs")) is not None:
         if type(runs) is not int or runs < 1:
             raise UserError(f"{path}: runs = {runs!r}, but it must be an integer above 0; leave it out for all runs.")
         definition["runs"] = runs
     try:
         return json.loads(json.dumps(definition))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: settings are numbers, strings, True, False and None ({error}).") from None
 
 

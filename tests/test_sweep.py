@@ -518,6 +518,23 @@ def test_unequal_budgets_and_impossible_settings_are_refused(tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ('{"config": ["a.py", "b.py"]}', "the path of one config file"),
+        ('{"config": None}', "the path of one config file"),
+        ('{"learning_rate": 10**5000}', "settings are numbers"),
+        ('{"eval_only": True}', "a sweep trains"),
+        ('{"init_from": "resume"}', "a sweep trains"),
+        ('{key: [i / 99 for i in range(99)] for key in ("beta1", "beta2", "dropout")}', "970,299 combinations"),
+    ],
+)
+def test_settings_that_no_sweep_can_have_are_refused(stub, capsys, settings, message):
+    (stub / "bad.py").write_text(f"common = {COMMON!r}\noptimizers = {{'adamw': {settings}}}")
+    refused(capsys, [str(stub / "bad.py"), f"--out_dir={stub / 'out'}"], message)
+    assert not (stub / "out").exists()
+
+
 def test_bad_files_are_refused(stub, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("common = 1 / 0")
     refused(capsys, [str(tmp_path / "bad.py"), "--out_dir=x"], "ZeroDivisionError")
