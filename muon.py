@@ -11,7 +11,10 @@ coordinates that whiten the matrix's gradient: its second moments there are clos
 Matrices of one shape are stepped together, as one batch of matrix products.
 """
 
+import contextlib
+import importlib
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -30,6 +33,8 @@ JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 MINIMAX = ((8.470329, -25.108075, 18.629276), (4.182837, -3.108703, 0.580607), (3.961893, -2.954089, 0.562979),
            (3.286677, -2.464788, 0.507365), (2.273831, -1.644733, 0.416199))  # fmt: skip
 _TINY = 1e-30  # keeps quotients of float32 sums finite
+_LABELS = {"params", "param_names", "name", "lr_scale"}  # of groups, for others to read
+_LABELS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}  # of schedulers
 
 
 class Muon(Optimizer):
@@ -55,39 +60,33 @@ class Muon(Optimizer):
         ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
         ns_steps: number of steps if ns_coefficients is one triple.
         eps: lower bound of the norm by which a momentum is divided.
+        fused: use the Triton kernels of muon_fused.py around the matrix products. It needs CUDA, Triton and that file.
+            Tensors that the kernels cannot take (float64, odd strides), and shared matrices, go on without.
 
-    State of a parameter: "momentum_buffer" (m), in its shape and dtype.
+    State of a parameter: "momentum_buffer" (m), in its shape and dtype (float32 for float16).
     GradScaler: step() reads the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. Gradients are
     divided by `grad_scale`. If `found_inf` is not 0, nothing changes. The host does not wait for either.
 
     Raises:
-        ValueError: for a setting out of its range, and for a parameter that is not a matrix.
-        RuntimeError: for sparse gradients, for complex parameters, and for sharded parameters (DTensor) before
-            `muon_distributed.share(optimizer)`.
+        ValueError: for a setting that is unknown or out of its range, for a parameter that is not a matrix or is there
+            twice, and for a state that does not fit.
+        RuntimeError: for fused=True without Triton or muon_fused.py, for sparse gradients, for complex parameters, and
+            for sharded parameters (DTensor) before `muon_distributed.share(optimizer)`.
     """
 
     _step_supports_amp_scaling = True
     _share: Any = None  # of muon_distributed.py: the ranks that compute the updates together
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
-        *,
-        nesterov: bool = True,
-        cautious: bool = False,
-        split: int | Sequence[int | Sequence[int]] = 1,
-        flatten: bool = False,
-        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
-        ns_steps: int = 5,
-        eps: float = 1e-7,
-        _whitening: dict[str, Any] | None = None,
-    ) -> None:
+        self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1, *,
+        nesterov: bool = True, cautious: bool = False, split: int | Sequence[int | Sequence[int]] = 1,
+        flatten: bool = False, ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
+        ns_steps: int = 5, eps: float = 1e-7, fused: bool = False, _whitening: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "cautious": cautious,
             "split": split, "flatten": flatten, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "eps": eps,
+            "fused": fused,
         }  # fmt: skip
         self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults | (_whitening or {}))
@@ -98,9 +97,10 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
-            batches = self._batches(group)
+            batches = self._batches(group, fused=group["fused"] and not self._share)
             for batch in batches:
-                torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
+                if not batch.fused:
+                    torch._foreach_lerp_(batch.momenta, batch.grads, 1 - group["momentum"])
             for batch, update in (self._share or self)._updates(batches, group):
                 self._apply(update, batch, group)
             for batch in batches:
@@ -115,12 +115,18 @@ class Muon(Optimizer):
 
     def _moved(self, batch: "_Batch", group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the matrices to orthogonalize, and the gradients, (matrices, rows, columns)."""
+        if batch.fused:
+            return batch.average_momenta(group["momentum"], group["nesterov"], group.get("source") == "gradient")
         moved, grads = _stack(batch.momenta), _stack(batch.grads)
         if group["nesterov"]:
             moved.lerp_(grads, 1 - group["momentum"])
         return moved, grads
 
     def _apply(self, update: Tensor, batch: "_Batch", group: dict[str, Any]) -> None:
+        if batch.fused:
+            settings = 0.2 * math.sqrt(batch.longest), batch.lr, group["weight_decay"], group["cautious"]
+            batch.fused.apply(batch.params, update, *settings, batch.found_inf)
+            return
         lr, update = batch.lr, update.to(batch.params[0].dtype)
         scale = 0.2 * math.sqrt(batch.longest) * lr
         updates = list(update * scale if isinstance(scale, Tensor) else update)
@@ -154,16 +160,19 @@ class Muon(Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("lr as a tensor must have one element")
-        for key in ("lr", "weight_decay", "eps"):
-            if not group[key] >= 0:
-                raise ValueError(f"{key} = {group[key]} is not possible, expected 0 or more")
-        if not 0 <= group["momentum"] < 1:
-            raise ValueError(f"momentum = {group['momentum']} is not possible, expected 0 <= momentum < 1")
-        if unknown := group.keys() - self.defaults.keys() - {"params", "name", "param_names", "initial_lr", "lr_scale"}:
+        if unknown := group.keys() - self.defaults.keys() - _LABELS:
             raise ValueError(f"{type(self).__name__} has no setting {min(unknown)!r}")
+        for key in ("lr", "weight_decay"):
+            _check_number(key, group[key])
+        _check_number("eps", group["eps"], least=1e-18)  # its square is not 0 in float32
+        _check_number("momentum", group["momentum"], below=1)
+        for key in ("nesterov", "cautious", "flatten", "fused"):
+            _check_number(key, group[key], below=2, whole=True)  # "False" would be true
+        if group["fused"]:
+            _fused()
         _ns_schedule(group["ns_coefficients"], group["ns_steps"])
+        if len({*group["params"]}) < len(group["params"]):
+            raise ValueError("a group has the same parameter twice; pass tied parameters once")
         for param, split in zip(group["params"], _splits(group), strict=True):
             if param.is_complex():
                 raise RuntimeError(f"{type(self).__name__} does not step complex parameters")
@@ -172,20 +181,65 @@ class Muon(Optimizer):
                     f"{type(self).__name__} steps matrices, and a parameter has the shape {tuple(param.shape)}: leave "
                     "it to another optimizer, or set flatten=True for the weight of a convolution"
                 )
-            if min(rows := _rows(split, param), default=0) < 1 or sum(rows) != param.shape[0]:
+            rows: list[int] = []
+            with contextlib.suppress(TypeError):
+                rows = _rows(split, param)
+            if min(rows, default=0) < 1 or sum(rows) != param.shape[0]:
                 raise ValueError(
                     f"split = {split} does not divide the rows of a parameter of shape {tuple(param.shape)}"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._share:
+            raise RuntimeError("an optimizer after muon_distributed.share() cannot be copied; its state_dict() can")
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it
+        for index, group in enumerate(self.param_groups):  # states of before a setting was there lack it
+            for key, value in {**self.defaults, **(before[index] if before else {})}.items():
+                group.setdefault(key, value)
         self._plans = {}
 
-    def _batches(self, group: dict[str, Any]) -> list["_Batch"]:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, which casts it to the parameter's dtype; factors and roots keep their dtype.
+
+        Raises ValueError for a setting that no group may have, and loads nothing.
+        """
+        params: dict[Any, Tensor] = {}
+        kept: list[tuple[Tensor, str, Tensor]] = []
+
+        def take_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            for group, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
+                self._check({**group, **saved, "params": group["params"]})
+                params.update(zip(saved["params"], group["params"], strict=False))
+            states = dict(loaded["state"])
+            for number in states.keys() & params.keys():
+                param, state = params[number], states[number]
+                halved = {"momentum_buffer"} if param.dtype == torch.float16 else set()
+                keys = [key for key in state if "_factor" in key or "_root" in key or key in halved]
+                kept.extend((param, key, state[key].float() if key in halved else state[key]) for key in keys)
+                states[number] = {key: value for key, value in state.items() if key not in keys}
+            return {**loaded, "state": states}
+
+        handle = self.register_load_state_dict_pre_hook(take_out)  # the last one
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for param, key, value in kept:
+            if key == "momentum_buffer" or not self._share or self._share.owner[param] == self._share.rank:
+                self.state[param][key] = value.to(param.device, copy=True)
+
+    def _batches(self, group: dict[str, Any], fused: bool = False) -> list["_Batch"]:
         """Group the parameters that have a gradient by device, dtype and shape of their matrices."""
         members = []
         pairs = list(zip(group["params"], _splits(group), strict=True))
         if self._share:
+            if any(param not in self._share.owner for param, _ in pairs):
+                raise RuntimeError("a parameter is not the one of muon_distributed.share(); make another optimizer")
             pairs.sort(key=lambda pair: self._share.owner[pair[0]])
         for param, split in pairs:
             if self._share:
@@ -196,26 +250,27 @@ class Muon(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[param]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = torch.zeros_like(param, dtype=_momentum_dtype(param))
             momentum = state["momentum_buffer"]
-            if momentum.shape != param.shape:
+            if (momentum.shape, momentum.device, momentum.is_floating_point()) != (param.shape, param.device, True):
                 raise ValueError(
-                    f"a momentum_buffer of shape {tuple(momentum.shape)} does not fit a parameter of shape "
-                    f"{tuple(param.shape)}: the state is of another model"
+                    f"a momentum_buffer of shape {tuple(momentum.shape)} ({momentum.dtype}, {momentum.device}) does not"
+                    f" fit a parameter of shape {tuple(param.shape)} on {param.device}: the state is of another model"
                 )
             if hasattr(param, "device_mesh") and not (self._share and hasattr(momentum, "device_mesh")):
                 raise RuntimeError(
                     f"{type(self).__name__} steps sharded parameters (DTensor) only after muon_distributed.share(), "
                     "with momenta that are sharded as they are"
                 )
-            if param.ndim > 2 and not param.is_contiguous():
+            if param.ndim > 2 and not (param.is_contiguous() and momentum.is_contiguous()):
                 raise RuntimeError(f"{type(self).__name__} takes convolutions in torch.contiguous_format only")
             members.append((param, param.grad.dtype, state, _rows(split, param)))
         plan = self._plans.get(id(group))
         if plan is None or not plan.fits(members):
+            self._check(group)  # parameters and settings may have changed
             plan = self._plans[id(group)] = _Plan(members)
         for batch in plan.batches:
-            batch.begin(self, group)
+            batch.begin(self, group, fused)
         return plan.batches
 
 
@@ -248,22 +303,13 @@ class WhitenedMuon(Muon):
     A group counts its steps in "step".
     """
 
+    skipped_estimates: Tensor | float = 0.0  # how many calls of update_factors() took no effect, on the device
+
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
-        *,
-        sides: str = "both",
-        exponent: float = 0.125,
-        ridge: float = 0.01,
-        decay: float = 0.95,
-        interval: int = 10,
-        source: str = "gradient",
-        max_width: int | None = None,
-        **settings: Any,
-    ) -> None:
+        self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1, *,
+        sides: str = "both", exponent: float = 0.125, ridge: float = 0.01, decay: float = 0.95, interval: int = 10,
+        source: str = "gradient", max_width: int | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
         whitening = {
             "sides": sides, "exponent": exponent, "ridge": ridge, "decay": decay, "interval": interval,
             "source": source, "max_width": max_width, "step": 0,
@@ -283,14 +329,26 @@ class WhitenedMuon(Muon):
         Args:
             scale: multiplies the gradients' second moments, for estimates on batches of different sizes.
 
+        Gradients that are not all finite change nothing. `skipped_estimates` counts them on the device.
+
         Raises:
             RuntimeError: if no parameter has a gradient, or source is "gradient".
         """
+        _check_number("scale", scale)
         if wrong := [group for group in self.param_groups if group["source"] != "update_factors"]:
             raise RuntimeError(f"source = {wrong[0]['source']!r}: step() updates the factors; set 'update_factors'")
         batches = [(batch, group) for group in self.param_groups for batch in self._batches(group)]
         if not batches:
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
+        if getattr(self, "found_inf", None) is None:
+            device = batches[0][0].grads[0].device
+            norms = [torch.stack(torch._foreach_norm(batch.grads)).sum().to(device) for batch, _ in batches]
+            found_inf = (~torch.stack(norms).isfinite()).any().float()
+            if self._share:
+                self._share.take_largest(found_inf)
+            self.skipped_estimates = self.skipped_estimates + found_inf
+            for batch, _ in batches:
+                batch.found_inf = found_inf.to(batch.grads[0].device)
         for batch, group in batches:
             for own, grads in self._share.complete(batch) if self._share else [(batch, _stack(batch.grads))]:
                 self._update_factors(grads, own, group, roots=True, scale=scale)
@@ -300,11 +358,13 @@ class WhitenedMuon(Muon):
         if group["source"] == "gradient":
             self._update_factors(grads, batch, group, roots=group["step"] % group["interval"] == 0)
         sides = _sides(group)
-        if any(f"{side}_root" not in state for side in sides for state in batch.states):
-            warnings.warn("update_factors() was not called yet, so this step is Muon's", stacklevel=4)
-            sides = []
-        if not sides:
+        unknown = [any(f"{side}_root" not in state for side in sides) for state in batch.states]
+        if any(unknown):
+            warnings.warn("update_factors() had no gradient of some matrices yet; they take Muon's step", stacklevel=4)
+        if all(unknown) or not sides:
             return super()._direction(moved, grads, batch, group)
+        for side in sides:  # checks their shapes
+            batch.collect(f"{side}_root", _factor_shape(moved, side, group), moved.dtype, identity=True)
         roots = {side: batch.stacked(f"{side}_root") for side in sides}
         orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
         update = _whiten(orthogonal, roots)
@@ -317,14 +377,12 @@ class WhitenedMuon(Muon):
         self, grads: Tensor, batch: "_Batch", group: dict[str, Any], roots: bool, scale: float = 1.0
     ) -> None:
         for side in _sides(group):
-            x = grads if side == "left" else grads.mT
-            blocks = _blocks(x.shape[1], group["max_width"])
-            x = x.unflatten(1, (blocks, -1))  # (matrices, blocks, width, others)
-            shape = *x.shape[1:3], x.shape[2]
+            shape = _factor_shape(grads, side, group)
+            x = (grads if side == "left" else grads.mT).unflatten(1, shape[:2])  # (matrices, blocks, width, others)
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
             moments = _product(x, x.mT, batch.dtype)
             moments = moments if scale == 1 else moments * scale
-            torch._foreach_lerp_(factors, batch.for_states(moments, factors), 1 - group["decay"])
+            batch.average(factors, moments, 1 - group["decay"])
             known = all(f"{side}_root" in state for state in batch.states)
             if roots or not known:
                 old = batch.collect(f"{side}_root", shape, grads.dtype, identity=True)
@@ -337,40 +395,15 @@ class WhitenedMuon(Muon):
             if group[key] not in allowed:
                 raise ValueError(f"{key} = {group[key]!r} is not possible, expected one of {', '.join(allowed)}")
         for key in ("exponent", "ridge"):
-            if not group[key] >= 0:
-                raise ValueError(f"{key} = {group[key]} is not possible, expected 0 or more")
-        if not 0 <= group["decay"] < 1:
-            raise ValueError(f"decay = {group['decay']} is not possible, expected 0 <= decay < 1")
-        for key in ("interval", "max_width"):
-            if group[key] is not None and not group[key] >= 1:
-                raise ValueError(f"{key} = {group[key]} is not possible, expected 1 or more")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, which casts it to the parameter's dtype; factors and roots keep their dtype."""
-        factors: dict[int, dict[str, Tensor]] = {}
-        numbers: list[int] = []
-
-        def take_out(_: Optimizer, after_hooks: dict[str, Any]) -> dict[str, Any]:
-            states = {}
-            for number, state in after_hooks["state"].items():
-                factors[number] = {k: v for k, v in state.items() if "_factor" in k or "_root" in k}
-                states[number] = {k: v for k, v in state.items() if k not in factors[number]}
-            numbers.extend(number for group in after_hooks["param_groups"] for number in group["params"])
-            return {**after_hooks, "state": states}
-
-        handle = self.register_load_state_dict_pre_hook(take_out)  # the last one
-        super().load_state_dict(state_dict)
-        handle.remove()
-        params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            if not self._share or self._share.owner[param] == self._share.rank:
-                for key, value in factors.get(number, {}).items():
-                    self.state[param][key] = value.to(param.device, copy=True)
+            _check_number(key, group[key])
+        _check_number("decay", group["decay"], below=1)
+        _check_number("interval", group["interval"], least=1, whole=True)
+        _check_number("step", group["step"], whole=True)
+        if group["max_width"] is not None:
+            _check_number("max_width", group["max_width"], least=1, whole=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The mathematics: batches of matrices in, batches of matrices out
-# --------------------------------------------------------------------------------------------------------------------
+# ----- The mathematics: batches of matrices in, batches of matrices out
 
 
 def orthogonalize(
@@ -390,7 +423,7 @@ def orthogonalize(
     tall = x.shape[1] > x.shape[2]
     with torch.autocast(x.device.type, enabled=False):
         for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
-            gram = x.mT @ x if tall else x @ x.mT
+            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             if step == 0:  # of x / norm; dividing the squares costs less
                 norm = (
                     gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
@@ -400,7 +433,7 @@ def orthogonalize(
             polynomial.diagonal(dim1=1, dim2=2).add_(a)
             if step == 0:
                 polynomial = (polynomial / norm).to(x.dtype)
-            x = x @ polynomial if tall else polynomial @ x
+            x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x.to(matrices.dtype).view(matrices.shape)
 
 
@@ -468,10 +501,10 @@ def _inverse_root(m: Tensor, power: int) -> Tensor:
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
     """P_l x P_r of (matrices, rows, columns), with roots of (matrices, blocks, width, width)."""
     for side, root in roots.items():
-        if side == "left":
+        if root.shape[1] == 1:
+            x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
+        elif side == "left":
             x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
-        elif root.shape[1] == 1:
-            x = x @ root[:, 0]
         else:
             x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
     return x
@@ -486,10 +519,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------------------------
-
+# ----- Batches
 
 # A parameter, the dtype of its gradient, its state, and the number of rows of each of its matrices.
 _Member = tuple[Tensor, torch.dtype, dict[str, Any], list[int]]
@@ -507,7 +537,7 @@ class _Plan:
             if hasattr(param, "device_mesh"):  # the owner divides it when it has all rows
                 rows = [param.shape[0]]
             for height, side in dict(zip(rows, longest, strict=False)).items():
-                key = (param.device, param.dtype, grad_dtype, height, columns, side)
+                key = (param.device, param.dtype, state["momentum_buffer"].dtype, grad_dtype, height, columns, side)
                 batch = batches.setdefault(key, _Batch(side))
                 batch.add(param, state, rows, height)
         self.batches = list(batches.values())
@@ -517,17 +547,10 @@ class _Plan:
 
     @staticmethod
     def _key(members: list[_Member]) -> list[Any]:
-        return [
-            (
-                id(param),
-                _local(param).data_ptr(),
-                id(state),
-                _local(state["momentum_buffer"]).data_ptr(),
-                grad_dtype,
-                rows,
-            )
-            for param, grad_dtype, state, rows in members
-        ]
+        def place(x: Tensor) -> tuple[Any, ...]:
+            return _local(x).data_ptr(), _local(x).stride(), x.dtype
+
+        return [(id(p), id(s), place(p), place(s["momentum_buffer"]), dtype, rows) for p, dtype, s, rows in members]
 
 
 class _Batch:
@@ -542,6 +565,7 @@ class _Batch:
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.route: Any = None  # of muon_distributed.py
+        self.fused: Any = None  # the module muon_fused, if this step uses it
         self.members: list[tuple[Tensor, list[int], int]] = []
         self.states: list[_State] = []
         self._params: list[Tensor] = []
@@ -556,33 +580,49 @@ class _Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.params[0].dtype
+        return _opmath_dtype(self.params[0])
 
-    def begin(self, optimizer: Muon, group: dict[str, Any]) -> None:
-        """Take this step's gradients and learning rate; bring all to float32 or better; apply GradScaler's protocol."""
-        device, narrow = self._params[0].device, self._params[0].dtype
-        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        self.skip = None if found_inf is None else found_inf.to(device, non_blocking=True) != 0
-        lr = group["lr"]
-        self.lr = lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device)
-        dtype = _opmath_dtype(self._params[0])
-        self.params, self.momenta = (
-            views if dtype == narrow else [view.to(dtype) for view in views] for views in (self._params, self._momenta)
+    @property
+    def skip(self) -> Tensor | None:
+        """Whether this step changes nothing, on the device; None if it does whatever the gradients are."""
+        return None if self.found_inf is None else self.found_inf != 0
+
+    def begin(self, optimizer: Muon, group: dict[str, Any], fused: bool) -> None:
+        """Take this step's gradients and learning rate; bring all to float32 or better; apply GradScaler's protocol.
+
+        With `fused`, and if the kernels can take the tensors, they do this later; self.fused is then their module.
+        """
+        self.params, self.momenta, self.grads = self._params, self._momenta, []
+        device, dtype = self.params[0].device, self.dtype
+        self.grad_scale, self.found_inf = (
+            value if value is None else torch.as_tensor(value).to(device, non_blocking=True).reshape(())
+            for value in (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         )
-        self.grads: list[Tensor] = []
+        lr = group["lr"]
+        self.lr = (
+            lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device).reshape(())
+        )
         for param, rows, height in self.members:
             assert param.grad is not None
-            self.grads += _matrices(_local(param.grad).to(dtype), rows, height)
-        if grad_scale is not None:
-            self.grads = list(torch._foreach_div(self.grads, grad_scale.to(device, dtype, non_blocking=True)))
-        if self.skip is not None:
-            self.grads = [torch.where(self.skip, m, g) for m, g in zip(self.momenta, self.grads, strict=True)]
-            self.lr = self.lr * (~self.skip).to(dtype)
+            self.grads += _matrices(_local(param.grad), rows, height)
+        kernels = _fused() if fused else None
+        self.fused = kernels if kernels and kernels.fits(self.params, self.momenta, self.grads) else None
+        if self.fused:
+            return
+        self.params, self.momenta = (
+            views if views[0].dtype == dtype else [x.to(dtype) for x in views] for views in (self.params, self.momenta)
+        )
+        self.grads = [grad.to(dtype) for grad in self.grads]
+        if self.grad_scale is not None:
+            self.grads = list(torch._foreach_div(self.grads, self.grad_scale.to(dtype)))
+        if (skip := self.skip) is not None:
+            self.grads = [torch.where(skip, m, g) for m, g in zip(self.momenta, self.grads, strict=True)]
+            self.lr = self.lr * (~skip).to(dtype)
 
     def write_back(self) -> None:
-        if self.params is not self._params:
-            torch._foreach_copy_(self._params, self.params)
-            torch._foreach_copy_(self._momenta, self.momenta)
+        for views, values in ((self._params, self.params), (self._momenta, self.momenta)):
+            if views is not values:
+                torch._foreach_copy_(views, values)
 
     def release(self) -> None:
         """Forget the gradients and float32 copies: batches outlive a step, and zero_grad() must free its memory."""
@@ -602,6 +642,8 @@ class _Batch:
                     f"{key} has the shape {tuple(state[key].shape)}, expected {(state.count, *shape)}: max_width, "
                     "split or the parameter is not that of the saved state"
                 )
+            elif state[key].dtype != dtype or state[key].device != self.params[0].device:  # the model was moved
+                state[key] = state[key].to(self.params[0].device, dtype)
         return [state[key] for state in self.states]
 
     def stacked(self, key: str) -> Tensor:
@@ -613,12 +655,28 @@ class _Batch:
             self._stacks[key] = present, stack.bfloat16() if stack.is_cuda else stack.to(self.dtype)
         return self._stacks[key][1]
 
+    def average_momenta(self, momentum: float, nesterov: bool, with_grads: bool) -> tuple[Tensor, Tensor]:
+        """Average the momenta with the kernels; return Muon._moved's, with an empty tensor in place of unused grads."""
+        first = self.params[0]
+        shape, dtype = (len(self.params), *first.shape), torch.bfloat16 if first.is_cuda else self.dtype
+        moved, grads = (first.new_empty(shape if used else 0, dtype=dtype) for used in (True, with_grads))
+        self.fused.average(self.momenta, self.grads, 1 - momentum, self.found_inf, self.grad_scale, nesterov, moved,
+                           grads if with_grads else None)  # fmt: skip
+        return moved, grads
+
+    def average(self, old: list[Tensor], new: Tensor, weight: float) -> None:
+        """old <- old + weight (new - old), unless found_inf is set. new: (all matrices, ...)."""
+        if self.fused and self.fused.fits(old, [new]):
+            self.fused.average(old, new.split([state.count for state in self.states]), weight, self.found_inf)
+        else:
+            torch._foreach_lerp_(old, self.for_states(new, old), weight)
+
     def for_states(self, new: Tensor, old: list[Tensor]) -> list[Tensor]:
         """`new` (all matrices, ...) cut into one tensor a state; `old` in its place where found_inf is set."""
         parts = new.split([state.count for state in self.states])
-        if self.skip is None:
+        if (skip := self.skip) is None:
             return list(parts)
-        return [torch.where(self.skip, o, n) for o, n in zip(old, parts, strict=True)]
+        return [torch.where(skip, o, n) for o, n in zip(old, parts, strict=True)]
 
 
 class _State:
@@ -649,13 +707,29 @@ def _matrices(tensor: Tensor, rows: list[int], height: int) -> list[Tensor]:
     return [tensor] if len(rows) == 1 else [part for part in tensor.split(rows) if part.shape[0] == height]
 
 
-def _rows(split: int | Sequence[int], param: Tensor) -> list[int]:
-    """The rows of each matrix that a parameter holds."""
-    return [param.shape[0] // max(split, 1)] * split if isinstance(split, int) else list(split)
+def _rows(split: Any, param: Tensor) -> list[int]:
+    """The rows of each matrix that a parameter holds. TypeError if they are no integers."""
+    if isinstance(split, Iterable):
+        return [*map(operator.index, split)]
+    return [param.shape[0] // max(split, 1)] * operator.index(split)
+
+
+def _momentum_dtype(param: Tensor) -> torch.dtype:
+    """Most of a float16 gradient times 1 - momentum is 0 in float16."""
+    return torch.float32 if param.dtype == torch.float16 else param.dtype
 
 
 def _opmath_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _fused() -> Any:
+    """The module muon_fused, from beside this file."""
+    try:
+        return importlib.import_module(f"{__package__}.muon_fused" if __package__ else "muon_fused")
+    except ModuleNotFoundError as error:
+        remedy = "pip install triton" if error.name == "triton" else f"copy {error.name}.py beside muon.py"
+        raise RuntimeError(f"`fused=True` needs {error.name}: {remedy}") from error
 
 
 def _stack(matrices: Sequence[Tensor]) -> Tensor:
@@ -679,16 +753,35 @@ def _blocks(width: int, max_width: int | None) -> int:
     return next(n for n in range(least, width + 1) if width % n == 0)
 
 
-def _splits(group: dict[str, Any]) -> list[int]:
-    split = group["split"]
-    splits = [split] * len(group["params"]) if isinstance(split, int) else list(split)
-    if len(splits) != len(group["params"]):
-        raise ValueError(f"split has {len(splits)} numbers for the {len(group['params'])} parameters of its group")
+def _factor_shape(x: Tensor, side: str, group: dict[str, Any]) -> tuple[int, int, int]:
+    """(blocks, width, width) of a factor of each of x (matrices, rows, columns)."""
+    width = x.shape[1 if side == "left" else 2]
+    blocks = _blocks(width, group["max_width"])
+    return blocks, width // blocks, width // blocks
+
+
+def _splits(group: dict[str, Any]) -> list[Any]:
+    split, count = group["split"], len(group["params"])
+    splits = list(split) if isinstance(split, Iterable) else [split] * count
+    if len(splits) != count:
+        raise ValueError(f"split has {len(splits)} numbers for the {count} parameters of its group")
     return splits
 
 
 def _ns_schedule(coefficients: Sequence[Any], steps: int) -> list[tuple[float, float, float]]:
-    triples = [coefficients] * steps if isinstance(coefficients[0], (int, float)) else list(coefficients)
-    if not triples or any(len(triple) != 3 for triple in triples):
-        raise ValueError(f"ns_coefficients = {coefficients!r} is not possible, expected (a, b, c) or a list of these")
-    return [(float(a), float(b), float(c)) for a, b, c in triples]
+    with contextlib.suppress(TypeError, ValueError, IndexError):
+        triples = [coefficients] * steps if isinstance(coefficients[0], (int, float)) else list(coefficients)
+        schedule = [(float(a), float(b), float(c)) for a, b, c in triples]
+        if schedule and math.isfinite(sum(map(sum, schedule))):
+            return schedule
+    what = f"ns_coefficients = {coefficients!r} with ns_steps = {steps!r}"
+    raise ValueError(f"{what} is not possible, expected (a, b, c) or a list of these")
+
+
+def _check_number(name: str, value: Any, *, least: float = 0, below: float = math.inf, whole: bool = False) -> None:
+    """Raise ValueError unless value is a number (`whole`: an integer) with least <= value < below."""
+    with contextlib.suppress(TypeError, RuntimeError):  # not a number, or several
+        if least <= value < below and (not whole or hasattr(value, "__index__")):
+            return
+    kind = "an integer" if whole else "a number"
+    raise ValueError(f"{name} = {value!r} is not possible, expected {kind} from {least} to below {below}")

@@ -117,6 +117,10 @@ class _Share:
                 "gradients in each step on every rank; freeze or unfreeze before it"
             )
 
+    def take_largest(self, number: Tensor) -> None:
+        """Give all ranks the largest of their numbers."""
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.process_group)
+
     def _updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
         """Yield every batch with its updates: (matrices, rows, columns), of shards (parameters, own rows, columns)."""
 
@@ -165,7 +169,7 @@ class _Copies:
         first, own = sum(self._counts[: self._share.rank]), self._own
         mine = slice(first, first + self._counts[self._share.rank])
         own.params, own.momenta, own.grads = (getattr(self._batch, k)[mine] for k in ("params", "momenta", "grads"))
-        own.skip = self._batch.skip
+        own.found_inf = self._batch.found_inf
         return lambda: [(own, needed(own))] if own.states else []
 
     def release(self) -> None:
@@ -226,7 +230,7 @@ class _Shards:
                 parts = zip(finish(), self._rows, strict=True)
                 complete.append(torch.cat([part.view(self._own, rows, self._columns) for part, rows in parts], dim=1))
             for own in self._batches.values():
-                own.params, own.skip = self._batch.params, self._batch.skip
+                own.params, own.found_inf = self._batch.params, self._batch.found_inf
             return [
                 (own, tuple(_stack(self._matrices(stack, height)) for stack in complete))
                 for height, own in self._batches.items()

@@ -95,8 +95,8 @@ def prompt_ids(start, tokenizer):
 def decode_stream(ids, tokenizer, prompt=()):
     """Yield the text of `ids` after `prompt` piece by piece, each as soon as it is complete.
 
-    A character can be cut over several tokens: half of one decodes to U+FFFD. What a token adds, such as the blank
-    before a word, can depend on the token before it.
+    A character can be cut over several tokens: half of one decodes to U+FFFD. The text of a token can
+    depend on the token before it, such as the blank before a word.
     """
     before, waiting = list(prompt[-1:]), []
 

@@ -2,16 +2,12 @@
 
     from sophia import SophiaG, sampled_label_loss
 
-Algorithms are numbered as in Liu et al. (arXiv:2305.14342):
-
-1. Hutchinson's estimator: `hutchinson`.
-2. The Gauss-Newton-Bartlett estimator: `sampled_label_loss`, `sampled_target_loss`.
-3. The optimizer: `SophiaG` with algorithm 2, `SophiaH` with algorithm 1.
-
-The paper's gamma is `rho`, as in the official code. The file starts with the update. Then come the estimators, the
-optimizers and the plumbing. It needs torch only; `fused=True` also needs Triton, and sophia_fused.py beside it.
+Liu et al. (arXiv:2305.14342): Hutchinson's estimator (Algorithm 1) is `hutchinson`. The Gauss-Newton-Bartlett estimator
+(Algorithm 2) is `sampled_label_loss` and `sampled_target_loss`. `SophiaH` and `SophiaG` are Algorithm 3 with either.
+The paper's gamma is `rho`, as in the official code. Needs torch; `fused=True` also needs Triton and sophia_fused.py.
 """
 
+import contextlib
 import functools
 import importlib
 import math
@@ -95,9 +91,8 @@ def _first(cumulative, weight, target):
 def sample_labels(logits: Tensor, generator: Generator | None = None, *, uniform: Tensor | None = None) -> Tensor:
     """Draw a label from softmax(logits) for every position. No host sync, no second copy of the logits.
 
-    A label is the inverse of the cumulative distribution at one uniform number. The search has two levels: blocks of
-    classes, then classes. A label depends only on that number and the logits of its position. A class of probability 0
-    is never drawn.
+    A label is the inverse of the cumulative distribution at one uniform number, searched in blocks of classes, then in
+    a block. It depends on that number and the logits of its position. A class of probability 0 is never drawn.
 
     logits: (..., classes). generator: on the logits' device; None is the default generator. uniform: (...), numbers in
     [0, 1) to use instead of random ones. Returns int64 (...). Raises ValueError if uniform has another shape.
@@ -163,6 +158,8 @@ def sampled_label_loss(
     a position whose target is ignore_index is left out of the mean. None keeps all positions.
     Returns a scalar in float32. Its gradient is what SophiaG.update_hessian() squares.
     """
+    if targets is None and ignore_index != -100:
+        raise ValueError("ignore_index says which targets are padding, so it needs targets=...")
     labels = sample_labels(logits, generator, uniform=uniform)
     if targets is not None:
         if targets.shape != labels.shape:
@@ -177,20 +174,19 @@ def sampled_label_loss(
 def sampled_target_loss(outputs: Tensor, generator: Generator | None = None, *, variance: float = 1.0) -> Tensor:
     """Mean over rows of ||outputs - y||^2 / (2 variance) with y ~ N(outputs, variance): Algorithm 2 for regression.
 
-    Over draws the mean of B grad^2 is exactly the diagonal of the Gauss-Newton matrix J^T J / variance. Here J is the
-    Jacobian of the outputs (..., D), and B the number of rows; set `bs` to it. Use variance 1 if the training loss is
-    half the sum of squared errors over the D outputs. Use D / 2 for torch's mse_loss.
+    The mean of B grad^2 over draws is the diagonal of the Gauss-Newton matrix J^T J / variance. J is the Jacobian of
+    the outputs (..., D), and B the number of rows; set `bs` to it. Use variance 1 if the training loss is half the sum
+    of squared errors over the D outputs, and D / 2 for torch's mse_loss.
     """
     _check_number("variance", variance, above=0.0)
+    outputs = outputs.to(_opmath_dtype(outputs))  # squares of float16 overflow
     noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
     target = outputs.detach() + noise * variance**0.5
     return (outputs - target).square().sum() / (2 * variance * outputs[..., 0].numel())
 
 
 class _Estimates(list):
-    """Estimates that know their parameters, so that no order has to be kept."""
-
-    params: list[Tensor]
+    params: list[Tensor]  # of the estimates, so that no order has to be kept
 
 
 def hutchinson(
@@ -198,25 +194,32 @@ def hutchinson(
 ) -> list[Tensor | None]:
     """Hutchinson's estimate of the Hessian's diagonal, u * (Hessian @ u) with u ~ N(0, I): Algorithm 1.
 
-    It takes one Hessian-vector product, which costs about two backward passes. The loss is differentiated twice, which
-    compiled models and fused attention do not support. So let `loss` be a function that calls the uncompiled model.
-    Within it, attention runs in its plain form. `.grad` is left alone.
+    It costs about two backward passes. The loss is differentiated twice, which compiled models do not support. So let
+    `loss` be a function that calls the uncompiled model; in it attention runs in its plain form. `.grad` is left alone.
 
-    loss: a function without arguments that returns the scalar loss, or the loss itself. params: any iterable;
-    sharded parameters (DTensor) raise RuntimeError. Returns a list in the order and shapes of params: None for
-    parameters that require no gradient, 0 where the gradient does not depend on the parameters.
+    loss: a function without arguments that returns the scalar loss, or the loss itself. params: any iterable.
+    Returns a list in the order and shapes of params: None for parameters that require no gradient, 0 where the
+    gradient does not depend on the parameters. Warns if the loss does not depend on some. Raises RuntimeError if on
+    none, and for sharded (DTensor) or complex parameters.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     result, params = _Estimates(), list(params)
-    result.params, active = params, [p for p in params if p.requires_grad]
-    if any(hasattr(p, "device_mesh") for p in params):
-        raise RuntimeError("hutchinson does not work on sharded parameters (DTensor); use SophiaG there")
+    if any(not isinstance(p, Tensor) or hasattr(p, "device_mesh") or p.is_complex() for p in params):
+        raise RuntimeError("hutchinson does not work on sharded parameters (DTensor), complex ones, or no tensors")
+    result.params, active = params, [*dict.fromkeys(p for p in params if p.requires_grad)]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss() if callable(loss) else loss
-        grads = torch.autograd.grad(value, active, create_graph=True, materialize_grads=True) if active else ()
+        has_graph = active and value.requires_grad
+        grads = torch.autograd.grad(value, active, create_graph=True, allow_unused=True) if has_graph else ()
+        if unused := len(active) - sum(g is not None for g in grads):
+            message = f"hutchinson: the loss does not depend on {unused} of {len(active)} parameters; compute it with"
+            message += " gradients enabled, by the module that holds them, without reentrant checkpointing"
+            if unused == len(active):
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=2)
         noise = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in active]
-        used = [(g, u) for g, u in zip(grads, noise, strict=True) if g.requires_grad]
+        used = [(g, u) for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
         products: Iterable[Tensor] = [torch.zeros_like(p) for p in active]
         if used:
             outputs, vectors = zip(*used, strict=True)
@@ -228,21 +231,20 @@ def hutchinson(
 
 # ----- The optimizers
 class _Sophia(Optimizer):
-    """Base of SophiaG and SophiaH. GradScaler: while the attributes `grad_scale` and `found_inf` (float32 scalars on
-    the device, or None) are set, gradients are divided by `grad_scale`, and where `found_inf` is not 0 a call changes
-    nothing, step counts included. The host never reads either."""
+    """Base of SophiaG and SophiaH. GradScaler: while the attributes `grad_scale` and `found_inf` are set, gradients are
+    divided by `grad_scale`, and where `found_inf` is not 0 a call changes nothing. The host never reads either."""
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then calls step() itself, with the attributes above
     grad_norm: Tensor | None = None  # the last step's gradient norm before clipping, on the device
-    skipped_estimates: Tensor | None = None  # how many estimates were not finite, on the device
-    _estimated = False  # update_hessian() was called, or a first step looked for a curvature
+    skipped_estimates: Tensor | float = 0.0  # how many estimates took no effect, on the device
+    _estimated = False  # a step has looked whether there is a curvature
 
     def __init__(self, params, defaults, *, maximize=False, capturable=False, bias_correction=False, nesterov=False,
                  foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
         if foreach and fused:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}, expected None or a number above 0")
+        if max_grad_norm not in (None, math.inf):
+            _check_number("max_grad_norm", max_grad_norm, above=0.0)
         self.foreach, self.fused, self.max_grad_norm = foreach, fused, max_grad_norm
         self._cache = {}  # what is derived from the state
         defaults |= {"maximize": maximize, "capturable": capturable, "bias_correction": bias_correction}
@@ -261,6 +263,8 @@ class _Sophia(Optimizer):
         for key in sorted(group.keys() - self.defaults.keys() - _LABELS):
             whose = "the constructor, not of a group" if key in self._process_settings() else "no group"
             raise ValueError(f"{key!r} is a setting of {whose}; a group may have {', '.join(self.defaults)}")
+        if len({*group["params"]}) < len(group["params"]):
+            raise ValueError("a group has the same parameter twice; pass tied parameters once")
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -270,9 +274,10 @@ class _Sophia(Optimizer):
             raise ValueError(f"Invalid betas: {betas!r}, expected two numbers (beta1, beta2)")
         for i, beta in enumerate(betas):
             _check_number(f"beta parameter at index {i}", beta, below=1.0)
-        _check_number("learning rate", lr)
-        _check_number("rho value", group["rho"])
-        _check_number("weight_decay value", group["weight_decay"])
+        for key in ("lr", "rho", "weight_decay"):
+            _check_number({"lr": "learning rate"}.get(key, f"{key} value"), group[key])
+        for key in ("maximize", "capturable", "bias_correction", "nesterov"):
+            _check_number(key, group[key], below=2)  # "False" would be true
         _check_number("epsilon value", group.get("eps", 1.0), above=0.0)
         _check_number("bs", group.get("bs", 1.0), above=0.0)
         if self.fused:
@@ -298,7 +303,7 @@ class _Sophia(Optimizer):
             for key, value in {**self.defaults, **(before[index] if before else {})}.items():
                 group.setdefault(key, value)  # a checkpoint of the official code lacks most
         for param, values in self.state.items():
-            for key in [key for key, value in values.items() if callable(value)]:  # see load_state_dict
+            for key in [k for k in values if callable(values[k])] if isinstance(param, Tensor) else ():  # hidden ones
                 values[key] = values[key](param.device, dtype=_state_dtype(param) if key in _AVERAGES else None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,14 +312,17 @@ class _Sophia(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, but cast only m and h: to the parameter's dtype, or to float32 for float16."""
+        """Load a state as torch does, but cast only m and h. Raise ValueError for a setting that no group may have."""
 
         def hide_from_torch(_, loaded):  # __setstate__ calls the methods that take the tensors' places
-            state = {}
-            for n, values in loaded["state"].items():
-                if "left_basis" in values:
+            for group, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
+                saved = {key: value for key, value in saved.items() if key not in self._process_settings()}
+                self._check_group({**group, **saved, "params": group["params"]})
+            state = dict(loaded["state"])
+            for n in state.keys() & {n for group in loaded["param_groups"] for n in group["params"]}:
+                if "left_basis" in state[n]:
                     raise RuntimeError("this is a state of EigenbasisSophiaG, which only commit efa612d still has")
-                state[n] = {k: torch.as_tensor(v).to if k.startswith(_AVERAGES) else v for k, v in values.items()}
+                state[n] = {k: torch.as_tensor(v).to if k.startswith(_AVERAGES) else v for k, v in state[n].items()}
             return {**loaded, "state": state}
 
         handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # last: it sees what the other hooks return
@@ -325,14 +333,14 @@ class _Sophia(Optimizer):
 
     def _param_state(self, param, group):
         """The parameter's state; missing entries are added, as after loading a checkpoint of the official code."""
-        state, corrects = self.state[param], group["bias_correction"]
+        state, corrects, expected = self.state[param], group["bias_correction"], (param.device, torch.float32, 0)
         # The age of a curvature from a run without bias correction is taken as infinite: nothing is corrected.
         for key, new in (("step", 0.0), ("hessian_step", math.inf if "hessian" in state else 0.0))[: 1 + corrects]:
-            count = state.get(key)
-            if count is None:
-                state[key] = torch.full((), new, dtype=torch.float32, device=param.device)
-            elif not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
-                state[key] = torch.as_tensor(count, dtype=torch.float32, device=param.device)
+            count = state.setdefault(key, new)
+            if not isinstance(count, Tensor) or (count.device, count.dtype, count.ndim) != expected:
+                if torch.as_tensor(count).numel() != 1:
+                    raise ValueError(f"{key} of a parameter of {tuple(param.shape)} is {count}, expected a number")
+                state[key] = torch.as_tensor(count, dtype=torch.float32, device=param.device).reshape(())
         for key in _AVERAGES:
             if key not in state:
                 state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
@@ -342,11 +350,8 @@ class _Sophia(Optimizer):
         """Buckets of all parameters that have a gradient. gradients: by parameter, instead of each `.grad`."""
         buckets = _fused().buckets(self, gradients) if self.fused else self._group_tensors(gradients)
         for bucket in buckets:
-            if (
-                not bucket.group["capturable"]
-                and bucket.device.type == "cuda"
-                and torch.cuda.is_current_stream_capturing()
-            ):
+            cuda = bucket.device.type == "cuda"
+            if cuda and not bucket.group["capturable"] and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("Attempting CUDA graph capture of an optimizer with capturable=False.")
             if bucket.pointers is not None:
                 bucket.table = bucket.pointers.upload(bucket)
@@ -365,50 +370,48 @@ class _Sophia(Optimizer):
                 tensors, shards = (param, grad, *(state[key] for key in _AVERAGES)), ()
                 if hasattr(param, "device_mesh"):  # a DTensor: every rank steps its own shard
                     tensors, shards = _local_shards(tensors)
-                self._check_shapes(index, position, tensors)
+                self._check_fit(index, position, tensors)
                 if param.is_complex():
                     tensors = tuple(torch.view_as_real(t) for t in tensors)
                 key = (index, param.device, tuple(t.dtype for t in tensors), shards)
                 buckets.setdefault(key, []).append((state, *tensors))
         return [_Bucket(key, self.param_groups[key[0]], entries) for key, entries in buckets.items()]
 
-    def _check_shapes(self, index, position, tensors):
-        p, g, m, h = tensors
-        if p.shape == g.shape == m.shape == h.shape and p.device == g.device == m.device == h.device:
-            return
-        names = self.param_groups[index].get("param_names")
-        name = names[position] if names else f"{position} of group {index}"
-        for kind, t in zip(("gradient", *_AVERAGES), (g, m, h), strict=True):
-            if t.shape != p.shape or t.device != p.device:
-                shapes = f"got shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}"
-                raise ValueError(
-                    f"{kind} of parameter {name}: {shapes}, {t.device} for {p.device}; load a fitting state"
-                )
+    def _check_fit(self, index, position, tensors):
+        p, *others = tensors
+        for kind, t in zip(("gradient", *_AVERAGES), others, strict=True):
+            alike = t.is_floating_point() == p.is_floating_point() and t.is_complex() == p.is_complex()
+            if not (alike and t.shape == p.shape and t.device == p.device):
+                names = self.param_groups[index].get("param_names")
+                message = f"{kind} of parameter {names[position] if names else f'{position} of group {index}'}: got "
+                message += f"shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}, {t.dtype} for {p.dtype}"
+                raise ValueError(f"{message}, {t.device} for {p.device}; load a fitting state")
 
     def _implementation(self, bucket):
-        """torch's rule: as asked, else foreach on accelerators and one tensor after the other on the CPU."""
         if bucket.table is not None:
             return _fused()
-        by_default = self.foreach is None and bucket.device.type in ("cuda", "xpu")
+        by_default = self.foreach is None and bucket.device.type in ("cuda", "xpu")  # torch's rule
         return _FOREACH if self.fused or self.foreach or by_default else _SINGLE_TENSOR
 
     def _amp(self, device, name):
-        """The attribute `grad_scale` or `found_inf` on the device, or None."""
-        value = getattr(self, name, None)
-        return None if value is None else _scalar(value, device)
+        return _scalar(getattr(self, name, None), device)
 
-    def _square(self, bucket):
-        return self._implementation(bucket).square(bucket)
+    def _all_fused(self, buckets):
+        return buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets)
 
     def _clip(self, buckets):
         """Set `grad_norm`; return the multiplier of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
         grad_scale = self._amp(buckets[0].device, "grad_scale") if buckets else None
-        if buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets):
+        if self._all_fused(buckets):
             self.grad_norm, multiplier = _fused().clip(buckets, self.max_grad_norm, grad_scale)
             return multiplier
-        norm = _total(buckets, self._square).sqrt()
+        norm = _total(buckets, lambda bucket: self._implementation(bucket).square(bucket)).sqrt()
         self.grad_norm = norm if grad_scale is None else norm / grad_scale
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters from their gradients. closure: as in SophiaG.step."""
+        return self._step(closure)
 
     @torch.no_grad()
     def _step(self, closure=None, bs=None):
@@ -420,16 +423,15 @@ class _Sophia(Optimizer):
         for bucket in buckets:
             group, device, (beta1, beta2) = bucket.group, bucket.device, bucket.group["betas"]
             grad_scale, found_inf = self._amp(device, "grad_scale"), self._amp(device, "found_inf")
-            multiplier = None if clip is None else _scalar(clip, device)
+            multiplier = _scalar(clip, device)
             if grad_scale is not None:
                 multiplier = (1.0 if multiplier is None else multiplier) / grad_scale
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                lr = lr.item() if lr.device.type == "cpu" else lr.to(device)
+                lr = lr.item() if lr.device.type == "cpu" else _scalar(lr, device)
             settings = {key: group[key] for key in ("weight_decay", "maximize", "nesterov")} | {"eps": group.get("eps")}
             settings |= {"lr": lr, "beta1": beta1, "beta2": beta2, "rho": self._rho(group, bs)}
-            skip = None if found_inf is None else found_inf != 0
-            self._implementation(bucket).step(bucket, multiplier=multiplier, skip=skip, **settings)
+            self._implementation(bucket).step(bucket, multiplier=multiplier, skip=found_inf, **settings)
         return loss
 
     _rho = staticmethod(lambda group, bs: group["rho"])
@@ -437,46 +439,46 @@ class _Sophia(Optimizer):
     def _warn_without_curvature(self):
         """Look once, at the first step that moves anything, whether there is a curvature (which synchronizes)."""
         groups = [g for g in self.param_groups if self._rho(g, None) and (isinstance(g["lr"], Tensor) or g["lr"])]
-        hessians = [self.state[p]["hessian"] for g in groups for p in g["params"] if p in self.state]
-        hessians = [h.to_local() if hasattr(h, "to_local") else h for h in hessians]
+        states = [self.state[p] for g in groups for p in g["params"] if "hessian" in self.state.get(p, ())]
+        hessians = [h.to_local() if hasattr(h, "to_local") else h for h in (state["hessian"] for state in states)]
         self._estimated = any(h.numel() for h in hessians)
         if self._estimated and not any(h.any() for h in hessians):
-            message = "step() before any update_hessian(): without a curvature every coordinate moves by lr; call"
-            warnings.warn(f"{type(self).__name__}.{message} update_hessian() every 10 steps or so", stacklevel=6)
+            message = "step() before any update_hessian() that took effect: without a curvature every coordinate moves"
+            warnings.warn(f"{type(self).__name__}.{message} by lr; call it every 10 steps or so", stacklevel=6)
 
     def _update_hessian(self, gradients, scale, squared, grad_scale):
         _check_number("scale", scale, above=0.0)
         buckets = self._collect(gradients)
         if not buckets:
-            remedy = "call it after the backward pass of the curvature's loss and before zero_grad()"
-            raise RuntimeError(f"{type(self).__name__}.update_hessian() found no gradient; {remedy}")
-        self._estimated = True
+            raise RuntimeError("update_hessian() found no gradient; call it after the backward pass before zero_grad()")
         _check_number("grad_scale", 1.0 if grad_scale is None else grad_scale, above=0.0)
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
-            found_inf = (~torch.isfinite(_total(buckets, self._square) * scale)).float()
-            if self.skipped_estimates is None:
-                self.skipped_estimates = torch.zeros_like(found_inf)
-            self.skipped_estimates += found_inf
+            self.skipped_estimates = _scalar(self.skipped_estimates, buckets[0].device)
+            if self._all_fused(buckets):
+                found_inf = _fused().check_estimate(buckets, scale, squared, self.skipped_estimates)
+            else:
+                total = _total(buckets, lambda bucket: self._implementation(bucket).square(bucket)) * scale
+                found_inf = (~((total > 0 if squared else total >= 0) & (total < math.inf))).float()
+                self.skipped_estimates += found_inf
             if found_inf.device.type == "cpu":  # where the host can look without a sync
                 if found_inf:
                     return
                 found_inf = None
         for bucket in buckets:
             multiplier = None if grad_scale is None else 1.0 / _scalar(grad_scale, bucket.device)
-            skip = None if found_inf is None else _scalar(found_inf, bucket.device) != 0
-            settings = {"beta2": bucket.group["betas"][1], "scale": float(scale), "squared": squared, "skip": skip}
+            settings = {"beta2": bucket.group["betas"][1], "scale": float(scale), "squared": squared}
+            settings["skip"] = _scalar(found_inf, bucket.device)
             self._implementation(bucket).hessian(bucket, multiplier=multiplier, **settings)
 
     @torch.no_grad()
     def _statistics(self, bs=None):
         momenta, counts = {}, [0] * len(self.param_groups)
         for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if "hessian" in self.state.get(param, ()):
-                    momenta[param] = self.state[param]["exp_avg"]
-                    counts[index] += param.numel() * (2 if param.is_complex() else 1)
+            for param in (p for p in group["params"] if "hessian" in self.state.get(p, ())):
+                momenta[param] = self.state[param]["exp_avg"]
+                counts[index] += param.numel() * (2 if param.is_complex() else 1)
 
         def row_of_group(bucket):
             settings = {"beta2": bucket.group["betas"][1], "eps": bucket.group.get("eps")}
@@ -488,9 +490,11 @@ class _Sophia(Optimizer):
         buckets = self._collect(momenta)
         rows = _total(buckets, row_of_group).tolist() if buckets else [[0.0] * 4] * len(counts)
         wins, h1, h2, m2 = (sum(column) for column in zip(*rows, strict=True))
-        result = {"win_rate": wins / max(1, sum(counts))}
-        for index, (count, row) in enumerate(zip(counts, rows, strict=True)):
-            result[f"win_rate/{self.param_groups[index].get('name', index)}"] = row[0] / max(1, count)
+        result, named = {"win_rate": wins / max(1, sum(counts))}, {}
+        for index, group in enumerate(self.param_groups):  # some may share a name
+            named.setdefault(group.get("name", index), []).append((rows[index][0], counts[index]))
+        for name, pairs in named.items():
+            result[f"win_rate/{name}"] = sum(won for won, _ in pairs) / max(1, sum(count for _, count in pairs))
         return {**result, "hessian_norm": h1, "hessian_norm2": h2**0.5, "momentum_norm": m2**0.5}
 
 
@@ -527,19 +531,14 @@ class SophiaG(_Sophia):
         capturable: allow step() and update_hessian() in a CUDA graph, after one eager call of each.
         bias_correction: divide h by 1 - beta2^n after n estimates, because h starts from 0.
         nesterov: use beta1 m + (1 - beta1) grad with the new m in place of m, as NAdam does.
-        fused: use one Triton launch for all tensors of a kind, which is fastest. It needs CUDA, Triton and
-            sophia_fused.py. Tensors that the kernels cannot take (float64, odd strides) go through foreach.
-        max_grad_norm: clip the global gradient norm to this within step(), as torch.nn.utils.clip_grad_norm_ would
-            before it. `grad_norm` then holds the norm before clipping. Estimates are never clipped.
+        fused: use one Triton launch for all tensors of a kind. It needs CUDA, Triton and sophia_fused.py. Tensors that
+            the kernels cannot take (float64, odd strides) go through foreach.
+        max_grad_norm: clip the global gradient norm to this within step(). `grad_norm` holds the norm before clipping.
 
     State: "step" (float32 scalar), "exp_avg" (m) and "hessian" (h) in the parameter's shape and dtype (float32 for
     float16), with bias_correction "hessian_step" (n). The official code's state dicts load. Sharded parameters
     (DTensor, as fully_shard makes them) take the same step as complete ones.
-
-    Raises:
-        ValueError: for a setting that is unknown or out of its range, and for a state that does not fit its parameter.
-        RuntimeError: for fused=True where it cannot work, for sparse gradients, and for update_hessian() without a
-            gradient.
+    Raises ValueError for a bad setting and a state that does not fit, RuntimeError where fused=True cannot work.
     """
 
     def __init__(
@@ -562,9 +561,9 @@ class SophiaG(_Sophia):
         """h <- beta2 h + (1 - beta2) scale grad^2, from the gradients of `sampled_label_loss` (Algorithm 2).
 
         scale: labels of this estimate / bs of the steps. rho then means the same for every size of estimation batch.
-        grad_scale: the number that the loss was multiplied by: scaler.get_scale() with a GradScaler. Gradients are
-            divided by it.
-        An estimate that is not finite changes nothing and is counted in `skipped_estimates`, without a host sync.
+        grad_scale: the number that the loss was multiplied by: scaler.get_scale() with a GradScaler.
+        An estimate that is not finite, or 0 everywhere, changes nothing. `skipped_estimates` counts it on the device.
+        Raises RuntimeError if there is no gradient.
         """
         self._update_hessian(None, scale, True, grad_scale)
 
@@ -577,9 +576,9 @@ class SophiaG(_Sophia):
         return self._statistics(bs)
 
     def _rho(self, group, bs):
-        if bs is not None:
-            _check_number("bs", bs, above=0.0)
-        return group["rho"] * float(group["bs"] if bs is None else bs)
+        bs = group["bs"] if bs is None else bs
+        _check_number("bs", bs, above=0.0)
+        return group["rho"] * float(bs)
 
 
 class SophiaH(_Sophia):
@@ -588,7 +587,8 @@ class SophiaH(_Sophia):
         p <- p - lr clamp(m / max(rho h, eps), -1, 1)
 
     h is the moving average of `hutchinson`'s estimates. A coordinate of h may be negative. It then moves by lr sign(m).
-    eps is the smallest denominator. There is no bs. All other arguments, m and weight decay are as in SophiaG.
+    eps is the smallest denominator. There is no bs. All other arguments, m and weight decay are as in SophiaG. With
+    maximize=True give `hutchinson` the negated loss.
 
         optimizer = SophiaH(model.parameters(), lr=3e-4)
         for step, (x, y) in enumerate(batches):
@@ -606,10 +606,6 @@ class SophiaH(_Sophia):
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, **settings)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters from their gradients. closure: as in SophiaG.step."""
-        return self._step(closure)
-
     @torch.no_grad()
     def update_hessian(
         self, estimates: Iterable[Tensor | None] | Mapping[Tensor, Tensor | None], *,
@@ -620,8 +616,7 @@ class SophiaH(_Sophia):
         estimates: `hutchinson`'s list; or a dict, parameter -> tensor or None; or any list in the optimizer's order.
         grad_scale: the number that the loss was multiplied by, as in SophiaG.update_hessian.
         average: take the mean over the ranks of the default process group, if there is one. Each rank has its own u and
-            batch. The mean is unbiased too, and less noisy than one u for all. Pass False if all ranks have the same
-            estimate already.
+            batch. Pass False if all ranks have the same estimate already.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         if not isinstance(estimates, Mapping):
@@ -630,12 +625,16 @@ class SophiaH(_Sophia):
                 raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(owners)} parameters")
             estimates = dict(zip(owners, estimates, strict=True))
         given = {param: estimate for param, estimate in estimates.items() if estimate is not None}
-        if unknown := given.keys() - set(params):
-            raise ValueError(f"update_hessian got {len(unknown)} estimates of what is no parameter of this optimizer")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        for p in params if average and distributed else ():
-            if p in given and not hasattr(given[p], "device_mesh"):
-                given[p] = given[p] / torch.distributed.get_world_size()
+        if bad := given.keys() - set(params) or {p for p, e in given.items() if not isinstance(e, Tensor)}:
+            raise ValueError(f"{len(bad)} estimates of what is no parameter of this optimizer, or that are no tensors")
+        if average and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            counts = torch.tensor([float(p in given) for p in params], device=params[0].device)
+            torch.distributed.all_reduce(counts)
+            if not ((counts == 0) | (counts == ranks)).all():
+                raise RuntimeError("the ranks have estimates of different parameters; pass zeros where a rank has none")
+            for p in (p for p in params if p in given and not hasattr(given[p], "device_mesh")):
+                given[p] = given[p] / ranks
                 torch.distributed.all_reduce(given[p])
         self._update_hessian(given, 1.0, False, grad_scale)
 
@@ -645,8 +644,8 @@ class SophiaH(_Sophia):
 
 
 # ----- Plumbing: buckets of tensors, and each operation for a bucket. Arithmetic is in float32 or better.
-# multiplier: scalar tensor that multiplies the gradients, or None. skip: boolean scalar tensor, or None; where it is
-# True nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
+# multiplier: scalar tensor that multiplies the gradients, or None. skip: scalar tensor, or None; where it is not 0
+# nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
 
 _AVERAGES = ("exp_avg", "hessian")
 _LABELS = {"params", "param_names", "name", "split", "lr_scale"}  # of groups, for others to read
@@ -700,6 +699,7 @@ def _corrected(rho, beta2, hessian_steps, dtype):
 def _step(bucket, together, *, lr, beta2, rho, maximize, multiplier, skip, **settings):
     dtype = _opmath_dtype(bucket.params[0])
     if skip is not None:
+        skip = skip != 0
         lr = lr * (~skip).to(dtype)
     elif isinstance(lr, Tensor):
         lr = lr.to(dtype)
@@ -720,7 +720,7 @@ def _step(bucket, together, *, lr, beta2, rho, maximize, multiplier, skip, **set
 
 
 def _hessian(bucket, together, *, multiplier, skip, **settings):
-    dtype = _opmath_dtype(bucket.hessians[0])
+    dtype, skip = _opmath_dtype(bucket.hessians[0]), None if skip is None else skip != 0
     for _, grads, _, hessians, _ in bucket.parts(together):
         h, estimates = [t.to(dtype) for t in hessians], [t.to(dtype) for t in grads]
         if multiplier is not None:
@@ -759,12 +759,10 @@ _FOREACH, _SINGLE_TENSOR = (
 
 def _check_number(name, value, *, above=None, below=math.inf):
     """Raise ValueError unless value is in [0, below), or in (above, below) if above is given."""
-    try:
-        valid = (value >= 0.0 if above is None else value > above) and value < below
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"Invalid {name}: {value!r}, expected a number from {above or 0} to {below}")
+    with contextlib.suppress(TypeError, RuntimeError):  # not a number, or several
+        if (value >= 0.0 if above is None else value > above) and value < below:
+            return
+    raise ValueError(f"Invalid {name}: {value!r}, expected a number from {above or 0} to {below}")
 
 
 def _state_dtype(param):
@@ -784,8 +782,10 @@ def _local_shards(tensors):
 
 
 def _scalar(value, device):
-    """On the device, without a sync for a tensor: of a float or a float tensor."""
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else torch.full((), value, device=device)
+    """A float or a one-element tensor as a scalar on the device, without a sync for a tensor. None stays."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True).reshape(()) if value.device != device or value.ndim else value
+    return None if value is None else torch.full((), value, device=device)
 
 
 def _total(buckets, number):

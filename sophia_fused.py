@@ -6,6 +6,7 @@ Keep this file beside sophia.py and pass `fused=True`. Needs Triton (`pip instal
 import array
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import os
@@ -17,19 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program works on at a time, how many times, warps: measured with `bench.py optimizer --tune`.
+# Elements a program works on at a time, how many times, warps: by `bench.py optimizer --tune` of commit 2d97060.
 LAUNCH = {"step": (1024, 1, 4), "hessian": (2048, 1, 4), "square": (1024, 8, 4), "sums": (4096, 2, 8)}
 _CAPTURES = 16  # CUDA graphs that can be captured after one eager call
 _ROW = 8  # integers a tensor, see PointerTable
-_dtype = operator.attrgetter("dtype")
+_dtype, _shape, _grad = map(operator.attrgetter, ("dtype", "shape", "grad"))
+_chain = itertools.chain.from_iterable
 _EPS = 1e-15  # sophia.py's
 
 
 def check(params: list[Tensor]) -> None:
-    """Raise RuntimeError if the kernels cannot run on these parameters. On a CPU they run in Triton's interpreter."""
+    """Raise RuntimeError if the kernels cannot run on these parameters. On a CPU they run in Triton's interpreter.
+
+    Parameters that are frozen, such as quantized ones beside adapters, may be what they like.
+    """
     devices = ["cuda", "cpu"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cuda"]
     for param in params:
-        if param.device.type not in devices or not param.is_floating_point():
+        if param.requires_grad and (param.device.type not in devices or not param.is_floating_point()):
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported devices: "
                 f"{devices} but {param.dtype} and {param.device.type}"
@@ -43,35 +48,35 @@ def buckets(optimizer: Any, gradients: dict[Tensor, Tensor] | None) -> list[Any]
     if result is None:
         result = [part for bucket in optimizer._group_tensors(gradients) for part in _split(bucket, optimizer._cache)]
         if gradients is None:
-            planned = bool(result) and all(b.pointers and not b.shards for b in result)
+            planned = bool(result) and all(b.pointers and not b.shards and b.contiguous for b in result)
             optimizer._cache["plan"] = Plan(optimizer, result) if planned else None
     return result
 
 
 def _split(bucket: Any, cache: dict[Any, Any]) -> list[Any]:
-    """The bucket in parts of one alignment each. The kernels' parts keep addresses and no tensor of this step."""
+    """The bucket in parts of one alignment each."""
+    check(bucket.params)  # they may have moved since the constructor
     parts: dict[int, Any] = {}
-    count_key = "hessian_step" if bucket.group["bias_correction"] else "step"
-    entries = list(zip(bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, strict=True))
-    for state, *tensors in entries:
-        step, count = state["step"], state[count_key]
-        row, alignment = _row((*tensors, step, count))
-        part = parts.setdefault(alignment, SimpleNamespace(rows=[], origins=[], entries=[]))
-        part.rows += row
-        part.origins.append((tensors[0], state, *tensors[2:], step, count, count_key))
-        part.entries.append((state, *tensors))
+    counts = bucket.hessian_steps or bucket.steps
+    columns = bucket.states, bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, bucket.steps, counts
+    for state, *tensors in zip(*columns, strict=True):
+        row, alignment = _row(tensors)
+        part = parts.setdefault(alignment, SimpleNamespace(rows=array.array("q"), entries=[]))
+        part.rows.extend(row)
+        part.entries.append((state, *tensors[:4]))
     result = []
     for alignment, part in parts.items():
         made = type(bucket)(bucket.key, bucket.group, part.entries)
-        made.alignment, made.rows, made.origins = alignment, part.rows, part.origins
+        made.alignment, made.rows, made.contiguous = alignment, part.rows, all(p.is_contiguous() for p in made.params)
+        keys = ["exp_avg", "hessian", "step", *["hessian_step"] * bool(made.hessian_steps)]
+        made.tensors_of = operator.itemgetter(*keys)
         if alignment:
             made.pointers = cache.setdefault((bucket.key, alignment), PointerTable())
-            made.params, made.grads, made.exp_avgs, made.hessians = [], [], [], []
         result.append(made)
     return result
 
 
-def _row(tensors: tuple[Tensor, ...]) -> tuple[list[int], int]:
+def _row(tensors: list[Tensor]) -> tuple[list[int], int]:
     """A row of the PointerTable and its alignment: 16 or 1, or 0 if the kernels cannot take the tensors.
 
     tensors: parameter, gradient, exp_avg, hessian, step, hessian_step.
@@ -81,7 +86,7 @@ def _row(tensors: tuple[Tensor, ...]) -> tuple[list[int], int]:
         strides = torch.empty_like(param, device="meta").stride()  # param's own if it is dense
         if any(t.stride() != strides for t in tensors[:4]):
             return [], 0
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
+    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) or t.is_neg() for t in tensors):
         return [], 0
     p, g, m, h, *counts = [t.data_ptr() for t in tensors]
     numel = param.numel()
@@ -98,8 +103,8 @@ class PointerTable:
     """
 
     def __init__(self) -> None:
-        self.host_rows: list[int] | None = None
-        self.numels: list[int] | None = None
+        self.host_rows: array.array[int] | None = None
+        self.numels: array.array[int] | None = None
         self.stream: int | None = None
         self.rows: Tensor | None = None
         self.spares: list[Tensor] = []
@@ -114,9 +119,7 @@ class PointerTable:
         stream = torch.cuda.current_stream(bucket.device).cuda_stream if cuda else None
         if bucket.rows == self.host_rows and stream == self.stream:
             return self
-        staging = torch.frombuffer(
-            array.array("q", bucket.rows), dtype=torch.int64
-        )  # torch.tensor takes 5 times longer
+        staging = torch.frombuffer(bucket.rows, dtype=torch.int64)
         staging = staging.pin_memory() if cuda else staging
         if self.rows is None or self.rows.numel() != staging.numel() or stream != self.stream:
             self.rows = torch.empty(staging.shape, dtype=torch.int64, device=bucket.device)
@@ -134,7 +137,7 @@ class PointerTable:
         if self.numels != bucket.rows[6::_ROW] or not self.spares:
             raise RuntimeError("call step() and update_hessian() once outside of the CUDA graph before capturing them")
         staging = self.spares.pop()
-        staging.copy_(torch.tensor(bucket.rows, dtype=torch.int64))
+        staging.copy_(torch.frombuffer(bucket.rows, dtype=torch.int64))
         table = PointerTable()
         table.rows, table.chunks = torch.empty(staging.shape, dtype=torch.int64, device=bucket.device), self.chunks
         table.rows.copy_(staging, non_blocking=True)
@@ -152,10 +155,11 @@ class PointerTable:
         """Run the kernel. With outputs, returns float32 (outputs, programs): the numbers that each program puts out."""
         block, iterations, warps = LAUNCH[name]
         chunks = self.chunks[LAUNCH[name]]
-        partials = torch.empty(outputs, len(chunks), dtype=torch.float32, device=bucket.device) if outputs else None
-        types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in bucket.dtypes]
+        programs = chunks.shape[0]
+        partials = torch.empty(outputs, programs, dtype=torch.float32, device=bucket.device) if outputs else None
+        types = _types(bucket.dtypes)
         with _on(bucket.device):
-            _KERNELS[name][(len(chunks),)](
+            _KERNELS[name][(programs,)](
                 self.rows, chunks, *([] if partials is None else [partials]), *args, **constants,
                 P=types[0], G=types[1], M=types[2], H=types[3],
                 ALIGNMENT=bucket.alignment, VECTOR=8 if bucket.alignment > 1 else 1,
@@ -164,57 +168,72 @@ class PointerTable:
         return partials
 
 
+@functools.cache
+def _types(dtypes: tuple[torch.dtype, ...]) -> list[Any]:
+    return [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
+
+
 class Plan:
     """The buckets of one call, to be used again with new gradients: this keeps the host ahead of the GPU.
 
-    It holds while groups, parameters, states and their addresses are the same objects and numbers as then.
+    It holds while groups, parameters and states are the same objects, at the same addresses, and gradients and
+    parameters are contiguous. It keeps no gradient.
     """
 
     def __init__(self, optimizer: Any, buckets: list[Any]) -> None:
         self.buckets = buckets
-        origins = [origin for bucket in buckets for origin in bucket.origins]
-        self.tensors = [t for param, _, exp_avg, hessian, *_ in origins for t in (param, exp_avg, hessian)]
-        self.addresses = [t.data_ptr() for t in self.tensors]
-        used = {id(origin[0]) for origin in origins}
+        self.params = [param for bucket in buckets for param in bucket.params]
+        self.settings, self.objects, self.tensors = self._look(optimizer)
+        self.addresses, self.numels = [*map(Tensor.data_ptr, self.tensors)], [*map(Tensor.numel, self.params)]
+        self.shapes, self.dtypes = [*map(_shape, self.params)], [b.dtypes[1] for b in buckets for _ in b.params]
+        used = set(map(id, self.params))
         self.idle = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in used]
-        self.key = self._key(optimizer)
-        self.alive = optimizer.state, dict(optimizer.state)  # as long as they live no other object has their ids
+        for bucket in buckets:
+            bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians = [], [], [], []
 
-    @staticmethod
-    def _key(optimizer: Any) -> Any:
-        groups = [(id(g), g["bias_correction"], *map(id, g["params"])) for g in optimizer.param_groups]
-        return id(optimizer.state), groups, [*map(id, optimizer.state)], [*map(id, optimizer.state.values())]
+    def _look(self, optimizer: Any) -> tuple[list[Any], list[Any], list[Tensor]]:
+        """What has to stay equal, what has to stay the same objects, and the tensors that must not move."""
+        groups, state = optimizer.param_groups, optimizer.state
+        settings = [group["bias_correction"] for group in groups]
+        objects = [*groups, *_chain(group["params"] for group in groups), state, *state, *state.values()]
+        return settings, objects, [*self.params, *_chain(_chain(map(b.tensors_of, b.states)) for b in self.buckets)]
 
     def refresh(self, optimizer: Any) -> list[Any] | None:
         """The buckets with the gradients' new addresses, or None if anything else has changed."""
-        if self.key != self._key(optimizer) or self.addresses != [*map(Tensor.data_ptr, self.tensors)]:
+        params = self.params
+        try:
+            settings, objects, tensors = self._look(optimizer)
+        except KeyError:  # a state has lost a tensor
+            return None
+        if settings != self.settings or not _same(objects, self.objects) or not _same(tensors, self.tensors):
+            return None
+        if self.addresses != [*map(Tensor.data_ptr, tensors)]:
+            return None
+        if self.numels != [*map(Tensor.numel, params)] or not all(map(Tensor.is_contiguous, params)):
             return None
         if any(param.grad is not None for param in self.idle):
             return None
-        return self.buckets if all(map(self._refresh, self.buckets)) else None
-
-    @staticmethod
-    def _refresh(bucket: Any) -> bool:
-        for _, state, exp_avg, hessian, step, count, key in bucket.origins:
-            if (
-                state.get("exp_avg") is not exp_avg
-                or state.get("hessian") is not hessian
-                or state.get("step") is not step
-                or state.get(key) is not count
-            ):
-                return False
-        rows = bucket.rows.copy()
         try:
-            grads = [origin[0].grad for origin in bucket.origins]
-            rows[1::_ROW] = addresses = [*map(Tensor.data_ptr, grads)]
-            alike = set(map(_dtype, grads)) == {bucket.dtypes[1]} and all(map(Tensor.is_contiguous, grads))
-            fits = alike and [*map(Tensor.numel, grads)] == rows[6::_ROW]
+            grads = [*map(_grad, params)]
+            addresses = array.array("q", map(Tensor.data_ptr, grads))
+            alike = self.dtypes == [*map(_dtype, grads)] and self.shapes == [*map(_shape, grads)]
+            dense = all(map(Tensor.is_contiguous, grads))
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None even less
-            return False
-        if not fits or functools.reduce(operator.or_, addresses) & (bucket.alignment - 1):
-            return False
-        bucket.rows = rows
-        return True
+            return None
+        if not alike or not dense:
+            return None
+        first = 0
+        for bucket in self.buckets:
+            rows, new = bucket.rows[:], addresses[first : first + len(bucket.states)]
+            if functools.reduce(operator.or_, new) & (bucket.alignment - 1):
+                return None
+            rows[1::_ROW] = new
+            bucket.rows, first = rows, first + len(new)
+        return self.buckets
+
+
+def _same(objects: list[Any], others: list[Any]) -> bool:
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))
 
 
 def step(bucket: Any, *, lr: Any, beta1: float, beta2: float, rho: float, eps: float | None, weight_decay: float,
@@ -252,8 +271,7 @@ def clip(buckets: list[Any], max_grad_norm: float, grad_scale: Tensor | None) ->
 
     As separate small operations this would take as long as the squares.
     """
-    partials = [bucket.table.launch("square", bucket, outputs=1)[0] for bucket in buckets]
-    squares = partials[0] if len(partials) == 1 else torch.cat(partials)
+    squares = _squares(buckets)
     norm, multiplier = squares.new_empty(()), squares.new_empty(())
     with _on(squares.device):
         _clip_kernel[(1,)](
@@ -262,8 +280,26 @@ def clip(buckets: list[Any], max_grad_norm: float, grad_scale: Tensor | None) ->
     return norm, multiplier
 
 
+def check_estimate(buckets: list[Any], scale: float, squared: bool, skipped: Tensor) -> Tensor:
+    """1.0 if the gradients' squares are not finite, or 0 everywhere although `squared`; else 0.0. `skipped` counts."""
+    squares = _squares(buckets)
+    found_inf = squares.new_empty(())
+    with _on(squares.device):
+        _check_kernel[(1,)](
+            squares, squares.numel(), float(scale), found_inf, skipped, SQUARED=squared, BLOCK=8192, num_warps=16
+        )
+    return found_inf
+
+
+def _squares(buckets: list[Any]) -> Tensor:
+    """The sum of squares of the gradients of every program that took part, (1, programs)."""
+    partials = [bucket.table.launch("square", bucket, outputs=1) for bucket in buckets]
+    return partials[0] if len(partials) == 1 else torch.cat(partials, dim=1)
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def _log2(beta2: float) -> float:
@@ -375,12 +411,26 @@ def _square_kernel(rows, chunks, partials,
 
 
 @triton.jit
-def _clip_kernel(squares, count, grad_scale, norm, multiplier, max_grad_norm, BLOCK: tl.constexpr):
+def _sum(squares, count, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, count, BLOCK):
         at = i + tl.arange(0, BLOCK)
         total += tl.load(squares + at, mask=at < count, other=0.0)
-    root = tl.sqrt(tl.sum(total, 0))
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _check_kernel(squares, count, scale, found_inf, skipped, SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    total = _sum(squares, count, BLOCK) * scale
+    least = 0.0 if SQUARED else -1.0
+    bad = tl.where((total > least) & (total < float("inf")), 0.0, 1.0)
+    tl.store(found_inf, bad)
+    tl.store(skipped, tl.load(skipped) + bad)
+
+
+@triton.jit
+def _clip_kernel(squares, count, grad_scale, norm, multiplier, max_grad_norm, BLOCK: tl.constexpr):
+    root = tl.sqrt(_sum(squares, count, BLOCK))
     if grad_scale is not None:
         root /= tl.load(grad_scale)
     tl.store(norm, root)

@@ -12,9 +12,10 @@ A sweep file is Python. It assigns
     }
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
-A list is swept; other values are fixed. A file may instead define `def sweep(steps=780)` that returns these in a dict;
-its parameters are then options: --steps=1560. Start an interrupted sweep again: it runs what is missing. A failed or
-diverged run counts as an infinite loss; remove its folder to repeat it. docs/comparing.md has the rules and the output.
+A list is swept; other values are fixed. "script" names a training script of your own (docs/comparing.md). A file may
+instead define `def sweep(steps=780)` that returns these in a dict; its parameters are then options: --steps=1560. Start
+an interrupted sweep again: it runs what is missing. A failed or diverged run counts as an infinite loss; remove its
+folder to repeat it. docs/comparing.md has the rules and the output.
 """
 
 import inspect
@@ -195,8 +196,9 @@ def check_definition(names, path):
     parts = [*definition.values(), *(optimizers.values() if isinstance(optimizers, dict) else ())]
     if not optimizers or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: a sweep file gives two dicts, `common` and `optimizers` (--help shows one).")
-    if odd := [part["config"] for part in parts if not isinstance(part.get("config", ""), str)]:
-        raise UserError(f"{path}: config = {odd[0]!r:.80}, but it must be the path of one config file.")
+    paths = [(key, part[key]) for part in parts for key in ("config", "script") if key in part]
+    if odd := [pair for pair in paths if not isinstance(pair[1], str)]:
+        raise UserError(f"{path}: {odd[0][0]} = {odd[0][1]!r:.80}, but it must be the path of one file.")
     if (runs := names.get("runs")) is not None:
         if type(runs) is not int or runs < 1:
             raise UserError(f"{path}: runs = {runs!r}, but it must be an integer above 0; leave it out for all runs.")
@@ -215,8 +217,13 @@ def settings_of(definition, optimizer):
 
 
 def script_of(settings):
-    """(the training script, the class of its settings)."""
-    return SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
+    """(training script, class of its settings). Takes "script" out of `settings`: a script that has a class Config."""
+    if not (script := settings.pop("script", None)):
+        return SOPHIA if str(settings["optimizer_name"]).startswith("sophia") else FIRST_ORDER
+    path = str(Path(__file__).parent / script)
+    if "Config" not in (names := run_file(path, runpy.run_path, path)):
+        raise UserError(f"{path}: a training script has its settings in a dataclass Config; name it so.")
+    return path, names["Config"]
 
 
 def grid(definition, out_dir, known=()):
@@ -407,7 +414,7 @@ def fixed_value(settings, key):
     """What the runs of these settings have for a setting that they do not sweep."""
     if key in settings:
         return settings[key]
-    config_class, name = script_of(settings)[1], ALIASES.get(key, key)
+    config_class, name = script_of(dict(settings))[1], ALIASES.get(key, key)
     from_file = run_config_file(config_class, settings["config"]) if "config" in settings else {}
     return from_file.get(name, config_class.__dataclass_fields__[name].default)
 

@@ -23,9 +23,9 @@ class AdamConfig(TrainConfig):
     )
 
 
-def main(argv=None):
-    config = load_config(AdamConfig, argv)
-    with Run(config) as run:
+def main(argv=None, config_class=AdamConfig, run_class=Run):
+    config = load_config(config_class, argv)
+    with run_class(config) as run:
         run.set_optimizer(make_optimizer)
         for step in run.steps():
             run.backward(run.train_batch(step))

@@ -240,17 +240,16 @@ def draw_finals(styled, prefix, unit):
     return save(figure, prefix)
 
 
-def draw_final_losses(groups, out, labels=None):
+def draw_final_losses(groups, out, labels):
     """Draw one clean figure: mean final val/loss against training horizon, a curve for each optimizer.
 
     Bars are 95% intervals of the mean over seeds. Of several groups of an optimizer at one horizon the best is drawn.
     Points at the same horizon are moved apart a little, so that no bar hides another.
 
-    labels: {optimizer, as in Group.optimizer: its name in the figure}; others are left out. None: all, as they are.
+    labels: {optimizer, as in Group.optimizer: its name in the figure}; others are left out.
     out: the prefix of the PNG, whose name is returned, and of the SVG.
     """
     finished = [group for group in groups if group.converged]
-    labels = labels or {group.optimizer: group.optimizer for group in finished}
     curves = {name: best_by_horizon([group for group in finished if group.optimizer == name]) for name in labels}
     curves = {name: best for name, best in curves.items() if best}
     if not curves:

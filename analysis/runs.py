@@ -24,14 +24,14 @@ from training.metrics import CONFIG, METRICS, STATE, read_metrics
 LINES = 1000  # lines of metrics that are enough for any figure
 SMOOTHING = 0.02  # share of a run's logged steps over which train/loss is averaged
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "init_from", "wandb_log", "wandb_project", "wandb_run_name"}
-# A run may be resumed with these changed and stays what it was: they do not train, or only change rounding. The
-# path of the data is one of them; other data are seen by their SHA-256.
+# Settings that may change at a resume: they do not affect training, or change only rounding. `dataset` is one of
+# them: it is a path, and the SHA-256 shows whether the data changed.
 HARMLESS = NOT_SETTINGS - {"seed"} | {
     "checkpoint", "log_interval", "eval_interval", "eval_only", "eval_iters", "always_save_checkpoint",
     "keep_checkpoints", "max_skipped", "nccl_timeout", "backend", "device", "activation_checkpointing", "world_size",
     "gradient_accumulation_steps", "device_name", "torch", "source_sha256", "dataset",
 }  # fmt: skip
-SPEED = {"world_size", "device_name", "activation_checkpointing"}  # but its seconds are then of two kinds
+SPEED = {"world_size", "device_name", "activation_checkpointing"}  # of these, those that change its speed
 TOKENIZER = str | dict | None
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # what runs without them did
 SHAPE = {"n_layer", "n_head", "n_embd"}  # a label names the model size instead
@@ -44,7 +44,7 @@ class Run:
 
     clean: whether it was started from a clean git commit, so that its exact code is known.
     shared: whether other runs used its GPU at the same time, or it moved to other GPUs; its times are then NaN.
-    changed: the settings that were changed at a resume, which makes it a run of no one setting.
+    changed: the settings that changed at a resume. Such a run is no seed of another one.
     conditions: name -> value of everything that two runs must have in common to be compared.
     lines: some lines of its metrics; evaluations: those with a val/loss, which is infinite if it was not finite.
     """
@@ -151,7 +151,7 @@ def unshared_by_device(runs):
 
 
 def unclean(runs):
-    """The runs that no clean git commit stands for: their exact code is unknown."""
+    """The runs that did not start from a clean git commit: their exact code is unknown."""
     return [run for run in runs if not run.clean]
 
 
@@ -212,7 +212,7 @@ def read_run(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); name another run.") from None
     of_steps = {line["step"]: line for line in read_metrics(metrics, about=LINES) if is_valid(line)}
-    lines = [of_steps[step] for step in sorted(of_steps)]  # of a step that is there twice the later line
+    lines = [of_steps[step] for step in sorted(of_steps)]  # of two lines of a step the later one
     for line in lines:
         if "val/loss" in line and line["val/loss"] is None:
             line["val/loss"] = math.inf
@@ -283,7 +283,7 @@ def group(runs):
     for run in runs:
         used = {k: v for k, v in run.config.items() if v not in (None, "none") and v is not False}
         used = {k: v for k, v in used.items() if k not in newer or v != DEFAULTS.get(k)}
-        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off equals one not yet known
+        own = {k: v for k, v in used.items() if k not in NOT_SETTINGS}  # a setting that is off counts as absent
         key = json.dumps([own, run.conditions, run.changed and run.name], sort_keys=True)
         for other in groups.setdefault(key, Group([])).runs:
             if other.config.get("seed") == run.config.get("seed"):

@@ -1,4 +1,4 @@
-"""What may be claimed of final losses: better or worse by Welch's test, and speed-ups over the baseline.
+"""Verdicts on final losses by Welch's test, and speed-ups over the baseline.
 
 A speed-up is the cost at which the baseline reaches the same final loss, divided by the cost of this optimizer. It is
 read off the final losses of the baseline at several training horizons, each with a schedule of its own.

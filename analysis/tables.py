@@ -130,7 +130,7 @@ def with_interval(values, horizons, form):
 
 
 def plain(text):
-    """`text` that Markdown shows as it is: no tag, formula, link, column or control character comes of a name."""
+    """Escape `text` for Markdown: no name becomes a tag, formula, link, column or control character."""
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text))
     return re.sub(r"(?<!\\)([|$`]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
@@ -156,7 +156,7 @@ def run_table(groups):
 
 
 def notes(groups):
-    """What a reader of the tables has to know, one sentence a line."""
+    """The notes below the tables, one sentence a line."""
     runs = [run for group in groups for run in group.runs]
     yield f"Losses are in {loss_unit(runs)}. Seconds: training time without compilation, evaluation and checkpoints."
     if any("train/loss" in line for run in runs for line in run.lines):
@@ -169,7 +169,7 @@ def notes(groups):
         yield "±: half the width of Student's 95% interval of the mean over seeds."
     for run in runs:
         if run.changed:
-            yield f"{run.name} changed {', '.join(run.changed)} at a resume: it is no run of one setting, and no seed."
+            yield f"{run.name} changed {', '.join(run.changed)} at a resume: it is no seed of another row."
         elif not run.finished:
             step, last = run.final["step"], max(run.config["max_iters"], run.config.get("lr_decay_iters") or 0)
             yield f"{run.name} is not finished: its numbers are those of step {step} of {last}."
@@ -191,8 +191,8 @@ def notes(groups):
         if not list(speed_rows(groups)):
             yield "No speed-up: this needs finished runs of the baseline's optimizer at two training horizons or more."
         else:
-            yield "Speed-up: what the baseline needs for the same final loss, divided by what this optimizer used."
-            yield "< and >: the loss lies outside of those that the baseline reached at its training horizons."
+            yield "Speed-up: the baseline's cost of the same final loss, divided by this optimizer's cost."
+            yield "< and >: the loss is outside the range of the baseline's final losses."
             horizons = {tuple(b.steps for b in baseline_horizons(group, groups)) for group in groups}  # by model size
             for short, long in sorted({gap for of_a_size in horizons for gap in pairwise(of_a_size)}):
                 if long > WIDE * short:

@@ -24,7 +24,6 @@ def add_arguments(parser):
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=positive, default=11, help="turns of each contender; the row is their median")
     parser.add_argument("--calls", type=positive, default=10, help="calls in one turn")
-    parser.add_argument("--tune", action="store_true", help="also time the kernels' launch settings (last model)")
 
 
 def gpt2_shapes(name):
@@ -61,7 +60,10 @@ def optimizer_contenders(args):
         contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
         contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
         contenders["muon"] = beside_adamw(Muon)
+        contenders["muon_fused"] = beside_adamw(Muon, fused=True)
         contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
+        contenders["whitened_muon_fused"] = beside_adamw(WhitenedMuon, fused=True)
+        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, max_width=768)
         contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
     else:
         contenders = {"sophia": with_groups(sophia.SophiaG)}
@@ -82,9 +84,6 @@ def run(args):
             for name, build in contenders.items():
                 measure_peak(report, name, model, build)
         measure_times(report, model, contenders, args)
-        print_comparison(report, model, args.device)
-    if args.tune:
-        tune(args.models[-1], args)
 
 
 def make_parameters(model, device):
@@ -186,57 +185,3 @@ def measure_times(report, model, contenders, args):
         for name, value in results[metric].items():
             value = copy_ms * bytes_per_parameter / 8 if name == copy_name else value
             report.add(name, model, metric, value, "ms")
-
-
-def print_comparison(report, model, device):
-    for metric in ("step_ms", "update_hessian_ms"):
-        ours, floor = report.value("sophia", model, metric), report.value("floor", model, metric)
-        if ours and floor:
-            print(f"{model:>6}  {metric}: sophia at {floor / ours:.1%} of the floor's speed", flush=True)
-    peer = "adamw_fused" if device == "cuda" else "adamw_foreach"
-    for metric in ("step_ms", "clip_step_ms"):
-        ours, of_peer = report.value("sophia", model, metric), report.value(peer, model, metric)
-        if ours and of_peer:
-            print(f"{model:>6}  {metric}: sophia takes {ours / of_peer:.2f} of {peer}", flush=True)
-
-
-def tune(model, args):
-    """Time every kernel under other launch settings, to choose those in sophia_fused.LAUNCH."""
-    import sophia_fused  # needs Triton
-
-    params = make_parameters(model, args.device)
-    for p, g in zip(params, make_gradients(params, 1), strict=True):
-        p.grad = g
-    optimizer = sophia.SophiaG(params, lr=1e-6, fused=True)
-    optimizer.max_grad_norm = 1.0
-    optimizer.update_hessian()
-    optimizer.step()
-
-    def unclipped_step():
-        optimizer.max_grad_norm = None
-        optimizer.step()
-        optimizer.max_grad_norm = 1.0
-
-    calls = {
-        "step": unclipped_step,
-        "hessian": optimizer.update_hessian,
-        "square": lambda: optimizer._clip(optimizer._collect()),
-        "sums": optimizer.statistics,
-    }
-    configurations = [(512, 8, 2), (512, 4, 4), *itertools.product((1024,), (1, 2, 4, 8, 16), (4,))]
-    configurations += [*itertools.product((2048,), (1, 2, 4, 8), (4, 8)), *itertools.product((4096,), (1, 2, 4), (8,))]
-    chosen = dict(sophia_fused.LAUNCH)
-    for kernel, call in calls.items():
-        times = {}
-        for configuration in configurations:
-            sophia_fused.LAUNCH[kernel] = configuration
-            optimizer._tables.clear()
-            try:
-                times[configuration] = alternate({"": call}, 5, args.calls, args.device)[""]
-            except Exception as error:
-                print(f"  {kernel} {configuration} failed: {type(error).__name__}: {error}", flush=True)
-        sophia_fused.LAUNCH[kernel] = chosen[kernel]
-        optimizer._tables.clear()
-        for configuration, took in sorted(times.items(), key=lambda item: item[1]):
-            mark = "  <- now" if configuration == chosen[kernel] else ""
-            print(f"{model:>6}  tune {kernel:<8} {configuration!s:<14} {took:9.4f} ms{mark}", flush=True)

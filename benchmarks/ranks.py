@@ -1,4 +1,4 @@
-"""What torchrun starts for `bench.py train --parts scaling,fsdp`: one optimizer, all ranks together, then each alone.
+"""Torchrun starts this for `bench.py train --parts scaling,fsdp`: one optimizer, all ranks together, then each alone.
 
     torchrun --standalone --nproc_per_node=2 -m benchmarks.ranks JOB
 

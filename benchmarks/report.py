@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from analysis.tables import markdown
 from training.errors import UserError, file_errors
 from training.foreign import read_json
 from training.tracking import write_atomically
@@ -104,25 +105,26 @@ def load_module(path, name):
 
 
 def markdown_table(path):
-    """A result as a table: a line for each metric and contender, a column for each model."""
+    """A result as a table: a line for each model and contender, a column for each metric."""
     try:
-        rows = read_json(path)["rows"]
+        rows, values = read_json(path)["rows"], {}
+        metrics = dict.fromkeys((row["metric"], row["unit"]) for row in rows)
         models = list(dict.fromkeys(row["model"] for row in rows))
-        values = {}
         for row in rows:
-            values.setdefault((row["metric"], row["contender"], row["unit"]), {})[row["model"]] = float(row["value"])
+            cells = values.setdefault((row["model"], row["contender"]), {})
+            cells[row["metric"], row["unit"]] = _number(float(row["value"]), row["metric"], row["unit"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of this script ({type(error).__name__}: {error}).") from None
-    lines = [f"| metric | contender | {' | '.join(models)} |", "| --- | --- |" + " ---: |" * len(models)]
-    for (metric, contender, unit), cells in values.items():
-        unit = "GiB" if unit == "bytes" else unit
-        name = metric
-        for suffix in ("_ms", "_bytes", "_gb_per_s", "_gib", "_seconds", "_per_second"):
-            name = name.removesuffix(suffix)
-        name = "" if name in unit else f"{name.replace('_', ' ')}, "
-        numbers = [_number(cells[model], metric, unit) if model in cells else "" for model in models]
-        lines.append(f"| {name}{unit} | {contender} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+    head = "model", "contender", *(_head(*metric) for metric in metrics)
+    lines = [(*key, *(values[key].get(metric, "") for metric in metrics)) for key in values]
+    return "\n".join(markdown([head, *sorted(lines, key=lambda line: models.index(line[0]))], left=(0, 1)))
+
+
+def _head(metric, unit):
+    for suffix in ("_ms", "_bytes", "_gb_per_s", "_gib", "_seconds", "_per_second"):
+        metric = metric.removesuffix(suffix)
+    unit = "GiB" if unit == "bytes" else unit
+    return unit if metric in unit else metric.replace("_", " ") + f", {unit}" * (unit != "share")
 
 
 def _number(value, metric, unit):

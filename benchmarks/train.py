@@ -7,6 +7,7 @@ autocast and torch.compile for all. Compilation comes before and is reported as 
 import contextlib
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.compilation import CANDIDATES, candidate
 from benchmarks.report import GPT2_SIZES, LLAMA_SIZES, Report, alternate, load_module, model_names, model_shape
 from data.corpus import positive
 from model import GPT, GPTConfig
@@ -58,7 +60,7 @@ def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device: try it out with --device cpu.")
     parts = {"speed": speed, "curvature": curvature, "muon": muon, "checkpointing": checkpointing}
-    parts |= {"scaling": scaling, "fsdp": fsdp}
+    parts |= {"scaling": scaling, "fsdp": fsdp, "start": start_up}
     chosen = args.parts.split(",")
     if unknown := sorted(set(chosen) - set(parts)):
         raise UserError(f"--parts {','.join(unknown)}: expected some of {','.join(parts)}.")
@@ -318,19 +320,52 @@ def on_ranks(optimizer, model, args, passes, alone, **more):
     job = {"optimizer": optimizer, "argv": argv, "folder": folder, "passes": passes, "alone": alone}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "benchmarks.ranks", json.dumps(job | {"steps": args.steps})]
+    found = {"alone": []}
+    for line in lines_of(command):
+        if line.startswith('{"'):
+            print(f"{model:>6}  {optimizer}: {line.strip()}", flush=True)
+            for key, speeds in json.loads(line).items():
+                found[key] = [*found[key], speeds] if key == "alone" else speeds
+    return found
+
+
+def lines_of(command, environment=None):
+    """Yield the lines that a command prints. RuntimeError with the error that it printed if it fails."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
-        found = {"alone": []}
-        for line in process.stdout:
-            if line.startswith('{"'):
-                print(f"{model:>6}  {optimizer}: {line.strip()}", flush=True)
-                for key, speeds in json.loads(line).items():
-                    found[key] = [*found[key], speeds] if key == "alone" else speeds
+        to = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "cwd": ROOT, "env": environment}
+        process = subprocess.Popen(command, **to)
+        yield from process.stdout
         if process.wait():
             errors.seek(0)
             lines = errors.read().strip().splitlines() or ["no output"]
             raise RuntimeError(next((line for line in lines if "rror:" in line), lines[-1]))
-    return found
+
+
+def start_up(report, model, args):
+    """Seconds from a command to the end of its first step, compile cache empty and warm; and the speed after that.
+
+    For a run and for each other way to compile it of benchmarks/compilation.py.
+    """
+    micro = MICRO_BATCH[model]
+    once = settings(model, args, micro, max_iters=1, warmup_iters=0, log_interval=1, overwrite=True)
+    for name in CANDIDATES:
+        command = [sys.executable, "-m", "benchmarks.compilation", name, *once, f"--out_dir={args.folder / 'start'}"]
+        cache = tempfile.mkdtemp(dir=args.folder)
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+        try:
+            for metric in ("start_cold", "start_warm"):
+                begun = time.perf_counter()
+                took = [time.perf_counter() - begun for line in lines_of(command, environment) if "train/loss" in line]
+                report.add(name, model, metric, took[0], "s")
+        except Exception as error:
+            report.error(name, model, "start", error)
+
+    def make(name):
+        with candidate(name):
+            return Ours(settings(model, args, micro), args.folder / f"start_{name}_{model}")
+
+    with started(report, model, {name: partial(make, name) for name in CANDIDATES}, args) as contenders:
+        compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
 
 
 def scaling(report, model, args):

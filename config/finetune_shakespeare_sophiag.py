@@ -1,20 +1,11 @@
 # OpenAI's 124M GPT-2 trained on with Shakespeare's works and Sophia-G: 32 sequences a step, 100 steps (2 epochs).
 #   python train_sophiag.py config/finetune_shakespeare_sophiag.py
-# The weights come from Hugging Face's hub at the first use; --init_from=gpt2-xl for the largest, with its shape below
-# when the run is resumed.
+# The weights come from Hugging Face's hub at the first use; --init_from=gpt2-xl for the largest, with its n_layer,
+# n_head and n_embd when the run is resumed.
+
+from config.finetune_shakespeare_adam import *
 
 out_dir = "out/finetune_shakespeare_sophiag"
-init_from = "gpt2"
-dataset = "shakespeare"
-total_bs = 32
-batch_size = 4
-block_size = 1024
-
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.1  # 2 epochs of 1.4M tokens
-bias = True  # as OpenAI's model has them
 
 # AdamW's small rate: no coordinate moves by more than it in a step. Why not the settings of the large runs: see
 # train_shakespeare_char_sophiag.py; in 100 steps there are 20 estimates of the curvature.
@@ -26,12 +17,3 @@ beta2 = 0.99
 rho = 0.05
 hess_interval = 5
 bias_correction = True
-grad_clip = 1.0
-
-max_iters = 100
-warmup_iters = 10
-
-eval_interval = 20
-eval_tokens = 131_072
-log_interval = 1
-always_save_checkpoint = False  # keep the best: the loss on held-out text rises again in long runs

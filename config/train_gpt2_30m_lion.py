@@ -1,15 +1,9 @@
 # GPT-2 with 30M parameters on OpenWebText with Lion: 480 sequences of 1024 tokens a step, 100k steps (49B tokens).
 #   torchrun --standalone --nproc_per_node=8 train_adam.py config/train_gpt2_30m_lion.py
 
-out_dir = "out/gpt2_30m_lion"
-dataset = "openwebtext"
-total_bs = 480
-batch_size = 60
-block_size = 1024
+from config.train_gpt2_30m_adam import *
 
-n_layer = 6
-n_head = 6
-n_embd = 384
+out_dir = "out/gpt2_30m_lion"
 
 optimizer_name = "lion"
 # Not tuned: the Lion paper (arXiv:2302.06675) advises a rate 3 to 10 times below AdamW's, and a decay as much above.
@@ -17,9 +11,3 @@ learning_rate = 4e-4
 weight_decay = 0.5
 beta1 = 0.9
 beta2 = 0.99
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-
-compile = True

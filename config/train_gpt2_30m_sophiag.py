@@ -1,15 +1,9 @@
 # GPT-2 with 30M parameters on OpenWebText with Sophia-G: 480 sequences of 1024 tokens a step, 100k steps (49B tokens).
 #   torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_gpt2_30m_sophiag.py
 
-out_dir = "out/gpt2_30m_sophiag"
-dataset = "openwebtext"
-total_bs = 480
-batch_size = 60
-block_size = 1024
+from config.train_gpt2_30m_adam import *
 
-n_layer = 6
-n_head = 6
-n_embd = 384
+out_dir = "out/gpt2_30m_sophiag"
 
 optimizer_name = "sophiag"
 # Half of AdamW's rate; not tuned at this length.
@@ -19,9 +13,3 @@ beta1 = 0.965
 beta2 = 0.99
 rho = 0.05
 hess_interval = 10
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-
-compile = True

@@ -2,32 +2,12 @@
 #   python data/wikitext103/prepare.py     # needs the hub, or --source with your copy
 #   python train_adam.py config/train_wikitext103_sgd.py
 
-out_dir = "out/wikitext103_sgd"
-dataset = "wikitext103"
-total_bs = 128
-batch_size = 32
-block_size = 512
+from config.train_wikitext103_adam import *
 
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.1  # each token is read seven times
+out_dir = "out/wikitext103_sgd"
 
 optimizer_name = "sgd"
 # Not tuned: a place to start a sweep.
 learning_rate = 0.3
 weight_decay = 1e-4  # added to the gradient, not decoupled as in the other optimizers
 momentum = 0.9  # Nesterov's
-grad_clip = 1.0
-
-max_iters = 12_800
-warmup_iters = 200
-lr_schedule = "cosine_restarts"  # periods of 1, 2 and 4 epochs: T_0 = 1800, T_mult = 2
-restart_iters = 1800
-restart_multiplier = 2.0
-# min_lr is learning_rate / 20 where it is not given
-
-eval_interval = 200
-log_interval = 10
-dtype = "auto"  # mixed precision: bfloat16 on a GPU, float16 on an older one
-compile = True

@@ -2,16 +2,9 @@
 #   python data/wikitext103/prepare.py     # needs the hub, or --source with your copy
 #   python train_sophiag.py config/train_wikitext103_sophiag.py
 
-out_dir = "out/wikitext103_sophiag"
-dataset = "wikitext103"
-total_bs = 128
-batch_size = 32
-block_size = 512
+from config.train_wikitext103_adam import *
 
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.1  # each token is read seven times
+out_dir = "out/wikitext103_sophiag"
 
 optimizer_name = "sophiag"
 # Not tuned: the settings of config/train_gpt2_small_sophiag.py.
@@ -21,16 +14,3 @@ beta1 = 0.965
 beta2 = 0.99
 rho = 0.05
 hess_interval = 10
-grad_clip = 1.0
-
-max_iters = 12_800
-warmup_iters = 200
-lr_schedule = "cosine_restarts"  # periods of 1, 2 and 4 epochs: T_0 = 1800, T_mult = 2
-restart_iters = 1800
-restart_multiplier = 2.0
-# min_lr is learning_rate / 20 where it is not given
-
-eval_interval = 200
-log_interval = 10
-dtype = "auto"  # mixed precision: bfloat16 on a GPU, float16 on an older one
-compile = True

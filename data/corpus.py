@@ -31,11 +31,11 @@ TASK = 1 << 18  # characters that a thread tokenizes at a time: enough to hide t
 
 
 class EmptySplit(UserError):
-    """There are documents, but none of them is in train.bin, or none in val.bin."""
+    """All documents fell into one split, so train.bin or val.bin would be empty."""
 
 
 def arguments(description, script):
-    """The parser with what every prepare.py takes. `script` is its file, whose folder is the default --out_dir."""
+    """The parser with the options of every prepare.py. The folder of its file `script` is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=description)
     folder = Path(script).resolve().parent
@@ -82,8 +82,8 @@ def write(args, documents, tokenizer, source, max_tokens=None):
     """Tokenize `documents`, pairs of "train" or "val" and a text, into `args.out_dir`.
 
     The bytes do not depend on `args.num_proc`. `tokenizer` is the string or dict for meta.json. With `max_tokens`, it
-    ends before the document that would exceed them. Until the files are complete none of them is there. Raises
-    EmptySplit where there are documents for one of train.bin and val.bin only.
+    ends before the document that would exceed them. The files appear only when all of them are complete.
+    Raises EmptySplit if all documents fell into one split.
     """
     started, spec, tokenizer = time.monotonic(), tokenizer, get_tokenizer(tokenizer)
     bins, count, document, total = {}, Counter(), [], 0

@@ -43,7 +43,7 @@ OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the 
 
 
 def add_arguments(parser, val_fraction, required, separator=None):
-    """What a corpus takes that is, or can be, read from files."""
+    """Add the options of a corpus that can be read from files."""
     parser.add_argument(
         "--source", nargs="+", metavar="PATH",
         help="files, folders, patterns in quotes: .txt, .md, .csv, .json, .jsonl, .parquet; also .gz, .bz2, .xz, .zst",
@@ -69,7 +69,7 @@ def add_arguments(parser, val_fraction, required, separator=None):
 
 
 def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, max_tokens=None):
-    """Prepare the corpus `name` from the files that `args` names or, where it names none, from `hub`.
+    """Prepare the corpus `name` from the files in `args` or, if there are none, from `hub`.
 
     hub: (its description, a function that gives pairs of "train" or "val" and a text). articles: makes documents of
     the texts in the files. by_name: files with "train" and "valid" in their names, or their folders', are these splits.
@@ -196,7 +196,7 @@ def find_files(sources, option="--source"):
 
 
 def describe(name, args, files, fraction):
-    """The `source` of a corpus that is read from `files`: tells another set of files or other settings apart."""
+    """The `source` entry of a corpus that is read from `files`. Other files or settings give another text."""
     size, named = sum(path.stat().st_size for path in files), args.source or args.train
     first, more = Path(named[0]).resolve().name, " and others" if len(named) > 1 else ""
     split = "train and val given" if fraction is None else f"val_fraction {fraction}"
@@ -333,7 +333,7 @@ def split_at_end(read, val_fraction):
 
 
 def load_from_hub(name, config=None):
-    """`datasets.load_dataset`; where that fails, one sentence, and soon: without the hub it would retry for minutes."""
+    """`datasets.load_dataset`. It raises UserError soon: without the hub it would retry for minutes."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10).close()

@@ -34,5 +34,5 @@ def best_of(name, steps, only=None):
 
 
 def sweep_of(name):
-    """What experiments/NAME/sweep.py assigns, for a sweep file with the same ranges."""
+    """The names that experiments/NAME/sweep.py assigns, for a sweep file with the same ranges."""
     return run_path(str(EXPERIMENTS / name / "sweep.py"))

@@ -4,8 +4,8 @@ python experiments/collect.py NAME RUN [RUN ...]     # RUN: the out_dir of a run
 
 A run's config.json loses the folders of this machine. Its metrics.jsonl keeps at most LINES lines, the KEYS that tables
 and figures read, and 6 significant digits: every evaluation, the first and the last lines, and others evenly between.
-Of a sweep come the runs with held-out seeds, or every finished run where the sweep sweeps the seed; its sweep.json is
-merged with the one that is there. A run that is there already is not replaced: remove it first.
+From a sweep it takes the runs with held-out seeds or, if the seed was swept, every finished run. The sweep.json is
+merged with the one in NAME. A run that is in NAME already is not replaced: remove it first.
 """
 
 import json
@@ -111,7 +111,8 @@ def thinned(run):
     others = [i for i in range(len(lines)) if i not in kept]
     places = np.linspace(len(others) - 1, 0, min(LINES - len(kept), len(others)))
     kept |= {others[i] for i in places.round().astype(int)}
-    return [{key: six_digits(lines[i][key]) for key in KEYS if key in lines[i]} for i in sorted(kept)]
+    keys = [*KEYS, *dict.fromkeys(key for line in lines for key in line if key.startswith("val/loss/"))]
+    return [{key: six_digits(lines[i][key]) for key in keys if key in lines[i]} for i in sorted(kept)]
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def verdicts(baseline, names):
 
 
 def speedups(baseline, names):
-    """What the baseline needs for the final loss of the others, over what they used; in steps and in seconds."""
+    """Speed-ups over the baseline, in steps and in seconds."""
     groups, cells = [], {}
     for name in (baseline, *names):
         for steps in (*HORIZONS, *OTHER_HORIZONS):
@@ -161,18 +161,17 @@ def speedups(baseline, names):
 
 def results_large_batches():
     """Per optimizer the learning rates that were tried, and held-out seeds of the best."""
-    groups, runs, rows = groups_of("30m_large"), read_sweep(EXPERIMENTS / "30m_large")["runs"], []
-    order = [name for name in NAMES if any(run["optimizer"] == name for run in runs)]
-    best = {}
-    for name in order:
-        own = [run for run in runs if run["optimizer"] == name and run["seed"] is None]
-        best[name] = groups[name, 260, min(own, key=lambda run: run["loss"])["swept"]["learning_rate"]]
-    for name in order:
-        own = [run for run in runs if run["optimizer"] == name and run["seed"] is None]
-        tried = sorted({run["swept"]["learning_rate"] for run in own})
-        rate = best[name].runs[0].config["learning_rate"]
-        edge = ", the highest tried" if rate == tried[-1] else ", the lowest tried" if rate == tried[0] else ""
-        rows.append((NAMES[name], f"{rate:.3g}{edge}", loss_cell(best[name]), *against(best[name], best["adamw"])))
+    groups, runs, adamw, rows = groups_of("30m_large"), read_sweep(EXPERIMENTS / "30m_large")["runs"], None, []
+    for name in NAMES:
+        tried = [run for run in runs if run["optimizer"] == name and run["seed"] is None]
+        if not tried:
+            continue
+        rates = [run["swept"]["learning_rate"] for run in tried]
+        rate = min(tried, key=lambda run: run["loss"])["swept"]["learning_rate"]
+        one = groups[name, 260, rate]
+        adamw = adamw or one  # the first of NAMES
+        edge = ", the highest tried" if rate == max(rates) else ", the lowest tried" if rate == min(rates) else ""
+        rows.append((NAMES[name], f"{rate:.3g}{edge}", loss_cell(one), *against(one, adamw)))
     head = ("optimizer", "learning rate of the matrices", "final val/loss", "to AdamW", "p", "verdict")
     return table(head, rows, left=(0, 1, 5))
 
@@ -243,7 +242,7 @@ SIZES_ON_GPUS = {"124M": GPT2_SIZES["124M"], "1.5B": GPT2_SIZES["1.5B"], "6.6B":
 
 
 def memory_of_neox():
-    """What a GPU holds in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
+    """Memory of a GPU in the runs of config/train_neox_*, by the formula. Both optimizers take the same."""
     rows = []
     for size in ("1.5b", "6.6b"):
         config = load_config(AdamConfig, [str(ROOT / f"config/train_neox_{size}_adam.py")])

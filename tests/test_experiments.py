@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def grid(definition, folder):
             sweep.grid(definition, folder)
     kept = {name: settings for name, settings in optimizers.items() if name not in removed}
     return sweep.grid(definition | {"optimizers": kept}, folder) if kept else []
+
+
+def settings_class(trial):
+    """The class of the settings of a trial's script."""
+    script = Path(trial.argv[0])
+    known = {"train_adam.py": train_adam.AdamConfig, "train_sophiag.py": train_sophiag.SophiaConfig}
+    return known.get(script.name) or sweep.script_of({"script": script})[1]
 
 
 def lowest(runs, optimizer):
@@ -127,8 +135,7 @@ def test_runs_had_the_settings_that_their_sweep_asks_for(folder, monkeypatch):
         if (trial := trials.get(seed[1] if seed else path.name)) is None:
             continue  # of a former range of learning rates, or of another sweep.json
         argv = [*trial.argv[1:], *([f"--seed={seed[2]}"] if seed else [])]
-        kind = train_sophiag.SophiaConfig if "sophia" in trial.argv[0] else train_adam.AdamConfig
-        asked, ran = vars(load_config(kind, argv)), read(path / "config.json")["config"]
+        asked, ran = vars(load_config(settings_class(trial), argv)), read(path / "config.json")["config"]
         ran |= {"adamw_for": ran.get("adamw_for", "none").replace("vectors", "scalars")} if "adamw_for" in ran else {}
         asked |= {"adamw_for": asked["adamw_for"].replace("vectors", "scalars")} if "adamw_for" in asked else {}
         assert {key: value for key, value in ran.items() if key in asked.keys() - NOT_ASKED} == {
@@ -154,8 +161,7 @@ def test_the_best_of_each_tuning_runs_longer_with_held_out_seeds(steps, monkeypa
                for run in read(EXPERIMENTS / name / "sweep.json")["runs"]]  # fmt: skip
     tuned = {run["optimizer"] for run in tunings}
     for trial in grid(define("30m_python", [f"--steps={steps}"]), ROOT):
-        kind = train_sophiag.SophiaConfig if "sophia" in trial.argv[0] else train_adam.AdamConfig
-        config = vars(load_config(kind, trial.argv[1:]))
+        config = vars(load_config(settings_class(trial), trial.argv[1:]))
         assert (config["max_iters"], config["lr_decay_iters"], config["seed"]) == (steps, steps, trial.swept["seed"])
         assert (config["total_bs"], config["block_size"], config["dataset"]) == (128, 512, "python")
         assert trial.swept["seed"] in (3, 4, 5)

@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -470,14 +471,15 @@ def test_a_channels_last_convolution_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
-def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls):
+def test_steps_on_a_gpu_are_those_of_float64_without_a_synchronization(cls, fused):
     """Products in bfloat16 and roots in float16, against the same class in float64 on the CPU."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)]
     exact = parameters(shapes)
     ours = [torch.nn.Parameter(p.detach().float().cuda()) for p in exact]
     start = [p.detach().clone() for p in ours]
-    optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1]) for params in (exact, ours)]
+    optimizers = [cls(params, lr=0.01, split=[3, 1, 1, 1], fused=fused) for params in (exact, ours)]
     for step in range(12):
         set_gradients(exact, step)
         for p, q in zip(ours, exact, strict=True):
@@ -507,3 +509,234 @@ def test_gradients_are_not_kept_alive_by_the_optimizer(source, dtype):
     optimizer.step()
     optimizer.zero_grad()
     assert not any(gradient() is not None for gradient in gradients)
+
+
+# --- what users of other optimizers report ---------------------------------------------------------------------------
+
+classes = pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+
+
+@classes
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "1e-3"}, "lr = '1e-3'"), ({"lr": math.inf}, "lr = inf"), ({"weight_decay": None}, "decay = None"),
+        ({"momentum": None}, "momentum = None"), ({"lr": torch.tensor([1.0, 2.0])}, "lr = tensor"),
+        ({"eps": 0.0}, "eps = 0.0"), ({"eps": 1e-30}, "eps = 1e-30"),  # 0 / 0 for a gradient of zeros
+        ({"ns_coefficients": []}, "ns_coefficients = \\[\\]"), ({"ns_coefficients": None}, "ns_coefficients = None"),
+        ({"ns_coefficients": (1.0, math.nan, 1.0)}, "ns_coefficients"), ({"ns_coefficients": 3.0}, "ns_coefficients"),
+        ({"ns_coefficients": (1.0, 1.0, 1.0), "ns_steps": 2.5}, "ns_steps = 2.5"), ({"split": 2.0}, "split = 2.0"),
+        ({"split": None}, "split = None"), ({"split": [[2.0, 4.0]]}, "split = \\[2.0, 4.0\\]"),
+        ({"split": ["3"]}, "split = 3 does not"),
+        ({"nesterov": "False"}, "nesterov = 'False'"), ({"cautious": None}, "cautious = None"),
+        ({"flatten": "no"}, "flatten = 'no'"), ({"fused": "False"}, "fused = 'False'"),
+    ],
+)  # fmt: skip
+def test_further_impossible_settings_are_named(cls, settings, message):
+    with pytest.raises(ValueError, match=message):
+        cls(parameters([(6, 6)]), **settings)
+
+
+@pytest.mark.parametrize("key", ["exponent", "ridge", "decay", "interval", "max_width"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, "3", -1, [1]])
+def test_impossible_whitening_is_named(key, value):
+    with pytest.raises(ValueError, match=f"{key} = "):
+        WhitenedMuon(parameters([(6, 6)]), **{key: value})
+    for key in ("interval", "max_width"):
+        with pytest.raises(ValueError, match=f"{key} = 2.5 is not possible, expected an integer from 1"):
+            WhitenedMuon(parameters([(6, 6)]), **{key: 2.5})
+    with pytest.raises(ValueError, match="interval = None"):
+        WhitenedMuon(parameters([(6, 6)]), interval=None)
+
+
+def test_a_split_may_be_a_number_of_numpy():
+    assert len(Muon(parameters([(6, 6)]), split=np.int64(3)).param_groups) == 1
+    assert len(Muon(parameters([(6, 6)]), split=[np.int64(3)]).param_groups) == 1
+
+
+@classes
+@pytest.mark.filterwarnings("ignore:optimizer contains")
+def test_a_parameter_that_is_twice_in_a_group_is_refused(cls):
+    p = parameters([(6, 6)])[0]
+    with pytest.raises(ValueError, match="the same parameter twice"):
+        cls([p, p])
+
+
+@classes
+@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.AdamW, torch.optim.SGD], ids=lambda m: m.__name__)
+def test_the_state_of_another_optimizer_is_refused_and_nothing_is_loaded(cls, make):
+    p = parameters([(6, 6)], torch.float32)
+    optimizer, other = cls(p, lr=0.1), make(p, lr=3.0)
+    train(optimizer, p, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"has no setting '(adjust_lr_fn|amsgrad|dampening)'"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.load_state_dict(before)  # no hook is left over
+    assert torch.equal(optimizer.state_dict()["state"][0]["momentum_buffer"], before["state"][0]["momentum_buffer"])
+
+
+@classes
+def test_settings_that_a_saved_state_lacks_stay_those_of_the_optimizer(cls):
+    """K. Jordan's Muon has lr, weight_decay and momentum only."""
+    ours, plain = parameters(), parameters()
+    settings = {"split": SPLITS, "cautious": True, **({"interval": 3} if cls is WhitenedMuon else {})}
+    optimizers = cls(ours, lr=0.1, **settings), cls(plain, lr=0.5, **settings)
+    saved = optimizers[0].state_dict()
+    saved["param_groups"] = [{key: saved["param_groups"][0][key] for key in ("params", "lr", "momentum")}]
+    saved["state"] |= {99: {"momentum_buffer": torch.ones(2)}, "shared": 5}  # of no parameter
+    optimizers[1].load_state_dict(saved)
+    assert optimizers[1].state.pop(99) and optimizers[1].state.pop("shared") == 5
+    for params, optimizer in zip((ours, plain), optimizers, strict=True):
+        train(optimizer, params, 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert optimizers[1].state_dict()["param_groups"] == optimizers[0].state_dict()["param_groups"]
+
+
+@classes
+def test_a_model_of_another_dtype_goes_on(cls):
+    """Momenta, factors and roots follow; the steps in float64 are those of float64."""
+    ends = []
+    for dtypes in ([torch.float64], [torch.bfloat16, torch.float32, torch.float64]):
+        model = torch.nn.Linear(6, 6, bias=False, dtype=dtypes[0])
+        torch.nn.init.eye_(model.weight)
+        optimizer = cls(model.parameters(), lr=0.01, weight_decay=0.0)
+        for dtype in dtypes:
+            model.to(dtype)
+            train(optimizer, [model.weight], 3 if len(dtypes) > 1 else 9)
+        ends.append(model.weight.detach())
+    assert ends[1].dtype == torch.float64
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0.05)
+
+
+@classes
+def test_the_momentum_of_float16_is_float32(cls):
+    """Of a gradient of 3e-7, 1 - momentum times it is 0 or 6e-8 in float16."""
+    half, full = parameters([(6, 6)], torch.float16)[0], parameters([(6, 6)], torch.float16)[0].float()
+    full = torch.nn.Parameter(full.detach())
+    start, g = full.detach().clone(), (3e-7 * torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).half()
+    for p in (half, full):
+        p.grad = g.to(p.dtype)
+        optimizer = cls([p], lr=0.5, weight_decay=0.0, eps=1e-15)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+        again = cls([p], lr=0.5)
+        again.load_state_dict(optimizer.state_dict())
+        assert torch.equal(again.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    assert (half.float() - full).norm() < 0.02 * (full - start).norm()
+
+
+@classes
+@pytest.mark.parametrize("change", ["shape", "device", "dtype", "vector", "rows"])
+def test_what_does_not_fit_after_a_change_is_refused(cls, change):
+    params = parameters([(6, 6)], torch.float32)
+    optimizer = cls(params, split=[3])
+    train(optimizer, params, 1)
+    state, group = optimizer.state[params[0]], optimizer.param_groups[0]["params"]
+    new = {"shape": torch.zeros(6, 3), "device": torch.zeros(6, 6, device="meta"), "dtype": torch.zeros(6, 6).long()}
+    if change in new:
+        state["momentum_buffer"] = new[change]
+    else:
+        group[0] = torch.nn.Parameter(torch.ones(6) if change == "vector" else torch.ones(10, 6))
+    group[0].grad = torch.ones_like(group[0])
+    messages = {"vector": "steps matrices", "rows": "split = 3 does not divide the rows"}
+    with pytest.raises(ValueError, match=messages.get(change, "does not fit a parameter of shape")):
+        optimizer.step()
+
+
+@classes
+def test_a_matrix_that_is_transposed_in_place_is_noticed(cls):
+    """The address, the number of elements and, of a square one, the shape stay."""
+    ends = []
+    for kept in (True, False):
+        params = parameters([(6, 6)], torch.float32)
+        optimizer = cls(params, lr=0.1)
+        train(optimizer, params, 1)
+        params[0].data = params[0].data.t()
+        if not kept:
+            optimizer._plans.clear()
+        train(optimizer, params, 2, first=4)
+        ends.append(params[0].detach().clone())
+    assert torch.equal(*ends)
+
+
+@classes
+@pytest.mark.parametrize("made", [float, torch.tensor, lambda x: torch.full((1,), x)], ids=["float", "scalar", "(1,)"])
+def test_a_scalers_numbers_may_be_floats_or_tensors_of_one_element(cls, made):
+    params = parameters([(6, 6)], torch.float32)
+    optimizer = cls(params, lr=0.1)
+    for found_inf in (1.0, 0.0):
+        optimizer.grad_scale, optimizer.found_inf = made(2.0), made(found_inf)
+        before = params[0].detach().clone()
+        train(optimizer, params, 1)
+        assert torch.equal(params[0], before) == bool(found_inf)
+
+
+def test_factors_that_are_not_finite_change_nothing_and_are_counted():
+    params = parameters([(6, 6), (6, 6), (4, 8)], torch.float32)
+    optimizer = WhitenedMuon(params, source="update_factors")
+    set_gradients(params, 0)
+    optimizer.update_factors()
+    before = copy.deepcopy(list(optimizer.state.values()))
+    for value in (math.inf, math.nan):
+        set_gradients(params, 1)
+        params[2].grad[0, 0] = value
+        optimizer.update_factors()
+    for state, old in zip(optimizer.state.values(), before, strict=True):
+        assert all(torch.equal(state[key], old[key]) for key in old)
+    assert optimizer.skipped_estimates.item() == 2
+    for scale in (-1.0, math.nan, math.inf, "2"):
+        with pytest.raises(ValueError, match="scale = "):
+            optimizer.update_factors(scale=scale)
+
+
+def test_matrices_without_factors_take_muons_step_and_those_beside_them_their_own():
+    """An expert that saw no token in the estimate's batch."""
+    settings = {"lr": 0.1, "source": "update_factors"}
+    together, alone, muons = parameters([(6, 6)] * 2), parameters([(6, 6)] * 2)[:1], parameters([(6, 6)] * 2)[1:]
+    optimizers = WhitenedMuon(together, **settings), WhitenedMuon(alone, **settings)
+    for params, optimizer in zip((together, alone), optimizers, strict=True):
+        set_gradients(params[:1], 0)
+        optimizer.update_factors()
+        set_gradients(params, 1)
+    muons[0].grad = together[1].grad.clone()
+    with pytest.warns(UserWarning, match=r"update_factors\(\) had no gradient of some matrices yet"):
+        optimizers[0].step()
+    optimizers[1].step()
+    Muon(muons, lr=0.1).step()
+    torch.testing.assert_close(together[0], alone[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together[1], muons[0], rtol=1e-12, atol=1e-12)
+
+
+def test_roots_of_another_shape_are_refused_between_two_computations_too():
+    params = parameters([(8, 8)], torch.float32)
+    optimizer = WhitenedMuon(params, max_width=4)
+    train(optimizer, params, 2)
+    optimizer.param_groups[0]["max_width"] = None
+    with pytest.raises(ValueError, match=r"left_factor has the shape \(1, 2, 4, 4\), expected \(1, 1, 8, 8\)"):
+        train(optimizer, params, 1)
+    sampled = WhitenedMuon(params, source="update_factors")
+    sampled.state[params[0]] = optimizer.state[params[0]]
+    with pytest.raises(ValueError, match=r"left_root has the shape \(1, 2, 4, 4\)"):
+        train(sampled, params, 1)
+
+
+@classes
+def test_schedulers_keys_are_known_to_a_new_optimizer(cls):
+    params = parameters([(6, 6)])
+    optimizer = cls(params)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+    assert optimizer.param_groups[0]["momentum"] == 0.95
+    cls(optimizer.param_groups)
+
+
+def test_a_momentum_of_other_strides_than_its_convolution_is_refused():
+    """Flattened it would be a copy, whose average is lost."""
+    conv = parameters([(4, 3, 2, 2)], torch.float32)[0]
+    optimizer = Muon([conv], flatten=True)
+    train(optimizer, [conv], 1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_buffer"] = saved["state"][0]["momentum_buffer"].to(memory_format=torch.channels_last)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="contiguous_format"):
+        train(optimizer, [conv], 1)

@@ -221,6 +221,11 @@ def test_share_leaves_factors_to_the_owners_and_refuses_further_groups(monkeypat
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
     with pytest.raises(RuntimeError, match="already called"):
         share(optimizer)
+    with pytest.raises(RuntimeError, match="cannot be copied; its state_dict"):  # a copy would step all matrices
+        copy.deepcopy(optimizer)
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(RuntimeError, match="a parameter is not the one of muon_distributed"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(

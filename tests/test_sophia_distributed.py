@@ -103,6 +103,7 @@ def rank_main(rank, ranks, port, results):
                 results[name, implementation] = (tensors, norms, statistics)
     results["zero", rank] = zero_1(rank, ranks)
     results["hutchinson", rank] = hutchinson_under_ddp(rank)
+    results["partial", rank] = estimates_of_some_ranks(rank)
     results["sharded", rank] = sharded_edges(rank, lambda model: shard(model, flat))
     dist.destroy_process_group()
 
@@ -144,6 +145,16 @@ def hutchinson_under_ddp(rank):
         optimizer.step()
         optimizer.zero_grad()
     return [[t.detach().numpy() for t in tensors] for tensors in ([*model.parameters()], *first)]
+
+
+def estimates_of_some_ranks(rank):
+    """Rank 1 has no estimate of the second parameter: not waited for, and nobody's mean is taken for that of all."""
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = SophiaH([first, second])
+    try:
+        optimizer.update_hessian({first: torch.ones(3), second: torch.ones(3) if rank == 0 else None})
+    except RuntimeError as error:
+        return str(error), len(optimizer.state)
 
 
 def sharded_edges(rank, wrap):
@@ -220,6 +231,12 @@ def test_hutchinson_keeps_the_ranks_together_and_averages_their_estimates(two_ra
     for a, b, h in zip(estimates, others, hessians, strict=True):
         torch.testing.assert_close(torch.from_numpy(0.01 * (a + b) / 2), torch.from_numpy(h))
     assert any((a != b).any() for a, b in zip(estimates, others, strict=True)), "every rank has its own u"
+
+
+def test_estimates_that_not_all_ranks_have_are_refused_on_all(two_ranks):
+    for rank in (0, 1):
+        message, states = two_ranks["partial", rank]
+        assert "the ranks have estimates of different parameters; pass zeros" in message and states == 0
 
 
 def test_what_does_not_work_on_shards_is_refused_and_one_ranks_inf_skips_the_estimate_on_all(two_ranks):

@@ -318,7 +318,7 @@ def test_gradients_that_move_while_the_gpu_is_behind():
         params = make_params(torch.float32, shapes=((100, 10),) * 20, device="cuda")
         optimizer = SophiaG(params, lr=0.01, fused=fused)
         generator = torch.Generator("cuda").manual_seed(0)
-        optimizer.step()
+        train(optimizer, 1)  # a first step looks for a curvature, which waits for the GPU
         if fused:
             torch.cuda._sleep(200_000_000)
         keep = []

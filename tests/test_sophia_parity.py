@@ -1,4 +1,4 @@
-"""What the rest of torch does with an optimizer: docs/optimizers.md lists it."""
+"""What the rest of torch does with an optimizer: docs/frameworks.md lists it."""
 
 import copy
 import math

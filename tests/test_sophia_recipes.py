@@ -1,4 +1,4 @@
-"""The recipes of docs/optimizers.md and of the docstrings train, as they are written."""
+"""The recipes of docs/optimizers.md, docs/frameworks.md and of the docstrings train, as they are written."""
 
 import inspect
 import math
@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 
 def recipe(title):
-    """The code under a heading of docs/optimizers.md, with the learning rate of a small problem."""
-    text = (ROOT / "docs/optimizers.md").read_text(encoding="utf-8")
+    """The code under a heading of the docs, with the learning rate of a small problem."""
+    text = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("optimizers", "frameworks"))
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
     return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)).replace("3e-4", "3e-2")
 

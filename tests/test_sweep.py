@@ -521,8 +521,8 @@ def test_unequal_budgets_and_impossible_settings_are_refused(tmp_path, capsys, o
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ('{"config": ["a.py", "b.py"]}', "the path of one config file"),
-        ('{"config": None}', "the path of one config file"),
+        ('{"config": ["a.py", "b.py"]}', "the path of one file"),
+        ('{"script": 5}', "the path of one file"),
         ('{"learning_rate": 10**5000}', "settings are numbers"),
         ('{"eval_only": True}', "a sweep trains"),
         ('{"init_from": "resume"}', "a sweep trains"),

@@ -31,7 +31,7 @@ STARTS = ("scratch", "resume", "auto", *PRETRAINED)
 MUON = ("optimizer_name", ("muon", "whitened_muon", "sophia_muon"))
 WHITENED = ("optimizer_name", ("whitened_muon", "sophia_muon"))
 WITH_BETAS = ("optimizer_name", ("adamw", "nadamw", "lion", "soap", *MUON[1], "sophiag", "sophiah"))
-WSD = ("lr_schedule", ("wsd",))
+WSD = ("lr_schedule", ("wsd", "wsd_sqrt"))
 RESTARTS = ("lr_schedule", ("cosine_restarts",))
 FALLS = ("lr_schedule", tuple(name for name in SCHEDULES if name != "constant"))
 DECAYS, SPLIT = ("decay_lr", (True,)), ("fsdp", (True,))
@@ -134,7 +134,7 @@ class TrainConfig:
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
     min_lr: float | None = setting(
-        None, "final learning rate; default learning_rate / 20, or 0 for linear and wsd", at_least=0.0, needs=FALLS
+        None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
     wsd_decay: float = setting(0.2, "share of lr_decay_iters in which it decays", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)

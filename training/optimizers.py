@@ -59,10 +59,10 @@ def muon(config, groups, device):
     return _beside_adamw(Muon, config, groups, device, (config.beta1, config.beta2), momentum=config.momentum)
 
 
-def whitened_muon(config, groups, device):
+def whitened_muon(config, groups, device, cls=WhitenedMuon):
     """The same with Muon's step in coordinates that the training gradient whitens."""
     whitening = {"momentum": config.momentum, "interval": config.whiten_interval, **_whitening(config)}
-    return _beside_adamw(WhitenedMuon, config, groups, device, (config.beta1, config.beta2), **whitening)
+    return _beside_adamw(cls, config, groups, device, (config.beta1, config.beta2), **whitening)
 
 
 def sophia_muon(config, groups, device):
@@ -191,6 +191,19 @@ class OptimizerContainer(torch.optim.Optimizer):
     def _groups(self):
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
+    def add_param_group(self, param_group):
+        """For the constructor only: RuntimeError for a group of none of the optimizers, which nobody would step."""
+        if not any(param_group is group for group in self._groups()):
+            raise RuntimeError("add the group to one of the optimizers before OptimizerContainer takes them")
+        super().add_param_group(param_group)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k != "param_groups"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        super().__setstate__({"param_groups": self._groups()})
+
     @property
     def state(self):
         return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
@@ -214,6 +227,8 @@ class OptimizerContainer(torch.optim.Optimizer):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict):
+        if missing := self.optimizers.keys() - state_dict.keys():
+            raise ValueError(f"the state is not of these optimizers: it has no {min(missing)!r}")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])
         self.param_groups = self._groups()  # loading replaces the optimizers' groups

@@ -38,6 +38,7 @@ from training.monitor import Signals
 from training.schedule import check_whole, learning_rate, sequence_length, stages
 from training.sharding import check_sharding, read_state, set_weights, shard, shard_state, total_norm
 from training.shards import PartWriter
+from training.startup import attention_line, keep_compiled_code
 from training.step import DTYPES, Batches, TrainStep
 from training.terminal import warn
 from training.tokenizer import identity as tokenizer_identity
@@ -70,6 +71,8 @@ class Run:
     def _set_up(self):
         config, world = self.config, self.world
         _warn_of_separate_tasks()
+        if config.compile:
+            keep_compiled_code(world.device)
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
@@ -185,6 +188,8 @@ class Run:
             f"{self.tokens_per_step} tokens a step: {world.size} ranks x {config.gradient_accumulation_steps} passes x "
             f"{config.batch_size} sequences x {config.block_size}; {config.dtype} on {world.device_name}"
         )
+        if world.device.type == "cuda":
+            self._say(attention_line(model_config, DTYPES[config.dtype], world.device))
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
         if resume:

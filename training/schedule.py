@@ -7,9 +7,9 @@ import math
 
 from training.errors import UserError
 
-SCHEDULES = ("cosine", "linear", "wsd", "cosine_restarts", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "cosine_restarts", "constant")
 PHASES = 1000  # of a block_size_schedule
-TO_ZERO = ("linear", "wsd")  # their min_lr is 0 where it is not given
+TO_ZERO = ("linear", "wsd", "wsd_sqrt")  # their min_lr is 0 where it is not given
 
 
 def learning_rate(step, config):
@@ -19,6 +19,8 @@ def learning_rate(step, config):
     linear           a straight line, which ends there
     wsd              warm-up, stable, decay: `learning_rate`, then a straight line in the last share `wsd_decay` of
                      `lr_decay_iters` (arXiv:2404.06395, with the linear decay of arXiv:2405.18392)
+    wsd_sqrt         the same with 1 - sqrt(share of the decay that is over), which falls faster at first (the 1-sqrt of
+                     arXiv:2405.18392)
     cosine_restarts  half cosines of `restart_iters` steps, each `restart_multiplier` times as long as the one before
                      (SGDR, arXiv:1608.03983); the last one is cut off at `lr_decay_iters`
     constant         `learning_rate`
@@ -35,7 +37,7 @@ def learning_rate(step, config):
     if step >= config.lr_decay_iters:
         return config.min_lr
     start, length = config.warmup_iters, config.lr_decay_iters - config.warmup_iters
-    if config.lr_schedule == "wsd":
+    if config.lr_schedule in ("wsd", "wsd_sqrt"):
         start = max(start, config.lr_decay_iters * (1 - config.wsd_decay))
         length = config.lr_decay_iters - start
     elif config.lr_schedule == "cosine_restarts":
@@ -43,7 +45,10 @@ def learning_rate(step, config):
         while step >= start + length:
             start, length = start + length, length * config.restart_multiplier
     progress = max(0.0, (step - start) / length) if length else 0.0
-    left = 1 - progress if config.lr_schedule in TO_ZERO else 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule in TO_ZERO:
+        left = 1 - (math.sqrt(progress) if config.lr_schedule == "wsd_sqrt" else progress)
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.figures import COLOURS, new_figure
 from sophia import SophiaH
 
 START, MINIMUM = (0.2, 0.0), (1.0, 4.0)
@@ -28,28 +29,11 @@ def hessian_diagonal(point):
     return torch.func.hessian(loss)(point.detach()).diagonal()
 
 
-class Newton(torch.optim.Optimizer):
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self):
-        for point in self.param_groups[0]["params"]:
-            point -= point.grad / hessian_diagonal(point)  # the Hessian is diagonal
-
-
-class SignGD(torch.optim.SGD):
-    def step(self):
-        for point in self.param_groups[0]["params"]:
-            point.grad.sign_()
-        super().step()
-
-
 OPTIMIZERS = {
     "Gradient descent": lambda params, lr: torch.optim.SGD(params, lr=lr),
-    "SignGD": lambda params, lr: SignGD(params, lr=lr),
+    "SignGD": lambda params, lr: torch.optim.SGD(params, lr=lr),  # of the gradient's sign
     "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
-    "Newton": lambda params, lr: Newton(params),
+    "Newton": lambda params, lr: torch.optim.SGD(params, lr=1.0),  # of the gradient over the Hessian, which is diagonal
     # rho = lr: where nothing is clipped this is Newton's step. No averages, as nothing here is stochastic.
     "Sophia": lambda params, lr: SophiaH(params, lr=lr, rho=lr, betas=(0.0, 0.0), weight_decay=0.0),
 }
@@ -63,8 +47,12 @@ def trajectory(name, lr):
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss(point).backward()
-        if isinstance(optimizer, SophiaH):
+        if name == "Sophia":
             optimizer.update_hessian([hessian_diagonal(point)])
+        elif name == "SignGD":
+            point.grad.sign_()
+        elif name == "Newton":
+            point.grad /= hessian_diagonal(point)
         optimizer.step()
         points.append(point.detach().clone())
     return torch.stack(points)
@@ -85,18 +73,12 @@ def best(name):
 
 
 def draw(runs, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 6.2), dpi=150)
+    figure, (axes,) = new_figure(1, 1, width=7.2, height=6.8)
     x, y = np.meshgrid(np.linspace(-1.0, 1.6, 400), np.linspace(-0.6, 5.0, 400))
     height = loss(torch.from_numpy(np.stack([x, y], -1))).numpy()
     levels = np.geomspace(0.05, 60, 22)
     axes.contour(x, y, height, levels=levels, colors="0.8", linewidths=0.7, zorder=1)
-    colors = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d62728")
-    for (name, (lr, points, steps)), color in zip(runs.items(), colors, strict=True):
+    for (name, (lr, points, steps)), color in zip(runs.items(), COLOURS, strict=False):
         shown = points[: (steps or 12) + 1].numpy()
         outcome = f"{steps} steps" if steps else "stops at the maximum in x"
         label = f"{name}: {outcome}" + (f" (lr {lr:.2g})" if lr else "")
@@ -109,10 +91,8 @@ def draw(runs, path):
     axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":", zorder=1)
     axes.annotate("maximum in x", (0, 4), xytext=(-88, 2), textcoords="offset points")
     axes.set(xlim=(-1.0, 1.6), ylim=(-0.6, 5.0), xlabel="x (sharp, not convex)", ylabel="y (flat)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main():

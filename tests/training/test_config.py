@@ -13,7 +13,7 @@ from training.errors import UserError
 from training.optimizers import FIRST_ORDER, SECOND_ORDER
 from training.run import _accumulation
 
-CONFIGS = sorted((ROOT / "config").glob("*.py"))
+CONFIGS = sorted((ROOT / "config").glob("[!_]*.py"))
 
 
 def config_class(path):
@@ -172,7 +172,7 @@ def test_help_names_every_setting(capsys):
         (["--momentum=0.8"], "momentum = 0.8 is not read where optimizer_name = 'adamw'", "'sgd' or 'muon'"),
         (["--optimizer_name=muon", "--whiten_exponent=0.25"], "whiten_exponent", "'whitened_muon' or 'sophia_muon'"),
         (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "'adamw'"),
-        (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd'"),
+        (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd' or 'wsd_sqrt'"),
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
         (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),

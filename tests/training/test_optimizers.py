@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -217,6 +218,31 @@ def test_a_container_goes_on_from_its_state_dict_with_the_rates_of_its_groups():
     assert len(restored.state) == 5
     restored.zero_grad()
     assert all(p.grad is None for group in again for p in group["params"])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_container_goes_on_as_the_original(how):
+    _, optimizer = container()
+    optimizer.step(bs=10)
+    other = how(optimizer)
+    for each in (optimizer, other):
+        for group in each.param_groups:
+            group["lr"] = 3e-2
+            for p in group["params"]:
+                p.grad = torch.full_like(p, 0.5)
+        each.step(bs=10)
+    for group, copied in zip(optimizer.param_groups, other.param_groups, strict=True):
+        for p, q in zip(group["params"], copied["params"], strict=True):
+            assert torch.equal(p, q) and p is not q
+
+
+def test_a_container_refuses_a_group_that_nobody_would_step_and_the_state_of_another():
+    made, optimizer = container()
+    with pytest.raises(RuntimeError, match="add the group to one of the optimizers"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == len(made)
+    with pytest.raises(ValueError, match="it has no 'adamw'"):
+        optimizer.load_state_dict({"sophia": optimizer.state_dict()["sophia"]})
 
 
 def test_gradscaler_steps_a_container_and_skips_all_of_it_on_infinity():

@@ -47,8 +47,18 @@ def test_wsd(step, expected):
     assert value == pytest.approx(exact, rel=1e-12) and value == pytest.approx(expected, abs=0.01)
 
 
-def test_wsd_does_not_fall_before_the_warm_up_ends():
-    assert rate(9, lr_schedule="wsd", wsd_decay=1.0) == 1.0
+@pytest.mark.parametrize("step, expected", [(81, 1.0), (82, 0.9138), (95, 0.3724), (108, 0.1167), (109, 0.1)])
+def test_wsd_sqrt(step, expected):
+    """1 - sqrt(0.25 / 27.25) is 0.9042 after a quarter step; half-way the rate is below half."""
+    assert rate(step, lr_schedule="wsd_sqrt", wsd_decay=0.25) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "wsd_sqrt"])
+def test_wsd_does_not_fall_before_the_warm_up_ends(schedule):
+    assert rate(9, lr_schedule=schedule, wsd_decay=1.0) == 1.0
+
+
+def test_wsd_of_the_complete_run_is_linear():
     assert rate(59, lr_schedule="wsd", wsd_decay=1.0) == pytest.approx(0.55)
 
 
@@ -88,7 +98,7 @@ def test_step_0_moves_in_the_shortest_runs(schedule, warmup, length):
     assert rates[0] > 0 and all(math.isfinite(value) and 0 <= value <= 1 for value in rates)
 
 
-@pytest.mark.parametrize("schedule, floor", [("cosine", 0.05), ("linear", 0.0), ("wsd", 0.0), ("constant", 0.05)])
+@pytest.mark.parametrize("schedule, floor", [("cosine", 0.05), ("linear", 0.0), ("wsd_sqrt", 0.0), ("constant", 0.05)])
 def test_the_default_floor(schedule, floor):
     words = ["--learning_rate=1", f"--lr_schedule={schedule}", "--max_iters=100", "--warmup_iters=0"]
     config = load_config(TrainConfig, words)

@@ -1,0 +1,18 @@
+"""The official Sophia-G, ours with its habits, and ours without them: the settings of 30m_tuning, held-out seeds.
+
+max_iters and the seed are swept, so that labels hold them.
+"""
+
+from experiments.best import best_of
+
+
+def sweep(official="", steps=1560, held_out="3,4,5"):
+    """official: the official sophia.py; without it, all but its own runs. steps: training horizon; held_out: seeds."""
+    tuned = best_of("30m_tuning", steps, only=("sophiag",))["sophiag"]
+    plain = tuned | {"bias_correction": False}
+    habits = plain | {"script": "experiments/30m_official/official.py"}
+    optimizers = {"habits": habits, "plain": plain, "corrected": tuned}
+    if official:
+        optimizers = {"official": habits | {"official": official}} | optimizers
+    common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")]}
+    return {"common": common, "optimizers": optimizers}

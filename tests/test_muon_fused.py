@@ -1,0 +1,133 @@
+"""The kernels of muon_fused.py: in Triton's interpreter where there is no GPU, and on the GPU with
+
+python -m pytest -m gpu tests/test_muon_fused.py
+"""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fused steps need Triton")
+
+import muon_fused
+from muon import Muon, WhitenedMuon
+from tests.test_muon import parameters, set_gradients
+from tests.test_sophia_fused import devices
+
+SHAPES = [(8, 8), (70, 50), (50, 70), (64, 96), (21, 7), (8, 8)]  # more than a program, odd ends
+SPLITS = [1, 1, 1, 2, [7, 7, 7], 1]
+SETTINGS = [{}, {"nesterov": False, "cautious": True}, {"momentum": 0.3, "weight_decay": 0.0}]
+
+
+def run(cls, dtype, device, steps=5, lr=0.1, **settings):
+    """The parameters after steps of which the third finds an infinity; all gradients come scaled by 8."""
+    params = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in parameters(SHAPES)]
+    optimizer = cls([{"params": params, "split": SPLITS}], lr=lr, **settings)
+    for step in range(steps):
+        set_gradients(params, step)
+        for p in params:
+            p.grad *= 8
+        optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=device) for x in (8.0, float(step == 2)))
+        if step == 2:
+            params[1].grad[0, 0], params[2].grad[3, 3] = torch.inf, torch.nan
+        optimizer.step()
+    return params, optimizer
+
+
+@devices
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_fused_steps_are_those_of_float64(device, cls, settings, monkeypatch):
+    exact, _ = run(cls, torch.float64, "cpu", **settings)
+    launched = []
+    monkeypatch.setattr(muon_fused, "_launch", lambda kernel, *args, launch=muon_fused._launch, **others: (
+        launched.append(kernel), launch(kernel, *args, **others)))  # fmt: skip
+    ours, _ = run(cls, torch.float32, device, fused=True, **settings)
+    assert launched.count(muon_fused._apply_kernel) == 5 * 5, "a launch for each of five shapes in each step"
+    start = parameters(SHAPES)
+    tight = 2e-3 if "cautious" in settings else 2e-5  # an update near 0 may have the other sign, and decays or not
+    tolerance = tight if device == "cpu" else 0.03 if cls is Muon else 0.1
+    for p, q, s in zip(ours, exact, start, strict=True):
+        moved = p.detach().cpu().double() - s
+        assert (moved - (q.detach() - s)).norm() < tolerance * (q.detach() - s).norm()
+
+
+@devices
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_a_skipped_fused_step_changes_nothing(device, cls):
+    params, optimizer = run(cls, torch.float32, device, steps=2, fused=True)
+    before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
+    set_gradients(params, 9)
+    params[0].grad[1, 1] = torch.nan
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before[0], strict=True))
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][number][key]) for key, value in state.items())
+
+
+@devices
+def test_learning_rates_are_floats_or_tensors(device):
+    params = [run(Muon, torch.float32, device, fused=True, lr=lr)[0] for lr in (0.1, torch.tensor(0.1, device=device))]
+    assert all(torch.equal(p, q) for p, q in zip(*params, strict=True))
+
+
+@devices
+def test_bfloat16_is_rounded_once_a_step(device):
+    exact, _ = run(Muon, torch.float64, "cpu")
+    ours, _ = run(Muon, torch.bfloat16, device, fused=True)
+    for p, q in zip(ours, exact, strict=True):
+        assert (p.detach().cpu().double() - q).norm() < 0.02 * q.norm()
+
+
+@devices
+def test_what_the_kernels_cannot_take_is_stepped_without_them(device):
+    """A parameter that is a transpose, and one in float64."""
+    for dtype, tolerance in ((torch.float32, 1e-5 if device == "cpu" else 0.03), (torch.float64, 1e-12)):
+        if device == "cuda" and dtype == torch.float64:
+            continue
+        weights = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        params = [torch.nn.Parameter(weights.to(device, dtype).T), torch.nn.Parameter(weights.T.contiguous())]
+        for p, fused in zip(params, (True, False), strict=True):
+            p.grad = torch.ones_like(p) * torch.arange(6, device=p.device)
+            Muon([p], lr=0.1, fused=fused).step()
+        assert (params[0].detach().cpu().double() - params[1].detach()).norm() < tolerance
+
+
+def test_a_state_from_before_the_setting_loads():
+    params, optimizer = run(Muon, torch.float32, "cpu")
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["fused"]
+    optimizer.load_state_dict(state)
+    set_gradients(params, 7)
+    optimizer.step()
+
+
+def test_fused_without_its_file_says_what_to_copy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "muon_fused", None)
+    with pytest.raises(RuntimeError, match=r"copy muon_fused\.py beside muon\.py"):
+        Muon(parameters(SHAPES, torch.float32), fused=True)
+
+
+@devices
+@pytest.mark.parametrize("change", ["negated gradient", "transposed in place", "float16"])
+def test_tensors_that_the_kernels_cannot_take_as_they_are_take_the_same_steps(device, change):
+    ends = []
+    for fused in (True, False):
+        dtype = torch.float16 if change == "float16" else torch.float32
+        params = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in parameters([(8, 8), (8, 8)])]
+        optimizer = Muon(params, lr=0.1, fused=fused)
+        for step in range(3):
+            set_gradients(params, step)
+            if change == "negated gradient":
+                params[0].grad = torch._neg_view(params[0].grad)
+            if change == "transposed in place" and step == 1:
+                params[0].data = params[0].data.t()
+            optimizer.step()
+        ends.append(params)
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=1e-2 if device == "cuda" else 1e-5, atol=1e-2 if device == "cuda" else 1e-5
+        )
