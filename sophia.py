@@ -571,7 +571,7 @@ class SophiaG(_Sophia):
         """Return the share of coordinates that are not clipped, and norms of h and m. Takes one host sync.
 
         win_rate: share of coordinates whose update is not clipped, |m| < rho bs h. win_rate/NAME: that of a group.
-        hessian_norm: 1-norm of h. hessian_norm2, momentum_norm: 2-norms of h and m.
+        hessian_norm: 1-norm of h. hessian_norm2, momentum_norm: 2-norms. Shards (FSDP2): call it on every rank.
         """
         return self._statistics(bs)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from training.config import TrainConfig, load_config, setting
 from training.errors import command
-from training.optimizers import FIRST_ORDER, make_optimizer
+from training.optimizers import FIRST_ORDER, SECOND_ORDER, make_optimizer
 from training.run import Run
 
 
@@ -17,7 +17,12 @@ from training.run import Run
 class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
-    optimizer_name: str = setting("adamw", "which optimizer; docs/settings.md explains them", choices=FIRST_ORDER)
+    optimizer_name: str = setting(
+        "adamw",
+        "which optimizer; docs/settings.md explains them",
+        choices=FIRST_ORDER,
+        elsewhere=("train_sophiag.py", SECOND_ORDER),
+    )
     momentum: float = setting(
         0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from training.config import TrainConfig, load_config, setting
 from training.errors import UserError, command
-from training.optimizers import SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
+from training.optimizers import FIRST_ORDER, SECOND_ORDER, adamw_before_sophia, make_optimizer, take_momentum
 from training.run import Run
 from training.schedule import check_whole, stages
 
@@ -24,6 +24,7 @@ class SophiaConfig(TrainConfig):
         "sophiag",
         "Sophia-G, Sophia-H, or Muon whitened by Sophia-G's sampled gradients (sophia_muon)",
         choices=SECOND_ORDER,
+        elsewhere=("train_adam.py", FIRST_ORDER),
     )
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)

@@ -1,7 +1,7 @@
 """Compare the training losses of two settings or two commits: the same seed, the same tokens.
 
     python bench.py losses HEAD~1 HEAD "HEAD~1 --batch_size=32"
-    python bench.py losses . ". --fp8=True" --base "config/train_gpt2_medium_sophiag.py --max_iters=300"
+    python bench.py losses . ". --fp8=True" --base "config/train_gpt2_30m_sophiag.py --max_iters=300 --warmup_iters=30"
 
 Each argument is a run: a commit or a folder with a checkout (. is this one), then settings. The others are compared
 with the first. A run that differs only in its micro-batch shows how large rounding differences are.
@@ -88,6 +88,7 @@ def losses_of(args, checkout, settings, out_dir, free):
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     free.append(gpu)
     if done.returncode:
-        raise UserError(f"{shlex.join(settings) or checkout}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
+        raise UserError(f"{shlex.join(settings) or checkout}: {reason}")
     lines = read_metrics(out_dir / METRICS)
     return {line["step"]: line["train/loss"] for line in lines if line.get("train/loss") is not None}

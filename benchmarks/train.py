@@ -45,7 +45,8 @@ def add_arguments(parser):
     names = (*GPT2_SIZES, *LLAMA_SIZES)
     kind = partial(model_names, known=names)
     parser.add_argument("--models", type=kind, default="124M,355M", help=f"some of {', '.join(names)}")
-    parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help="default: %(default)s")
+    some = "some of speed, curvature, muon, checkpointing, scaling, fsdp, start; default: %(default)s"
+    parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help=some)
     parser.add_argument(
         "--optimizers", default="adamw,muon,whitened_muon,sophiag", help="for the parts scaling and fsdp"
     )

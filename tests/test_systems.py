@@ -135,6 +135,19 @@ def test_a_small_yxanul_runs_through_its_stages_and_compare_shows_them(corpus, t
     assert len(rows[0]) == 2 + 2 * 3 and all(all(row) for row in rows)
 
 
+# ----- a model of Llama's kind
+
+
+def test_a_small_llama_trains_from_its_config(wikitext, tmp_path):
+    assert parameters(settings(ADAM[1], "llama_30m_adam")) == pytest.approx(28.8e6, rel=0.005)
+    small = ["--n_layer=1", "--n_head=4", "--n_embd=32", "--block_size=16", "--total_bs=8", "--batch_size=8"]
+    small += ["--max_iters=20", "--warmup_iters=2", "--eval_tokens=256", "--device=cpu", "--compile=False"]
+    small += [f"--dataset={wikitext}", f"--out_dir={tmp_path / 'run'}"]
+    train_adam.main([str(ROOT / "config/train_llama_30m_adam.py"), *small])
+    before, after = (line["val/loss"] for line in read_lines(tmp_path / "run") if "val/loss" in line)
+    assert after < before - 0.5
+
+
 # ----- sizes and memory
 
 

@@ -7,6 +7,7 @@ The last argument wins. A config file is Python and is executed: give only files
 
 import dataclasses
 import difflib
+import inspect
 import operator
 import os
 import runpy
@@ -42,7 +43,7 @@ def setting(default, help, **limits):
     """A dataclass field with its help and limits: choices=(...), at_least=, above=, at_most=, below=.
 
     words: values that are no numbers. former: {value of older versions: value of now}; both are accepted.
-    needs: (another setting, its values with which this one is read).
+    needs: (another setting, its values with which this one is read). elsewhere: (another script, its values).
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -288,7 +289,9 @@ def _check_read(config, values, on_command_line):
             continue
         if field.name in on_command_line:
             unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
-            raise UserError(f"{unread_here}; leave it out, or set {name} to {' or '.join(map(repr, allowed))}.")
+            choices = _field(type(config), name, "").metadata.get("choices", allowed)
+            reads = " or ".join(repr(value) for value in allowed if value in choices)
+            raise UserError(f"{unread_here}; leave it out, or set {name} to {reads}.")
         unread.append(field.name)
     if unread:
         _warn_once(f"this run does not read some settings of its config files: {', '.join(unread)}.")
@@ -346,6 +349,8 @@ def run_config_file(cls, path):
 
 def run_file(path, function, *arguments, **options):
     """The result of `function`, which runs code of the file `path`: its exceptions become UserErrors."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not a file with settings; a setting is --key=value.")
     try:
         read_bytes(path, 1 << 24)
     except OSError as error:
@@ -361,8 +366,9 @@ def _field(cls, key, where):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     key = ALIASES.get(key, key)
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-        raise UserError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} (--help lists all).")
+        script = os.path.basename(inspect.getfile(cls))
+        near = [f"the nearest is {name!r}; " for name in difflib.get_close_matches(key, fields, n=1, cutoff=0.5)]
+        raise UserError(f"{where}: {script} has no setting {key!r}; {''.join(near)}its --help lists all.")
     return fields[key]
 
 
@@ -434,4 +440,7 @@ def _check_limits(field, value, which=_LIMITS, where=""):
     finite = not isinstance(value, float) or abs(value) < float("inf")  # false for NaN too
     for key in which:
         if not finite or (key in field.metadata and not _LIMITS[key][0](value, field.metadata[key])):
-            raise UserError(f"{where}{field.name} = {value!r} is not possible: {_allowed(field) or 'a finite number'}.")
+            script, values = field.metadata.get("elsewhere", ("", ()))
+            elsewhere = f"; {script} has it" if value in values else ""
+            possible = f"{_allowed(field) or 'a finite number'}{elsewhere}"
+            raise UserError(f"{where}{field.name} = {value!r} is not possible: {possible}.")

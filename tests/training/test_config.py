@@ -106,6 +106,10 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--hess_bs=481"], "total_bs = 480"),
         (["--init_from=import:ckpt.pt", "--sophia_start_iter=5"], "sophia_start_iter at 0"),
         (["no_such_file.py"], "no_such_file.py"),
+        (["config"], "config is a folder, not a file with settings"),
+        (["--optimizer_name=muon"], "one of sophiag, sophiah, sophia_muon; train_adam.py has it"),
+        (["--lr=1e-3"], "the nearest is 'min_lr'"),
+        (["--momentum=0.9"], "train_sophiag.py has no setting 'momentum'; its --help lists all"),
     ],
 )
 def test_bad_settings_are_one_sentence(argv, message):
@@ -170,8 +174,8 @@ def test_help_names_every_setting(capsys):
     "argv, culprit, remedy",
     [
         (["--momentum=0.8"], "momentum = 0.8 is not read where optimizer_name = 'adamw'", "'sgd' or 'muon'"),
-        (["--optimizer_name=muon", "--whiten_exponent=0.25"], "whiten_exponent", "'whitened_muon' or 'sophia_muon'"),
-        (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "'adamw'"),
+        (["--optimizer_name=muon", "--whiten_exponent=0.25"], "whiten_exponent", "to 'whitened_muon'."),
+        (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "or 'muon' or 'whitened_muon'."),
         (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd' or 'wsd_sqrt'"),
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
