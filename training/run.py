@@ -60,6 +60,8 @@ class Run:
         self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
+        if config.eval_only:
+            self._signals.ends = "after this evaluation"
         if self.world.size > 1:
             self._signals.rank_lost = self.world.rank_lost
         try:

@@ -201,6 +201,12 @@ def test_one_that_is_missing_is_one_sentence(tiny, trained, capsys, which):
     assert ("ckpt_best.pt of step 20" in error) == (which not in ("", "/", "a\0b")) and contents(trained) == before
 
 
+def test_a_signal_during_eval_only_promises_no_checkpoint(tiny, trained, monkeypatch, capfd):
+    monkeypatch.setattr(Run, "evaluate", lambda run: os.kill(os.getpid(), signal.SIGTERM) or {"val/loss": 1.0})
+    train(tiny, 40, "--init_from=resume", "--eval_only=True")
+    assert "SIGTERM: ends after this evaluation; a second" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("start", ["scratch", "auto", "gpt2"])
 def test_a_checkpoint_that_would_not_be_read_is_refused(tiny, capsys, start):
     assert "--init_from=resume" in refused(
