@@ -15,6 +15,7 @@ import shutil
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -56,8 +57,10 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
         write_folder(temporary, checkpoint, write_parts(temporary, checkpoint["shards"]))
     else:
         form, temporary = ".pt", out_dir / f"{NEWEST}.pt.tmp"
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # of a run that was killed; opening a FIFO would block
+        if temporary.is_dir() and not temporary.is_symlink():  # none of ours
+            os.replace(temporary, aside := temporary.with_name(f"{temporary.name}.{time.time_ns()}"))
+            warn(f"{temporary} is in the way of a checkpoint; it is {aside.name} now.")
+        temporary.unlink(missing_ok=True)  # of a run that was killed; opening a FIFO would block
         with HashingFile(temporary) as file:
             file.save(checkpoint)
             file.write(_MARK + bytes.fromhex(file.sha256))
@@ -72,7 +75,7 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
     with contextlib.suppress(OSError):  # the checkpoint is complete; not every file system can sync a folder
         for old in kept_checkpoints(out_dir)[:-keep] if keep else ():
             remove(old)
-        for old in out_dir.glob("ckpt*.old"):  # of a run that was killed
+        for old in filter(Path.is_dir, out_dir.glob("ckpt*.old")):  # of a run that was killed
             shutil.rmtree(old)
         sync_folder(out_dir)
 
@@ -243,7 +246,10 @@ def _replace(source, name):
 def _set_aside(folder):
     """Give a folder another name, with which no half-removed one is taken for a checkpoint."""
     aside = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:  # rmtree would wait at a FIFO
+        aside.unlink(missing_ok=True)
     os.replace(folder, aside)
     return aside
 
@@ -275,7 +281,7 @@ def _link(source, name):
 def kept_checkpoints(out_dir):
     """The ckpt_STEP of a run, in the order in which they were written."""
     found = [path for path in Path(out_dir).glob("ckpt_*") if path.suffix in ("", ".pt") and path.stem[5:].isdecimal()]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, int(path.stem[5:])))
+    return sorted(found, key=lambda path: (path.lstat().st_mtime_ns, int(path.stem[5:])))
 
 
 def all_checkpoints(out_dir):
@@ -300,14 +306,14 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
         except UserError as error:
             problems.append(str(error))
             warn(error)
+    if found := [path for path in all_checkpoints(out_dir) if path.stem not in (NEWEST, PREVIOUS)]:
+        problems.append(f"It has others: --checkpoint={found[0]}, or --init_from=ckpt:{found[0]} to start new.")
     if problems:
-        raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
-    if found := all_checkpoints(out_dir):
-        raise UserError(f"{out_dir} holds no ckpt.pt, the newest; go on from another one: --checkpoint={found[0]}.")
+        raise UserError(f"{out_dir}: no checkpoint can be read as the newest. {' '.join(problems)}")
     if not os.path.isdir(out_dir):
         where = f"there is no such folder on {socket.gethostname()}"
         raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")
-    raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
+    raise UserError(f"{out_dir} holds no checkpoint; name the folder of a run, or train one with --init_from=scratch.")
 
 
 def _find(out_dir, which):
@@ -328,9 +334,7 @@ def _step_of(path):
     try:
         if path.is_dir():
             return read_json(path / MANIFEST)["step"]
-        if not path.is_file():  # a FIFO would block
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        return load_tensors(path, mmap=True)["step"]
     except Exception:
         return None
 

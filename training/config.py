@@ -267,7 +267,7 @@ def load_config(cls, argv=None):
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
-            values |= _run_config_file(cls, argument)
+            values |= run_config_file(cls, argument)
         elif _is_removed(key, text, "the command line"):
             continue
         elif not equals:
@@ -317,6 +317,8 @@ def with_current_values(cls, settings, where=""):
         if field.name in current:
             value = current[field.name]
             current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
+            if where:
+                _check_limits(field, current[field.name], {"at_least", "above", "at_most", "below"}, f"{where}: ")
     return current
 
 
@@ -338,7 +340,7 @@ def describe(cls):
         yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
-def _run_config_file(cls, path):
+def run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     values = {}
     for key, value in run_file(path, runpy.run_path, path).items():
@@ -391,11 +393,12 @@ def _parse(field, text):
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise UserError(f"--{field.name}={text}: wants True or False.")
+        raise UserError(f"--{field.name}={text:.80}: wants True or False.")
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--{field.name}={text}: wants {'a whole number' if kind is int else 'a number'}.") from None
+        wants = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{field.name}={text:.80}: wants {wants}.") from None
 
 
 def _convert(field, value):
@@ -403,6 +406,8 @@ def _convert(field, value):
     kind, optional = _kind(field)
     if (value is None and optional) or value in field.metadata.get("words", ()):
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -433,14 +438,13 @@ def _allowed(field):
     return ", ".join([*parts, *field.metadata.get("words", ())])
 
 
-def _check_limits(field, value):
+def _check_limits(field, value, which=_LIMITS, where=""):
     if value is None or value in field.metadata.get("words", ()):
         return
     finite = not isinstance(value, float) or abs(value) < float("inf")  # false for NaN too
-    for key, (holds, _) in _LIMITS.items():
-        if not finite or (key in field.metadata and not holds(value, field.metadata[key])):
+    for key in which:
+        if not finite or (key in field.metadata and not _LIMITS[key][0](value, field.metadata[key])):
             script, values = field.metadata.get("elsewhere", ("", ()))
             elsewhere = f"; {script} has it" if value in values else ""
-            raise UserError(
-                f"{field.name} = {value!r} is not possible: {_allowed(field) or 'a finite number'}{elsewhere}."
-            )
+            possible = f"{_allowed(field) or 'a finite number'}{elsewhere}"
+            raise UserError(f"{where}{field.name} = {value!r} is not possible: {possible}.")

@@ -60,6 +60,8 @@ class Run:
         self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
+        if config.eval_only:
+            self._signals.ends = "after this evaluation"
         if self.world.size > 1:
             self._signals.rank_lost = self.world.rank_lost
         try:
@@ -101,6 +103,9 @@ class Run:
                     world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
+            with restoring(origin, "settings"):
+                before = types.SimpleNamespace(**{**vars(config), **checkpoint["config"]})
+                self._lr_before = float(learning_rate(checkpoint["step"], before))
             differing = optimizers.state_differences(config, checkpoint)
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
@@ -149,9 +154,13 @@ class Run:
             self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
-        self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
+        self._shared_device = SHARED in os.environ or (resume and checkpoint.get("shared_device") is True)
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
-        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
+        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else math.inf
+        if not self._best > -math.inf:  # no loss is below NaN
+            if world.is_rank0:
+                warn(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
+            self._best = math.inf
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
@@ -188,7 +197,7 @@ class Run:
         if resume:
             changed = ", ".join(self._changed) or "nothing"
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
-            for text in self._effects(checkpoint["config"]):
+            for text in self._effects():
                 self._say(f"  {text}")
 
     def _choose_batch_size(self, before):
@@ -276,18 +285,18 @@ class Run:
                 raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
-    def _effects(self, before):
+    def _effects(self):
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
-        seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
+        seen = self._batches.sequences_before(step)
         if {"seed", "train_sha256"} & changed.keys():
             yield f"the order of the data is another from sequence {seen} on; some may be read twice"
         elif "total_bs" in changed:
             yield f"total_bs changed: the data go on at sequence {seen}; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
             yield "val/loss is measured on other tokens than before, so earlier checkpoints do not count for ckpt_best"
-        if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
-            yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
+        if (lr := learning_rate(step, config)) != self._lr_before:
+            yield f"the learning rate of step {step} is {lr:.4g} instead of {self._lr_before:.4g}"
 
     def _record(self):
         """What config.json holds beside the settings."""

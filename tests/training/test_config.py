@@ -94,6 +94,8 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--batch_size=0"], "at least 1"),
         (["--learning_rate=fast"], "a number"),
         (["--learning_rate=nan"], "learning_rate"),
+        (["--seed=" + "9" * 5000], "a whole number"),
+        (["--max_iters=" + "9" * 30], "below 2**63"),
         (["--dropout=1.0"], "below 1.0"),
         (["--compile=yes"], "True or False"),
         (["--compile"], "--compile=VALUE"),
@@ -139,6 +141,8 @@ def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp
         ("batch_size = [4]", "wants int"),
         ("batch_size = = 4", "SyntaxError"),
         ("batch_size = 1 // 0", "ZeroDivisionError"),
+        ("max_iters = 10**5000", r"below 2\*\*63"),
+        ("learning_rate = 10**400", r"below 2\*\*63"),
     ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, text, message):
