@@ -18,8 +18,8 @@ from training.tracking import git_state
 BENCHMARKS = {
     "optimizer": (optimizer, "one optimizer step, curvature update and clipping, against peers"),
     "train": (train, "tokens/s and memory of training, against peers; the cost of curvature; several GPUs"),
-    "losses": (losses, "the difference of the losses of two settings or two commits over a short run"),
-    "data": (data, "prepare.py beside tiktoken alone, and the time that the input pipeline adds to a step"),
+    "losses": (losses, "differences between the losses of short runs at two commits or with two settings"),
+    "data": (data, "speed of prepare.py against tiktoken alone; time that the input pipeline adds to a step"),
 }
 
 

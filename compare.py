@@ -48,8 +48,12 @@ def upload(figures, project, name):
     """Upload the figures to wandb, as a run of their own."""
     import wandb
 
-    with wandb.init(project=project, name=name, job_type="compare") as run:
-        run.log({Path(figure).stem: wandb.Image(str(figure)) for figure in figures})
+    try:
+        with wandb.init(project=project, name=name, job_type="compare") as run:
+            run.log({Path(figure).stem: wandb.Image(str(figure)) for figure in figures})
+    except Exception as error:  # no account, mostly
+        problem = f"wandb raised {type(error).__name__} ({(str(error).splitlines() or [''])[0]})"
+        raise UserError(f"{problem}; run `wandb login`, or leave --wandb out.") from None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class EvaluateConfig(ModelSource):
     """The settings of evaluate.py."""
 
     dataset: str = setting("", "folder under data/ (or its path), or a mixture; default: that of the run")
-    split: str = setting("val", "which split of it", choices=("train", "val"))
+    split: str = setting("val", "which split of the dataset", choices=("train", "val"))
     stride: int | None = setting(None, "tokens between window starts; default half of block_size", at_least=1)
     batch_size: int = setting(8, "windows in a forward pass", at_least=1)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")

@@ -66,9 +66,9 @@ def main(argv=None):
 
 def prompt_ids(start, tokenizer):
     """The token ids of `start`, at least one."""
-    if not start:
-        return tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-    text = start
+    if not start and tokenizer.eot is not None:
+        return [tokenizer.eot]
+    text = start or "\n"
     if start.startswith(FILE):
         path = start.removeprefix(FILE)
         try:
@@ -81,7 +81,15 @@ def prompt_ids(start, tokenizer):
             raise UserError(f"start = {start!r}: {path} has more than {LONGEST:,} characters; name a shorter text.")
         if not text:
             raise UserError(f"start = {start!r}: {path} is empty; leave --start out to begin a document.")
-    return tokenizer.encode(text)
+    try:
+        ids = tokenizer.encode(text)
+    except UserError:
+        if start:
+            raise
+        ids = []  # a vocabulary without a newline
+    if not ids:
+        raise UserError(f"start = {start!r:.80} gives no token of this model; give another prompt.")
+    return ids
 
 
 def decode_stream(ids, tokenizer, prompt=()):

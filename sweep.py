@@ -46,27 +46,30 @@ from analysis.figures import draw_sweep
 from analysis.runs import HARMLESS, changed_keys, label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.config import ALIASES, load_config, run_file
+from training.checkpoint import all_checkpoints
+from training.config import ALIASES, TrainConfig, load_config, run_config_file, run_file
 from training.foreign import is_plain_name, read_json
 from training.lock import lock_file
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
 from training.tracking import SHARED, git_state, write_atomically
 
 FIRST_ORDER, SOPHIA = ("train_adam.py", AdamConfig), ("train_sophiag.py", SophiaConfig)
+MOST = 100_000  # combinations of an optimizer's values
 LONGEST_NAME = 150  # bytes; steps, digits, seed and best_ come to it, and a file system takes 255
 APART = 10  # seconds between starts on one GPU, so that its runs do not all evaluate at once and leave it idle
 
 
 @dataclass
 class Trial:
-    """One run of a sweep. swept: its values of the swept settings; seed: its held-out seed if it repeats the best run,
-    else None; loss: None until it ends; wanted: these values as the run's config.json is to have them."""
+    """One run of a sweep. swept: its values of the swept settings; config: all of its settings; seed: its held-out seed
+    if it repeats the best run, else None; loss: None until it ends; wanted: the swept values as its config.json is to
+    have them."""
 
     optimizer: str
     swept: dict
     argv: list  # the script, then its command line
     folder: Path
-    max_iters: int
+    config: TrainConfig
     seed: int | None = None
     step: int = 0
     loss: float | None = None
@@ -80,7 +83,7 @@ class Trial:
         """
         lines = read_metrics(self.folder / METRICS, about=1000) if (self.folder / METRICS).exists() else []
         self.step = lines[-1]["step"] if lines else 0
-        if self.step == self.max_iters and "val/loss" in lines[-1]:
+        if self.step == self.config.max_iters and "val/loss" in lines[-1]:
             self.loss = math.inf if lines[-1]["val/loss"] is None else lines[-1]["val/loss"]
         if lines and (problem := self._problem()):
             self.loss, self.error = math.inf, f"{problem}; remove this folder to repeat the run"
@@ -109,7 +112,9 @@ class Trial:
         environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
         environment |= {SHARED: "1"} if shared else {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *self.argv, "--init_from=auto"]
+        is_auto = self.config.init_from in ("scratch", "auto") or all_checkpoints(self.folder)
+        begin = ["--init_from=auto"] if is_auto else ["--overwrite=True"]  # the latter from the weights that argv names
+        command = [sys.executable, *self.argv, *begin]
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         inherited = [lock.fileno()] if os.name == "posix" else ()
@@ -118,8 +123,8 @@ class Trial:
 
 def main(argv=None):
     arguments, definition = read_command_line(sys.argv[1:] if argv is None else argv)
-    if arguments.seeds < 0 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise UserError("--seeds must be 0 or more, and --jobs 1 or more.")
+    if not 0 <= arguments.seeds <= 1000 or not 1 <= (1 if arguments.jobs is None else arguments.jobs) <= 1000:
+        raise UserError("--seeds must be 0 to 1000, and --jobs 1 to 1000.")
     out_dir = Path(arguments.out_dir)
     known = read_state(out_dir, definition)
     trials = grid(definition, out_dir, known)
@@ -130,7 +135,7 @@ def main(argv=None):
         gpus = visible_gpus() or [None]
         devices = list(itertools.islice(itertools.cycle(gpus), arguments.jobs or len(gpus)))
         seeds = arguments.seeds * len(definition["optimizers"]) / len(trials)  # as a share of the others
-        total = round(sum(trial.max_iters for trial in trials) * (1 + seeds))
+        total = round(sum(trial.config.max_iters for trial in trials) * (1 + seeds))
         with tqdm(total=total, initial=steps_done(trials), unit="step", smoothing=0.1) as bar:
             run_all(trials, devices, lock, bar, known, partial(write_state, out_dir, definition, trials, known))
             again = best_again(trials, arguments.seeds, out_dir)
@@ -191,13 +196,16 @@ def check_definition(names, path):
     parts = [*definition.values(), *(optimizers.values() if isinstance(optimizers, dict) else ())]
     if not optimizers or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: a sweep file gives two dicts, `common` and `optimizers` (--help shows one).")
+    paths = [(key, part[key]) for part in parts for key in ("config", "script") if key in part]
+    if odd := [pair for pair in paths if not isinstance(pair[1], str)]:
+        raise UserError(f"{path}: {odd[0][0]} = {odd[0][1]!r:.80}, but it must be the path of one file.")
     if (runs := names.get("runs")) is not None:
         if type(runs) is not int or runs < 1:
             raise UserError(f"{path}: runs = {runs!r}, but it must be an integer above 0; leave it out for all runs.")
         definition["runs"] = runs
     try:
         return json.loads(json.dumps(definition))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: settings are numbers, strings, True, False and None ({error}).") from None
 
 
@@ -234,6 +242,8 @@ def grid(definition, out_dir, known=()):
         script, config_class = script_of(settings)
         swept = {key: values for key, values in settings.items() if isinstance(values, list)}
         budgets[optimizer] = []
+        if (count := math.prod(map(len, swept.values()))) > MOST:
+            raise UserError(f"{optimizer} has {count:,} combinations, more than {MOST:,}; give fewer values.")
         for values in itertools.product(*swept.values()):
             point = dict(zip(swept, values, strict=True))
             folder = out_dir / names.get(key_of(optimizer, point), label(optimizer, point))
@@ -241,11 +251,13 @@ def grid(definition, out_dir, known=()):
                 raise UserError(f"{folder.name} would be the folder of {other} and {optimizer, point}; rename one.")
             argv = [*files, *(f"--{key}={value}" for key, value in {**settings, **point, "out_dir": folder}.items())]
             config = load_config(config_class, argv)
+            if config.eval_only or config.init_from == "resume":
+                raise UserError(f"{optimizer} has eval_only, or init_from = 'resume'; a sweep trains, leave it out.")
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             argv = [str(Path(__file__).parent / script), *argv]
             wanted = {key: getattr(config, key) for key in (ALIASES.get(key, key) for key in point)}
             wanted = {k: v for k, v in wanted.items() if k not in HARMLESS and v not in (None, "auto")}
-            trials.append(Trial(optimizer, point, argv, folder, config.max_iters, wanted=wanted))
+            trials.append(Trial(optimizer, point, argv, folder, config, wanted=wanted))
     if not trials or len(folders) < len(trials):
         raise UserError("an optimizer sweeps an empty list, or one with a value twice; list each value once.")
     other, first = next(iter(budgets.items()))
@@ -291,11 +303,13 @@ def best_again(trials, seeds, out_dir):
     again = []
     for optimizer in dict.fromkeys(trial.optimizer for trial in trials):
         best = min((trial for trial in trials if trial.optimizer == optimizer), key=lambda trial: trial.loss)
-        for seed in range(1, seeds + 1) if math.isfinite(best.loss) else ():
+        used = {trial.config.seed for trial in trials}
+        held_out = (seed for seed in itertools.count(1) if seed not in used)
+        for seed in itertools.islice(held_out, seeds) if math.isfinite(best.loss) else ():
             folder = out_dir / f"best_{best.folder.name}_seed{seed}"
             argv = [*best.argv, f"--seed={seed}", f"--out_dir={folder}"]
             wanted = best.wanted | {"seed": seed}
-            again.append(Trial(optimizer, best.swept, argv, folder, best.max_iters, seed, wanted=wanted))
+            again.append(Trial(optimizer, best.swept, argv, folder, best.config, seed, wanted=wanted))
     return again
 
 
@@ -313,7 +327,7 @@ def locked(out_dir):
 
 
 def steps_done(trials):
-    return sum(trial.max_iters if trial.loss is not None or trial.read() else trial.step for trial in trials)
+    return sum(trial.config.max_iters if trial.loss is not None or trial.read() else trial.step for trial in trials)
 
 
 def run_all(trials, devices, lock, bar, known, save_state):
@@ -388,7 +402,21 @@ def read_state(out_dir, definition):
         raise UserError(f"{out_dir / STATE} is damaged, or not that of one sweep; name another --out_dir.")
     if difference := first_difference(state["sweep"], definition):
         raise UserError(f"{out_dir} holds a sweep with {difference}; only add to it, or name another --out_dir.")
+    for run in (run for run in state["runs"] if run["optimizer"] in state["sweep"]["optimizers"]):
+        before, after = (settings_of(sweep, run["optimizer"]) for sweep in (state["sweep"], definition))
+        swept = {key: values for key, values in after.items() if isinstance(values, list)}
+        values = {key: run["swept"][key] if key in run["swept"] else fixed_value(before, key) for key in swept}
+        run["swept"] = {key: next((v for v in swept[key] if v == values[key]), values[key]) for key in swept}
     return state["runs"]
+
+
+def fixed_value(settings, key):
+    """What the runs of these settings have for a setting that they do not sweep."""
+    if key in settings:
+        return settings[key]
+    config_class, name = script_of(dict(settings))[1], ALIASES.get(key, key)
+    from_file = run_config_file(config_class, settings["config"]) if "config" in settings else {}
+    return from_file.get(name, config_class.__dataclass_fields__[name].default)
 
 
 def first_difference(known, definition):
@@ -399,8 +427,10 @@ def first_difference(known, definition):
         before, after = settings_of(known, optimizer), settings_of(definition, optimizer)
         for key in {**before, **after}:
             old, new = before.get(key), after.get(key)
-            if isinstance(old, list) and isinstance(new, list) and all(value in new for value in old):
-                continue
+            if isinstance(new, list):
+                values = old if isinstance(old, list) else [fixed_value(before, key)]
+                if all(value in new for value in values):
+                    continue
             if old != new:
                 return f"{optimizer}'s {key} = {old!r}, which is {new!r} now"
     before, after = known.get("runs") or math.inf, definition.get("runs") or math.inf

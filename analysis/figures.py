@@ -4,6 +4,7 @@ figure, panels = new_figure(1, 2)
 save(figure, "out/losses")     # out/losses.png and out/losses.svg
 """
 
+import logging
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from analysis.runs import SMOOTHING, loss_unit, size_name
 from training.errors import UserError, file_errors
 from training.terminal import printable
 
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home folder that cannot be written
 COLOURS = (  # that colour-blind readers can tell apart
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#882255", "#999999", "#7A5230"
 )  # fmt: skip

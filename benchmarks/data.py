@@ -37,7 +37,8 @@ ROUNDS = 5
 
 def add_arguments(parser):
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="of training (default: %(default)s)")
+    help = "device of the training step (default: %(default)s)"
+    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help=help)
 
 
 def run(args):

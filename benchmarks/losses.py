@@ -26,7 +26,8 @@ EVERY_STEP = ["--log_interval=1", "--eval_interval=1000000"]
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="COMMIT or FOLDER [--key=value ...], in quotes")
+    help = 'a commit or folder with settings, in quotes: "HEAD --batch_size=32"'
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=help)
     parser.add_argument("--base", default=BASE, help="the settings of all runs; default: %(default)s")
     parser.add_argument("--script", default="train_sophiag.py", choices=("train_sophiag.py", "train_adam.py"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

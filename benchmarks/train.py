@@ -48,7 +48,9 @@ def add_arguments(parser):
     some = "some of speed, curvature, muon, checkpointing, scaling, fsdp, start; default: %(default)s"
     parser.add_argument("--parts", default="speed,curvature,checkpointing,scaling,fsdp", help=some)
     parser.add_argument(
-        "--optimizers", default="adamw,muon,whitened_muon,sophiag", help="for the parts scaling and fsdp"
+        "--optimizers",
+        default="adamw,muon,whitened_muon,sophiag",
+        help="for the parts scaling and fsdp (default: %(default)s)",
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each contender; the row is their median")

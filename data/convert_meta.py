@@ -65,7 +65,7 @@ def convert(found, path):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=expanded, help="it holds meta.pkl and the .bin files")
+    parser.add_argument("folder", type=expanded, help="the folder that holds meta.pkl and the .bin files")
     folder = parser.parse_args().folder
     target, found = folder / "meta.json", read_plain(folder / "meta.pkl")
     if os.path.lexists(target):

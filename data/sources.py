@@ -55,15 +55,15 @@ def add_arguments(parser, val_fraction, required, separator=None):
         "--separator", default=separator, type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
         help="cut .txt and .md files into documents at this text, e.g. '<|endoftext|>' or '\\n\\n'",
     )  # fmt: skip
-    parser.add_argument("--skip_bad", action="store_true", help="count records that cannot be read, and go on")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out records that cannot be read, and count them")
     parser.add_argument(
         "--tokenizer", default="gpt2", metavar="NAME",
         help="gpt2, another name that tiktoken knows, char, or a tokenizer.json (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--val_fraction", type=float,
-        help=f"share of the documents to hold out, chosen by a hash of each (default: {val_fraction}); of one text "
-        f"without documents the last share (default: {VAL_OF_ONE_TEXT})",
+        help=f"share of the documents to hold out, chosen by a hash of each (default: {val_fraction}); from a single "
+        f"text, the share at its end (default: {VAL_OF_ONE_TEXT})",
     )  # fmt: skip
     parser.set_defaults(default_fraction=val_fraction, source_required=required)
 

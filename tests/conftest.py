@@ -15,12 +15,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from tests.forks import run_ranks
+from training.monitor import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and children would too
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+
+@pytest.fixture(autouse=True)
+def give_signals_back():
+    """A run that was stopped keeps them to its end."""
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in Signals.NAMES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def write_corpus(folder, n_train=6000, n_val=700, vocab_size=64, seed=0):

@@ -42,6 +42,24 @@ def test_a_sweeps_folder_may_be_named_with_its_state(tmp_path, capsys):
     refused(capsys, [str(tmp_path / "sweep.json")], "name the out_dir of a run")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("api_key not configured"), ValueError()])
+def test_a_failure_of_wandb_is_one_sentence(tmp_path, capsys, monkeypatch, error):
+    def init(**_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run = write_run(tmp_path / "a")
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: compare.main([run, f"--out={tmp_path}/figure", "--wandb"]))
+    assert ended.value.code == 2 and f"wandb raised {type(error).__name__}" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_written_out(tmp_path):
+    runs = write_seeds(tmp_path, "adamw\udcff", [2.0, 2.01], optimizer_name="adamw\udcff")
+    compare.main([*runs, f"--out={tmp_path / 'figure'}"])
+    assert "\\udcff" in (tmp_path / "figure.md").read_text(encoding="utf-8")
+
+
 def test_bad_command_lines_are_refused(tmp_path, capsys):
     run = write_run(tmp_path / "a")
     refused(capsys, ["--out=x"], "RUN")

@@ -1,6 +1,7 @@
 """Files that others wrote: one sentence for each that is not what it claims to be. Nothing in them is run."""
 
 import json
+import math
 import os
 import pickle
 import time
@@ -252,6 +253,18 @@ def test_checkpoints_with_wrong_parts_and_a_right_hash(trained, tmp_path, capsys
         lambda c: c.update(rng=[[torch.zeros(3)]]),
         lambda c: c.update(rng=[]),
         lambda c: c.update(history=[{"step": "x"}]),
+        lambda c: c.update(history=[{"step": 1, "changed": {"x": torch.zeros(2)}}]),
+        lambda c: c.update(facts={"torch": torch.zeros(2)}),
+        lambda c: c.update(seconds=math.nan),
+        lambda c: c["counts"].update(skipped_in_a_row=math.nan),
+        lambda c: c["config"].update(total_bs=0),
+        lambda c: c["config"].update(learning_rate=math.nan),
+        lambda c: c["config"].update(lr_schedule="cosine_restarts", restart_iters=0),
+        lambda c: c["config"].update(lr_decay_iters=None),
+        lambda c: c["model"].update({"lm_head.weight": c["model"]["lm_head.weight"].to_sparse()}),
+        lambda c: c["model"].update({"lm_head.weight": c["model"]["lm_head.weight"].to("meta")}),
+        lambda c: c["model"].update({"lm_head.weight": c["model"]["lm_head.weight"].int()}),
+        lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(64, 32, dtype=torch.complex64)),
     ],
 )
 def test_checkpoints_whose_parts_do_not_fit(trained, tmp_path, change, capsys):

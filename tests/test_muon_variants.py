@@ -302,7 +302,7 @@ def test_a_sweep_runs_a_script_of_its_own(corpus, tmp_path):
         ([*WHITENED, "--variant=kl", "--whiten_max_width=8"], "without whiten_max_width"),
         ([*WHITENED, "--weight_ema=0.9;0.8"], "write it as 0.98"),
         ([*WHITENED, "--weight_ema=1.5"], "write it as 0.98"),
-        (["--optimizer_name=adamw", "--momentum_start=0.5"], "momentum_start = 0.5 is not read"),
+        (["--optimizer_name=adamw", "--momentum_start=0.5"], "momentum_start = 0.5 has no effect"),
     ],
 )
 def test_settings_that_a_variant_cannot_have_are_refused(argv, message, corpus, tmp_path):

@@ -10,7 +10,7 @@ import torch
 import sample
 from model import GPT, Cache, GPTConfig
 from sample import draw, generate, stream
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import UserError, command
 from training.hf import load_model
 from training.tokenizer import get_tokenizer
@@ -212,6 +212,19 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, settings, message):
     (tmp_path / "empty.txt").touch()
     settings = {key: str(value).format(folder=tmp_path) for key, value in settings.items()}
     refused(capsys, argv(tmp_path, **settings), message)
+
+
+@pytest.mark.parametrize("tokenizer, start, message", [
+    ({"characters": "abcdefghijkl"}, "", "start = '' gives no token of this model; give another prompt"),
+    (None, "9" * 5000, "ids from 0 to 11"),
+])  # fmt: skip
+def test_prompts_without_a_token(tmp_path, capsys, tokenizer, start, message):
+    """A vocabulary without a newline cannot begin a document. Ids have few digits."""
+    write_run(tmp_path, tokenizer=tokenizer or {"characters": CHARACTERS})
+    if tokenizer is None:
+        checkpoint = load_checkpoint(tmp_path)[0]
+        save_checkpoint(tmp_path, {**checkpoint, "tokenizer": None})
+    refused(capsys, argv(tmp_path, start=start), message)
 
 
 def test_a_model_that_does_not_fit_the_tokenizer(tmp_path, capsys):

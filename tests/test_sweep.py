@@ -149,6 +149,43 @@ def test_a_random_search_with_more_values_and_runs_keeps_its_draw(stub):
     assert {after[run]["swept"]["learning_rate"] for run in after.keys() - before.keys()} == {0.05, 0.6}, "least drawn"
 
 
+@pytest.mark.parametrize(
+    "fixed, file, swept",
+    [
+        ({"beta1": 0.9}, "", [0.9, 0.8]),
+        ({}, "", [0.9, 0.8]),  # the default
+        ({}, "beta1 = 0.7", [0.7, 0.9]),
+        ({"beta1": 0}, "beta1 = 0.7", [0.0, 0.7]),
+    ],
+)
+def test_a_fixed_setting_may_become_swept(stub, fixed, file, swept):
+    """The runs that are there have one of its values, and stay under their names."""
+    out, rates = stub / "out", {"config": str(stub / "config.py"), "learning_rate": [0.1, 0.5]}
+    (stub / "config.py").write_text(file)
+    sweep.main([write_sweep(stub, {"adamw": rates | fixed}), f"--out_dir={out}", "--seeds=1"])
+    before = state(out)
+    for rates["learning_rate"] in ([0.1, 0.5], [0.1, 0.5, 9.0]):
+        sweep.main([write_sweep(stub, {"adamw": rates | {"beta1": swept}}), f"--out_dir={out}", "--seeds=1"])
+    after, value = state(out), fixed.get("beta1", float(file[8:] or 0.9))
+    assert len(started(out)) == 3 + 2 + 2 and len(after) == 7
+    assert {run: {**facts, "swept": facts["swept"] | {"beta1": value}} for run, facts in before.items()} == {
+        run: after[run] for run in before
+    }
+
+
+def test_a_sweep_keeps_where_its_runs_begin_and_holds_seeds_out(stub, monkeypatch):
+    """Runs that fine-tune begin with the weights that they name. Held-out seeds are none of the sweep's."""
+    commands, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda words, **settings: commands.append(words) or popen(words, **settings)
+    )
+    path = write_sweep(stub, {"adamw": {"learning_rate": [0.5]}}, init_from="ckpt:weights.pt", seed=2)
+    sweep.main([path, f"--out_dir={stub / 'out'}", "--seeds=3"])
+    begins = [[word for word in words if word.startswith(("--init_from", "--overwrite"))] for words in commands]
+    assert begins == [["--init_from=ckpt:weights.pt", "--overwrite=True"]] * 4
+    assert [words[0][-6:] for words in started(stub / "out")[1:]] == ["_seed1", "_seed3", "_seed4"]
+
+
 def test_a_sweep_with_names_from_before_labels_goes_on_under_them(stub):
     out, path = stub / "out", write_sweep(stub, {"adamw": {"learning_rate": [0.1, 0.5]}})
     sweep.main([path, f"--out_dir={out}"])
@@ -481,6 +518,23 @@ def test_unequal_budgets_and_impossible_settings_are_refused(tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ('{"config": ["a.py", "b.py"]}', "the path of one file"),
+        ('{"script": 5}', "the path of one file"),
+        ('{"learning_rate": 10**5000}', "settings are numbers"),
+        ('{"eval_only": True}', "a sweep trains"),
+        ('{"init_from": "resume"}', "a sweep trains"),
+        ('{key: [i / 99 for i in range(99)] for key in ("beta1", "beta2", "dropout")}', "970,299 combinations"),
+    ],
+)
+def test_settings_that_no_sweep_can_have_are_refused(stub, capsys, settings, message):
+    (stub / "bad.py").write_text(f"common = {COMMON!r}\noptimizers = {{'adamw': {settings}}}")
+    refused(capsys, [str(stub / "bad.py"), f"--out_dir={stub / 'out'}"], message)
+    assert not (stub / "out").exists()
+
+
 def test_bad_files_are_refused(stub, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("common = 1 / 0")
     refused(capsys, [str(tmp_path / "bad.py"), "--out_dir=x"], "ZeroDivisionError")
@@ -488,7 +542,7 @@ def test_bad_files_are_refused(stub, tmp_path, capsys):
     refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "ends in .py")
     path = write_sweep(tmp_path, {"adamw": {}})
     refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot be read or written")
-    refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 or more")
+    refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 to 1000")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{")
     refused(capsys, [path, f"--out_dir={tmp_path / 'out'}"], "sweep.json is damaged")

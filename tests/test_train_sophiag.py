@@ -164,12 +164,12 @@ def test_a_resumed_run_has_the_settings_it_was_given(tiny, tmp_path):
 @pytest.mark.parametrize(
     "before, after, message",
     [
-        ([], ["--adamw_for=scalars"], "adamw_for = none, this is scalars"),
-        (["--adamw_for=embeddings"], ["--adamw_for=scalars"], "adamw_for = embeddings, this is scalars"),
-        (["--adamw_for=embeddings"], [], "adamw_for = embeddings, this is none"),
-        ([], ["--sophia_start_iter=6"], "sophia_start_iter = 0, this is 6"),
-        (["--sophia_start_iter=6"], [], "sophia_start_iter = 6, this is 0"),
-        (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this is 3"),
+        ([], ["--adamw_for=scalars"], "adamw_for = none, this run has scalars"),
+        (["--adamw_for=embeddings"], ["--adamw_for=scalars"], "adamw_for = embeddings, this run has scalars"),
+        (["--adamw_for=embeddings"], [], "adamw_for = embeddings, this run has none"),
+        ([], ["--sophia_start_iter=6"], "sophia_start_iter = 0, this run has 6"),
+        (["--sophia_start_iter=6"], [], "sophia_start_iter = 6, this run has 0"),
+        (["--sophia_start_iter=6"], ["--sophia_start_iter=3"], "sophia_start_iter = 6, this run has 3"),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_is_refused(tiny, before, after, message):

@@ -15,6 +15,7 @@ import shutil
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -56,8 +57,10 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
         write_folder(temporary, checkpoint, write_parts(temporary, checkpoint["shards"]))
     else:
         form, temporary = ".pt", out_dir / f"{NEWEST}.pt.tmp"
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # of a run that was killed; opening a FIFO would block
+        if temporary.is_dir() and not temporary.is_symlink():  # none of ours
+            os.replace(temporary, aside := temporary.with_name(f"{temporary.name}.{time.time_ns()}"))
+            warn(f"{temporary} is in the way of a checkpoint; it is {aside.name} now.")
+        temporary.unlink(missing_ok=True)  # of a run that was killed; opening a FIFO would block
         with HashingFile(temporary) as file:
             file.save(checkpoint)
             file.write(_MARK + bytes.fromhex(file.sha256))
@@ -238,7 +241,7 @@ def _present(out_dir, name):
 
 def recover(out_dir):
     """Undo what a killed run had begun: a folder was set aside, and none has taken its place."""
-    for aside in Path(out_dir).glob("ckpt*.aside"):
+    for aside in filter(Path.is_dir, Path(out_dir).glob("ckpt*.aside")):
         if not _present(out_dir, aside.stem):
             os.replace(aside, aside.with_suffix(""))
 
@@ -258,7 +261,10 @@ def _replace(source, name):
 def _set_aside(folder, suffix):
     """Give a folder another name, with which no half-removed one is taken for a checkpoint."""
     aside = folder.with_name(f"{folder.name}.{suffix}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:  # rmtree would wait at a FIFO
+        aside.unlink(missing_ok=True)
     os.replace(folder, aside)
     return aside
 
@@ -290,7 +296,7 @@ def _link(source, name):
 def kept_checkpoints(out_dir):
     """The ckpt_STEP of a run, in the order in which they were written."""
     found = [path for path in Path(out_dir).glob("ckpt_*") if path.suffix in ("", ".pt") and path.stem[5:].isdecimal()]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, int(path.stem[5:])))
+    return sorted(found, key=lambda path: (path.lstat().st_mtime_ns, int(path.stem[5:])))
 
 
 def all_checkpoints(out_dir):
@@ -315,14 +321,14 @@ def load_checkpoint(out_dir, which="newest", parts=PARTS):
         except UserError as error:
             problems.append(str(error))
             warn(error)
+    if found := [path for path in all_checkpoints(out_dir) if path.stem not in (NEWEST, PREVIOUS)]:
+        problems.append(f"It has others: --checkpoint={found[0]}, or --init_from=ckpt:{found[0]} to start new.")
     if problems:
-        raise UserError(f"{out_dir}: no checkpoint can be read. {' '.join(problems)}")
-    if found := all_checkpoints(out_dir):
-        raise UserError(f"{out_dir} holds no ckpt.pt; go on from another of its checkpoints: --checkpoint={found[0]}.")
+        raise UserError(f"{out_dir}: no checkpoint can be read as the newest. {' '.join(problems)}")
     if not os.path.isdir(out_dir):
         where = f"there is no such folder on {socket.gethostname()}"
         raise UserError(f"{out_dir} holds no checkpoint, {where}; mount its file system, or name another --out_dir.")
-    raise UserError(f"{out_dir} holds no checkpoint; start a run with --init_from=scratch, or name another --out_dir.")
+    raise UserError(f"{out_dir} holds no checkpoint; name the folder of a run, or train one with --init_from=scratch.")
 
 
 def _find(out_dir, which):
@@ -334,18 +340,14 @@ def _find(out_dir, which):
         path = next((path for path in found if str(_step_of(path)) == which), None)
     if path is None or not os.path.lexists(path):
         steps = ", ".join(f"{path.name} of step {_step_of(path)}" for path in found) or "none"
-        raise UserError(f"checkpoint = {which!r} is not among those of {out_dir} ({steps}); name one of them.")
+        raise UserError(f"checkpoint = {which!r} is none of those in {out_dir} ({steps}); name one of them.")
     return path
 
 
 def _step_of(path):
     """The step of a checkpoint; None if it cannot be read. It is not checked for damage."""
     try:
-        if path.is_dir():
-            return read_json(path / MANIFEST)["step"]
-        if not path.is_file():  # a FIFO would block
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        return int((read_json(path / MANIFEST) if path.is_dir() else load_tensors(path, mmap=True))["step"])
     except Exception:
         return None
 
@@ -388,7 +390,7 @@ def read_checkpoint(path, parts=PARTS, verify=True):
                 digest.update(block)
                 left -= len(block)
             if verify and (left or file.read() != _MARK + digest.digest()):
-                raise UserError(f"{path} is damaged: it is not what was written (its SHA-256 differs).")
+                raise UserError(f"{path} is damaged: its SHA-256 is not the one stored at its end.")
     except FileNotFoundError:
         where = f"there is none on {socket.gethostname()}"
         raise UserError(f"{path} cannot be read ({where}); mount its file system, or name another one.") from None

@@ -55,16 +55,16 @@ class TrainConfig:
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
         "scratch",
-        "start new (scratch), resume out_dir's run, auto: either, or start from other weights",
+        "start new (scratch), go on with out_dir's run (resume), either (auto), or start new from other weights",
         choices=STARTS,
     )
     checkpoint: str = setting("newest", CHECKPOINT)
-    max_skipped: int = setting(20, "stop after so many non-finite steps, or estimates, in a row", at_least=1)
+    max_skipped: int = setting(20, "stop after this many non-finite steps, or estimates, in a row", at_least=1)
     overwrite: bool = setting(False, "start new even if out_dir holds a run, and remove that run's files")
     seed: int = setting(1337, "seed of weights, data order, dropout and sampled labels", at_least=0, below=2**31)
 
     dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
-    total_bs: int = setting(480, "sequences in one optimizer step, all ranks together", at_least=1)
+    total_bs: int = setting(480, "sequences in one optimizer step, over all ranks", at_least=1)
     batch_size: int = setting(
         12, "sequences in a rank's forward pass; auto: as many as fit", at_least=1, words=("auto",)
     )
@@ -137,7 +137,9 @@ class TrainConfig:
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
-    wsd_decay: float = setting(0.2, "share of lr_decay_iters in which it decays", above=0.0, at_most=1.0, needs=WSD)
+    wsd_decay: float = setting(
+        0.2, "last share of lr_decay_iters, in which the learning rate falls", above=0.0, at_most=1.0, needs=WSD
+    )
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
     restart_multiplier: float = setting(
         2.0, "length of a period over the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
@@ -169,7 +171,7 @@ class TrainConfig:
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     fsdp_shard: int | None = setting(
-        None, "number of ranks that hold one copy together; default all", at_least=1, needs=SPLIT
+        None, "number of ranks over which one copy is split; default all", at_least=1, needs=SPLIT
     )
     fsdp_keep: str = setting(
         "gradients",
@@ -178,7 +180,7 @@ class TrainConfig:
         needs=SPLIT,
     )
     backend: str = setting(
-        "auto", "of torch.distributed; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
+        "auto", "torch.distributed's; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
     )
     nccl_timeout: int = setting(
         600, "seconds that a rank waits for the others before it gives up", at_least=1, at_most=10**6
@@ -203,18 +205,19 @@ class TrainConfig:
             raise UserError("embedding_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")
         for name in ("fp8", "fp8_loss"):
             if getattr(self, name) and self.dtype not in ("auto", "bfloat16"):
-                raise UserError(f"{name} needs dtype = 'bfloat16', this is {self.dtype!r}; leave one of them out.")
+                raise UserError(f"{name} needs dtype = 'bfloat16', not {self.dtype!r}; change it, or leave {name} out.")
         if self.fp8_loss and self.fsdp:
-            raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of them out.")
+            raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of the two out.")
         starts = {
             "block_size_schedule": stages(self)[-1][0],
             "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
         }
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
-            _warn_once(f"the run ends at max_iters = {self.max_iters}, before the last change that {late[0]} names.")
+            end = f"the run ends at max_iters = {self.max_iters}"
+            _warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
-                raise UserError(f"batch_size = 'auto' does not go with {name} = {getattr(self, name)}; give a number.")
+                raise UserError(f"{name} = {getattr(self, name)} does not go with batch_size = 'auto'; give a number.")
         if self.eval_iters is not None:
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
@@ -243,8 +246,9 @@ class ModelSource:
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
-            other = f"this is {self.init_from!r}; use that, or --init_from=ckpt:PATH to start new from its weights"
-            raise UserError(f"checkpoint = {self.checkpoint!r} goes with --init_from=resume, {other}.")
+            needs = f"checkpoint = {self.checkpoint!r} needs init_from = 'resume', not {self.init_from!r}"
+            remedy = "use --init_from=resume to go on from it, or ckpt:PATH to start new from its weights"
+            raise UserError(f"{needs}; {remedy}.")
 
 
 def load_config(cls, argv=None):
@@ -263,7 +267,7 @@ def load_config(cls, argv=None):
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
-            values |= _run_config_file(cls, argument)
+            values |= run_config_file(cls, argument)
         elif _is_removed(key, text, "the command line"):
             continue
         elif not equals:
@@ -288,13 +292,13 @@ def _check_read(config, values, on_command_line):
         if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
             continue
         if field.name in on_command_line:
-            unread_here = f"{field.name} = {values[field.name]!r} is not read where {name} = {getattr(config, name)!r}"
+            unread_here = f"{field.name} = {values[field.name]!r} has no effect with {name} = {getattr(config, name)!r}"
             choices = _field(type(config), name, "").metadata.get("choices", allowed)
             reads = " or ".join(repr(value) for value in allowed if value in choices)
             raise UserError(f"{unread_here}; leave it out, or set {name} to {reads}.")
         unread.append(field.name)
     if unread:
-        _warn_once(f"this run does not read some settings of its config files: {', '.join(unread)}.")
+        _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
 
 
 def _warn_once(text):
@@ -313,6 +317,8 @@ def with_current_values(cls, settings, where=""):
         if field.name in current:
             value = current[field.name]
             current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
+            if where:
+                _check_limits(field, current[field.name], {"at_least", "above", "at_most", "below"}, f"{where}: ")
     return current
 
 
@@ -334,7 +340,7 @@ def describe(cls):
         yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
-def _run_config_file(cls, path):
+def run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
     values = {}
     for key, value in run_file(path, runpy.run_path, path).items():
@@ -357,7 +363,7 @@ def run_file(path, function, *arguments, **options):
     try:
         return function(*arguments, **options)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: running this file raised {type(error).__name__}: {error}; mend it.") from None
+        raise UserError(f"{path}: running this file raised {type(error).__name__}: {error}; correct it.") from None
 
 
 def _field(cls, key, where):
@@ -387,11 +393,12 @@ def _parse(field, text):
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise UserError(f"--{field.name}={text}: wants True or False.")
+        raise UserError(f"--{field.name}={text:.80}: wants True or False.")
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--{field.name}={text}: wants {'a whole number' if kind is int else 'a number'}.") from None
+        wants = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{field.name}={text:.80}: wants {wants}.") from None
 
 
 def _convert(field, value):
@@ -399,6 +406,8 @@ def _convert(field, value):
     kind, optional = _kind(field)
     if (value is None and optional) or value in field.metadata.get("words", ()):
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -429,14 +438,13 @@ def _allowed(field):
     return ", ".join([*parts, *field.metadata.get("words", ())])
 
 
-def _check_limits(field, value):
+def _check_limits(field, value, which=_LIMITS, where=""):
     if value is None or value in field.metadata.get("words", ()):
         return
     finite = not isinstance(value, float) or abs(value) < float("inf")  # false for NaN too
-    for key, (holds, _) in _LIMITS.items():
-        if not finite or (key in field.metadata and not holds(value, field.metadata[key])):
+    for key in which:
+        if not finite or (key in field.metadata and not _LIMITS[key][0](value, field.metadata[key])):
             script, values = field.metadata.get("elsewhere", ("", ()))
             elsewhere = f"; {script} has it" if value in values else ""
-            raise UserError(
-                f"{field.name} = {value!r} is not possible: {_allowed(field) or 'a finite number'}{elsewhere}."
-            )
+            possible = f"{_allowed(field) or 'a finite number'}{elsewhere}"
+            raise UserError(f"{where}{field.name} = {value!r} is not possible: {possible}.")

@@ -221,7 +221,8 @@ def _parse_mixture(dataset):
     for part in dataset.split(","):
         name, _, weight = part.rpartition(":")
         try:
-            weight = Fraction(weight)
+            is_sane = "/" in weight or 0 < float(weight) < math.inf  # 1e999999999 has a billion digits
+            weight = Fraction(weight) if is_sane else 0
         except (ValueError, ZeroDivisionError):
             weight = 0
         if not name or weight <= 0 or name in shares:
@@ -242,7 +243,8 @@ def _open_corpus(dataset):
         if count != said:
             names = ", ".join(path.name for path in files[split][:4]) + (", ..." if len(files[split]) > 4 else "")
             why = "a file was cut short, is missing, or does not belong there: copy the files again"
-            raise UserError(f"{folder}: {names} holds {count} tokens, its meta.json says {said}; {why} or {AGAIN}.")
+            differing = f"{names} holds {count} tokens, its meta.json says {said!r:.40}"
+            raise UserError(f"{folder}: {differing}; {why} or {AGAIN}.")
     identity = {path: _stat(path)[:2] for path in (*files["train"], *files["val"])}
     vocab_size = meta.get("vocab_size", PADDED_GPT2_VOCAB_SIZE)
     tokenizer = meta.get("tokenizer") if meta else "gpt2"  # nanoGPT's files without meta.json are GPT-2 tokens
@@ -288,8 +290,9 @@ def _read_meta(folder):
         meta["tokenizer"] = read_tokenizer_json(folder / spec["file"])
         if meta["tokenizer"]["sha256"] != spec["sha256"]:
             raise UserError(f"{folder / spec['file']} is not the tokenizer that {path} names (its SHA-256 differs).")
-    elif isinstance(spec, dict) and len(spec["characters"]) != size:
-        raise UserError(f"{path}: vocab_size = {size}, but it names {len(spec['characters'])} characters; {AGAIN}.")
+    elif isinstance(spec, dict) and {len(spec["characters"]), len(set(spec["characters"]))} != {size}:
+        count = len(set(spec["characters"]))
+        raise UserError(f"{path}: vocab_size = {size}, but it names {count} different characters; {AGAIN}.")
     return meta
 
 
@@ -315,7 +318,7 @@ def check_dataset(corpus, total_bs, block_size):
         note = "" if part.tokenizer else "its meta.json names no tokenizer: sample.py will print ids instead of text"
         if not part.meta and checked["train"][0] < 256:
             note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
-        if note and os.environ.get("LOCAL_RANK", "0") == "0":
+        if note and ("RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"):
             warn(f"{part.folder}: {note}.")
     if len(found) == 1:
         return {key: value for key, value in facts.items() if key != "share"}

@@ -36,11 +36,9 @@ class Distributed:
         self._waits, self._waited, self._rank_monitor = 0, 0.0, None  # nested waits, seconds of all that have ended
         self.store = None
         self.distributed = "RANK" in os.environ
-        self.rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        self.size = ranks if self.distributed else 1
-        self.local_rank = _number("LOCAL_RANK", 0)
+        self.rank, self.size, self.local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
         self.is_rank0 = self.rank == 0
-        self.one_machine = _number("LOCAL_WORLD_SIZE", ranks) == ranks
+        self.one_machine = _number("LOCAL_WORLD_SIZE", self.size) == self.size
         if not 0 <= self.rank < self.size:
             raise UserError(f"RANK = {self.rank} is not below WORLD_SIZE = {self.size}, or is negative; {_UNSET}.")
         self.device = self._device(device)
@@ -58,13 +56,10 @@ class Distributed:
 
     def _join(self, backend, device_id):
         """Wait until all ranks are there, then form the process groups."""
-        patience, host, port = (
-            datetime.timedelta(seconds=self.timeout),
-            os.environ.get("MASTER_ADDR"),
-            _number("MASTER_PORT"),
-        )
+        patience, host = datetime.timedelta(seconds=self.timeout), os.environ.get("MASTER_ADDR")
         if not host:
             raise UserError(f"RANK is set and MASTER_ADDR is not; {_UNSET}.")
+        port = _number("MASTER_PORT")
         if not 0 <= port < 1 << 16:
             raise UserError(f"MASTER_PORT = {port} is no port; {_UNSET}.")
         serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -346,8 +341,8 @@ _UNSET = "start the ranks with torchrun, or unset RANK to train in one process"
 
 
 def _number(name, default=None):
-    """A whole number from the environment, as torchrun sets it."""
-    text = os.environ.get(name, default)
+    """A whole number from the environment, as torchrun sets it beside RANK; without RANK the default."""
+    text = os.environ.get(name, default) if "RANK" in os.environ else default
     try:
         return int(text)
     except (TypeError, ValueError):

@@ -75,6 +75,8 @@ def command(main, goes_on=False):
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        with file_errors("the working directory", "change to another one"):
+            os.getcwd()  # where it was removed, torch ends the process without a word
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -82,7 +84,7 @@ def command(main, goes_on=False):
         explained = _explain(error)
         if not explained:
             raise
-        rank = os.environ.get("LOCAL_RANK", "0")
+        rank = os.environ.get("LOCAL_RANK", "0") if "RANK" in os.environ else "0"
         if not rank.isdecimal() or int(rank) == 0 or explained.exit_code == 1:
             print(f"error: {printable(' '.join(str(explained).split()))}", file=sys.stderr)
         sys.exit(explained.exit_code)

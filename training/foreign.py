@@ -83,13 +83,26 @@ def load_tensors(path, mmap=False):
             raise UserError(f"{path} cannot be read (it is not a file).")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            mmap = mmap and os.fsencode(path).decode(errors="replace") == str(path)  # torch's C++ wants UTF-8
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _check_tensors(content)
+        return content
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); name another checkpoint.") from None
     except (UserError, MemoryError):
         raise
     except Exception:  # a damaged file can raise nearly anything; torch's text advises to run the file's code
         raise UserError(f"{path} is damaged, or holds more than tensors and values; name another one.") from None
+
+
+def _check_tensors(thing):
+    """ValueError for tensors that hold no plain numbers in memory: sparse, quantized, complex ones, and others."""
+    for item in thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else ():
+        _check_tensors(item)
+    if hasattr(thing, "layout"):
+        odd = thing.is_quantized or thing.is_complex() or str(thing.layout) != "torch.strided"
+        if odd or thing.device.type != "cpu":
+            raise ValueError(thing.layout)
 
 
 class Checkpoint(dict):
@@ -109,7 +122,7 @@ def checked_checkpoint(content, path):
     """`content` as a Checkpoint. UserError where a part is not of its type, or the weights are not the model's."""
 
     def is_number(value):
-        return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)  # a larger one is no float
+        return type(value) in (int, float) and abs(value) < 2**1000  # a larger int is no float; nor is NaN smaller
 
     def dict_of(is_right):
         return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
@@ -128,11 +141,14 @@ def checked_checkpoint(content, path):
     kinds = {
         ("step", "sequences_seen"): lambda value: type(value) is int and 0 <= value < 2**63,
         ("config", "model_args"): dict_of(lambda item: isinstance(item, PLAIN) and "\0" not in str(item)),
-        ("model", "optimizer", "scaler", "facts"): lambda value: isinstance(value, dict),
-        ("counts", "curvature"): dict_of(is_number),
+        ("model", "optimizer", "scaler"): lambda value: isinstance(value, dict),
+        ("facts",): lambda value: isinstance(value, dict) and _is_json(value),
+        ("counts",): dict_of(is_number),
+        ("curvature",): dict_of(lambda value: isinstance(value, float) or is_number(value)),
         ("history",): list_of(_is_change),
         ("recent_losses",): list_of(is_number),
-        ("best_val_loss", "seconds"): is_number,
+        ("best_val_loss",): lambda value: isinstance(value, float) or is_number(value),
+        ("seconds",): is_number,
         ("flops",): lambda value: value is None or is_number(value),
         ("wandb_id",): lambda value: isinstance(value, str | None),
         ("tokenizer",): is_tokenizer,
@@ -150,7 +166,15 @@ def checked_checkpoint(content, path):
 
 def _is_change(entry):
     """Whether it is an entry of a run's history."""
-    return isinstance(entry, dict) and type(entry.get("step")) is int and isinstance(entry.get("changed"), dict)
+    is_one = isinstance(entry, dict) and type(entry.get("step")) is int and isinstance(entry.get("changed"), dict)
+    return is_one and _is_json(entry)
+
+
+def _is_json(value):
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def check_weights(weights, model_args, path):
@@ -169,6 +193,8 @@ def check_weights(weights, model_args, path):
         raise UserError(f"{path}: its model_args are no GPT's ({str(error).splitlines()[0]}); {remedy}.") from None
     for name in expected.keys() | weights.keys():
         shape = getattr(weights.get(name), "shape", None)
+        if shape is not None and not weights[name].is_floating_point():
+            raise UserError(f"{path}: {name!s:.80} holds {weights[name].dtype}, no weights; {remedy}.")
         if shape is None or shape != expected.get(name):
             found = "missing" if name not in weights else "no tensor" if shape is None else tuple(shape)
             wanted = f"a GPT with its model_args has {tuple(expected[name]) if name in expected else 'none'}"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from training.errors import UserError
+from training.foreign import parse_json
 from training.terminal import warn
 
 try:
@@ -87,8 +88,9 @@ class RunLock:
             if owner is None:
                 self._file, file = file, None
             return owner
-        except OSError:  # a full disk
+        except OSError as error:  # a full disk, or no file
             os.unlink(self.path)
+            error.filename = str(self.path)
             raise
         finally:
             if file is not None:
@@ -154,17 +156,19 @@ def check_shared(folder, owner, patience=20):
             remedy = "out_dir must be one folder that all machines see"
             raise UserError(f"{folder} on {socket.gethostname()} {other}; {remedy}.")
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((Path(folder) / LOCK).read_bytes())
+            found = parse_json((Path(folder) / LOCK).read_bytes())
         time.sleep(0.1 * (found != owner))
 
 
 def _started(process):
     """When the process was started, in the kernel's clock; "" without /proc, None if there is no such process."""
+    if type(process) is not int or process <= 0:  # which stand for many processes
+        return None
     try:
         os.kill(process, 0) if os.name == "posix" else None
     except PermissionError:
         pass  # another user's
-    except (OSError, OverflowError, TypeError):
+    except (OSError, OverflowError):
         return None
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
@@ -177,7 +181,7 @@ def _read(file):
     try:
         os.lseek(file, 0, os.SEEK_SET)
         text = os.read(file, 4096)
-        owner = json.loads(text) if text else None
+        owner = parse_json(text) if text else None
         return owner if owner is None or {"host", "process", "started"} <= owner.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -186,7 +186,7 @@ class Signals:
 
     NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has two of them
 
-    rank_lost = None
+    rank_lost, ends = None, "after this step, with a checkpoint"
 
     def __init__(self):
         self.received, self._since, self._before, self._excused = None, None, {}, False
@@ -208,7 +208,7 @@ class Signals:
             self.received, self._since = number, now
             name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # the terminal may be closed
-                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends it\n".encode())
+                os.write(2, f"{name}: ends {self.ends}; a second signal ends it\n".encode())
 
     def _excuse(self, number):
         """Whether torchrun sent this signal because a rank is lost. It does so once, and may know before this rank."""
@@ -220,7 +220,8 @@ class Signals:
         return False
 
     def restore(self):
-        for number, handler in self._before.items():
+        """Give the signals back, unless one was received: one that comes late must not spoil the exit code."""
+        for number, handler in self._before.items() if self.received is None else ():
             signal.signal(number, handler)
         self._before = {}
 

@@ -60,6 +60,8 @@ class Run:
         self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
+        if config.eval_only:
+            self._signals.ends = "after this evaluation"
         if self.world.size > 1:
             self._signals.rank_lost = self.world.rank_lost
         try:
@@ -101,6 +103,9 @@ class Run:
                     world.on_rank0(lambda: _check_empty(config))
                 checkpoint["wandb_id"] = None
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
+            with restoring(origin, "settings"):
+                before = types.SimpleNamespace(**{**vars(config), **checkpoint["config"]})
+                self._lr_before = float(learning_rate(checkpoint["step"], before))
             differing = optimizers.state_differences(config, checkpoint)
         try:
             self.corpus = world.local_rank0_first(lambda: data.open_dataset(config.dataset))
@@ -149,9 +154,13 @@ class Run:
             self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
 
         self._resumed, self._origin = checkpoint, origin
-        self._shared_device = SHARED in os.environ or bool(resume and checkpoint.get("shared_device"))
+        self._shared_device = SHARED in os.environ or (resume and checkpoint.get("shared_device") is True)
         remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
-        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else float("inf")
+        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else math.inf
+        if not self._best > -math.inf:  # no loss is below NaN
+            if world.is_rank0:
+                warn(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
+            self._best = math.inf
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
@@ -188,7 +197,7 @@ class Run:
         if resume:
             changed = ", ".join(self._changed) or "nothing"
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
-            for text in self._effects(checkpoint["config"]):
+            for text in self._effects():
                 self._say(f"  {text}")
 
     def _choose_batch_size(self, before):
@@ -206,7 +215,7 @@ class Run:
         else:
             raise RunError(f"{self._memory_sentence(None)}.")
         config.gradient_accumulation_steps = _accumulation(config, world.size)
-        self._say(f"batch_size = auto: the most sequences that fit at once are {config.batch_size}")
+        self._say(f"batch_size = auto: the largest that fits is {config.batch_size}")
 
     def _memory_sentence(self, error):
         world, rows = self.world, self.corpus.model_vocab_size if self.corpus else GPTConfig.vocab_size
@@ -272,23 +281,23 @@ class Run:
         changed |= {key: [facts[key], now] for key, now in facts_now.items() if facts.get(key, now) != now}
         for split in ("train", "val"):
             if f"{split}_sha256" in changed and before["dataset"] == config.dataset:
-                trained = f"what the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
-                remedy = "put that back, or give the new data a --dataset of their own"
+                trained = f"the file that the checkpoint in {config.out_dir} was trained with (its SHA-256 differs)"
+                remedy = "put that file back, or name another folder with --dataset"
                 raise UserError(f"{split}.bin in {self.corpus.folder} is not {trained}; {remedy}.")
         return changed
 
-    def _effects(self, before):
+    def _effects(self):
         """What the changed settings do to a resumed run, where that is more than they say. A sentence each."""
         changed, config, step = self._changed, self.config, self.step
-        seen, old = self._batches.sequences_before(step), types.SimpleNamespace(**{**vars(config), **before})
+        seen = self._batches.sequences_before(step)
         if {"seed", "train_sha256"} & changed.keys():
-            yield f"the order of the data is another from sequence {seen} on; some windows may come twice"
+            yield f"the order of the data is another from sequence {seen} on; some may be read twice"
         elif "total_bs" in changed:
-            yield f"total_bs: the data go on at sequence {seen} of the stream; none is left out or read twice"
+            yield f"total_bs changed: the data go on at sequence {seen}; none is left out or read twice"
         if {"eval_tokens", "val_sha256"} & changed.keys():
-            yield "val/loss is taken on other tokens than before; the search for the best one begins again"
-        if (lr := learning_rate(step, config)) != (lr_before := learning_rate(step, old)):
-            yield f"the learning rate of step {step} is {lr:.4g} instead of {lr_before:.4g}"
+            yield "val/loss is measured on other tokens than before, so earlier checkpoints do not count for ckpt_best"
+        if (lr := learning_rate(step, config)) != self._lr_before:
+            yield f"the learning rate of step {step} is {lr:.4g} instead of {self._lr_before:.4g}"
 
     def _record(self):
         """What config.json holds beside the settings."""
@@ -328,7 +337,7 @@ class Run:
             follows = name in derived and getattr(config, name) == 0 and value == defaults[name]  # from other settings
             if name != "dropout" and value != getattr(wanted, name) and not follows:
                 differing.append((name, value, getattr(wanted, name)))
-        said = "; ".join(f"{name} = {value}, this is {now}" for name, value, now in differing)
+        said = "; ".join(f"{name} = {value}, this run has {now}" for name, value, now in differing)
         remedies = [f"--{name}={value}" for name, value, _ in differing if name != "vocab_size"]
         remedy = [f"give {' '.join(remedies)}"] if remedies else []
         origin = f"in {config.out_dir}" if config.init_from == "resume" else f"of {config.init_from}"
@@ -501,7 +510,7 @@ class Run:
             if self._writer:
                 self._writer.wait()
         except UserError as error:
-            remedy = f"make {self.config.out_dir} writable, with free space, and resume from the one before"
+            remedy = f"make {self.config.out_dir} writable, with free space, and resume from the checkpoint before it"
             raise RunError(f"{error}; {remedy}.") from None
 
     # ----- evaluation, metrics, checkpoints
@@ -659,12 +668,12 @@ def _warn_of_separate_tasks():
         tasks = os.environ.get(count, "")
         if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1 and os.environ.get(number, "0") == "0":
             alone = f"{count} = {tasks}, but RANK is not set: this process trains alone"
-            warn(f"{alone}; start one torchrun a machine (docs/training.md) to train together.")
+            warn(f"{alone}; to train together, start one torchrun on each machine (docs/training.md).")
 
 
 def _resolve_dtype(dtype, device):
     if dtype == "float16" and device.type != "cuda":
-        raise UserError(f"dtype = 'float16' needs a cuda device, this is {device}; use bfloat16 or float32.")
+        raise UserError(f"dtype = 'float16' needs a cuda device, not {device}; use bfloat16 or float32.")
     if dtype != "auto" or device.type != "cuda":
         return "float32" if dtype == "auto" else dtype
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -706,8 +715,8 @@ def _run_files(out_dir):
 def _check_empty(config):
     """UserError if out_dir holds a run while the checkpoint of another one is to be resumed in it."""
     if _run_files(config.out_dir) and not config.overwrite:
-        other = f"{config.out_dir} holds a run already, to which {config.checkpoint} does not belong"
-        raise UserError(f"{other}; name another --out_dir, or replace it with --overwrite=True.")
+        other = f"{config.out_dir} already holds a run, and {config.checkpoint} is of another one"
+        raise UserError(f"{other}; name a new --out_dir, or replace the run in it with --overwrite=True.")
 
 
 def _check_out_dir(config):

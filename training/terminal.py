@@ -12,7 +12,7 @@ import select
 import sys
 
 CLOSED = 141  # exit code of a tool whose reader has gone, as of a program that SIGPIPE ends
-_CONTROL = r"\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_CONTROL = r"\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _UNSAFE = re.compile(f"[{_CONTROL}\x1b]")
 _UNSAFE_ON_STDERR = re.compile(rf"[{_CONTROL}]|\x1b(?!\[[0-9;]*[mA])")  # colours and bars of other libraries
 

@@ -263,7 +263,7 @@ class IdTokenizer(Tokenizer):
     def encode_array(self, text):
         words = text.split() or ["0"]
         for word in words:
-            if not word.isdecimal() or int(word) >= self.vocab_size:
+            if not word.isdecimal() or len(word) > 20 or int(word) >= self.vocab_size:
                 known = f"the tokenizer of this model is not known, its prompts are ids from 0 to {self.vocab_size - 1}"
                 raise UserError(f"{known}, not {word!r:.40}; give some, as in --start='17 4'")
         return np.array([int(word) for word in words], self.dtype)

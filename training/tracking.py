@@ -49,12 +49,18 @@ class Tracker:
 
     def __init__(self, config, facts, start_step=0, wandb_id=None):
         self.out_dir = Path(config.out_dir)
-        path, self._record = self.out_dir / METRICS, json.dumps({"config": vars(config), **facts}, indent=2) + "\n"
+        path, record = self.out_dir / METRICS, json.dumps({"config": vars(config), **facts})
+        self._record = json.dumps(json.loads(record, parse_constant=str), indent=2) + "\n"  # JSON has no NaN
         with file_errors(path, "make room for it, or name another --out_dir"):
             before = read_metrics(path) if os.path.lexists(path) else []
             kept = [line for line in before if line["step"] < start_step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             write_atomically(self.out_dir / CONFIG, self._record)
+            try:
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            except OSError:
+                if start_step == 0:  # a folder that holds no run
+                    (self.out_dir / CONFIG).unlink()
+                raise
             self._lines = Lines(path)
         aborted = any(line["step"] > start_step for line in before)
         self._wandb = Wandb(config, facts, wandb_id, kept, aborted) if config.wandb_log else None

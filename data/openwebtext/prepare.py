@@ -3,8 +3,8 @@
     python data/openwebtext/prepare.py                      # Skylion007/openwebtext from the Hugging Face hub
     python data/openwebtext/prepare.py --source PATH...     # from files, read as data/text/prepare.py does
 
-From the hub, order and split are nanoGPT's (a 0.0005th drawn with seed 2357). From files, a hash of each document
-decides, with --val_fraction.
+From the hub, order and split are nanoGPT's: 0.05% of the pages, drawn with seed 2357, are held out. From files, a hash
+of each document decides, with --val_fraction.
 """
 
 import sys

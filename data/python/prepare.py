@@ -1,11 +1,11 @@
-"""Python source text in GPT-2 tokens: what this interpreter has installed; 118 and 176 million on two machines.
+"""Python sources of this Python installation in GPT-2 tokens: 118 and 176 million on two machines.
 
     python data/python/prepare.py                           # in data/python: train.bin, val.bin, meta.json
     python data/python/prepare.py --max_tokens 20000000     # a random part of it
 
 It reads the *.py files of the standard library and of site-packages: UTF-8, up to 1 MB, each content once, ordered by
-content hash. A further hash of each file holds out 1% of them. The bytes depend on what is installed: once prepared,
-the corpus stays as it is until --force.
+a hash of the content. A second hash holds out 1% of the files. The corpus depends on the installed packages; once
+prepared, it stays as it is until --force.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def texts():
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    parser.add_argument("--max_tokens", type=corpus.positive, help="stop before the file that would exceed them")
+    parser.add_argument("--max_tokens", type=corpus.positive, help="stop before a file that would exceed this number")
     args = parser.parse_args()
     source = f"standard library and site-packages of Python {platform.python_version()}, max_tokens {args.max_tokens}"
     if not corpus.is_prepared(args, source):

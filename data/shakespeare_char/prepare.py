@@ -1,8 +1,9 @@
-"""Shakespeare's plays and poems, one token a character: 84 characters, 4.6 million for training, 0.5 for validation.
+"""Shakespeare's plays and poems, one token a character: 4.6 million for training, 0.5 million for validation.
 
     python data/shakespeare_char/prepare.py                 # in data/shakespeare_char: train.bin, val.bin, meta.json
 
-The works and the split are those of data/shakespeare/prepare.py. Works follow one another after an empty line.
+The vocabulary is 84 characters. The works and the split are those of data/shakespeare/prepare.py; an empty line
+separates works.
 """
 
 import sys

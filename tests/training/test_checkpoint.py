@@ -65,8 +65,33 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
         assert load_checkpoint(tmp_path)[0]["step"] == 1
     assert capsys.readouterr().err.count("warning: ") == len(damaged)
     (tmp_path / "ckpt_prev.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint can be read"):
+    with pytest.raises(UserError, match="no checkpoint can be read as the newest"):
         load_checkpoint(tmp_path)
+    (tmp_path / "ckpt_1.pt").write_bytes(whole)
+    with pytest.raises(UserError, match=r"--checkpoint=.*ckpt_1\.pt"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "dangling"])
+@pytest.mark.parametrize(
+    "name",
+    ["ckpt.pt.tmp", "ckpt.tmp", "ckpt.tmp.gone", "ckpt_prev.pt.aside", "ckpt_prev.link", "ckpt_best.pt", "ckpt_9.pt"],
+)
+def test_nothing_in_out_dir_is_in_the_way_of_a_checkpoint(tmp_path, name, kind):
+    """Opening a FIFO would wait for ever, and no open() gets past a folder."""
+    if kind == "folder":
+        (tmp_path / name / "inside").mkdir(parents=True)
+        (tmp_path / name / "inside" / "notes").touch()
+    elif kind == "fifo":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("nowhere")
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {**checkpoint(step), "is_best": True}, keep=2)
+        assert load_checkpoint(tmp_path)[0]["step"] == step == read_checkpoint(tmp_path / "ckpt_best.pt")["step"]
+    assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    if (name, kind) == ("ckpt.pt.tmp", "folder"):
+        assert len(list(tmp_path.glob("ckpt.pt.tmp.*/inside/notes"))) == 1, "what is not ours is not removed"
 
 
 def test_none_there(tmp_path):
@@ -204,15 +229,28 @@ def test_an_unreadable_checkpoint_falls_back_to_the_previous_one(tmp_path, monke
     assert checkpoint_sha256(newest) != checkpoint_sha256(tmp_path / "ckpt_prev.pt")
 
 
-def test_what_is_in_the_way_of_a_write_ends_neither_the_thread_nor_the_wait(tmp_path, monkeypatch, capsys):
-    """A folder named ckpt.pt.tmp can be neither opened nor unlinked."""
+@pytest.fixture
+def obstacle(tmp_path, monkeypatch):
+    """A mount point named ckpt.pt.tmp, which can be neither opened, unlinked nor renamed."""
+    path, replace = tmp_path / "ckpt.pt.tmp", os.replace
+
+    def busy(source, target):
+        if source == path and path.is_dir():
+            raise OSError(16, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    (path / "file").mkdir(parents=True)
+    return path
+
+
+def test_what_is_in_the_way_of_a_write_ends_neither_the_thread_nor_the_wait(tmp_path, obstacle, monkeypatch, capsys):
     monkeypatch.setattr(CheckpointWriter, "RETRY", 0.05)
     monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
-    obstacle, writer = tmp_path / "ckpt.pt.tmp", CheckpointWriter(tmp_path)
-    (obstacle / "file").mkdir(parents=True)
+    writer = CheckpointWriter(tmp_path)
     writer.save(checkpoint(1))
     writer.wait()
-    assert isinstance(writer.error, IsADirectoryError) and writer.step is None
+    assert writer.error.errno == 16 and writer.step is None
     writer.save(checkpoint(2))
     time.sleep(0.3)  # several tries, of which one is told
     assert capsys.readouterr().err.count("could not be written") == 2
@@ -253,14 +291,13 @@ def test_no_error_of_the_disk_ends_the_thread(tmp_path, monkeypatch, call, numbe
     assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
 
 
-def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_written(tmp_path, monkeypatch, capsys):
+def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_written(tmp_path, obstacle, monkeypatch, capsys):
     monkeypatch.setattr(CheckpointWriter, "RETRY", 60)
-    obstacle, writer = tmp_path / "ckpt.pt.tmp", CheckpointWriter(tmp_path)
-    obstacle.mkdir()
+    writer = CheckpointWriter(tmp_path)
     writer.save(checkpoint(1))
     while writer.error is None:
         time.sleep(0.01)
-    obstacle.rmdir()
+    obstacle.rename(tmp_path / "elsewhere")
     writer.save(checkpoint(2))
     while writer.step != 2:  # at once, not after RETRY
         time.sleep(0.01)

@@ -94,6 +94,8 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--batch_size=0"], "at least 1"),
         (["--learning_rate=fast"], "a number"),
         (["--learning_rate=nan"], "learning_rate"),
+        (["--seed=" + "9" * 5000], "a whole number"),
+        (["--max_iters=" + "9" * 30], "below 2**63"),
         (["--dropout=1.0"], "below 1.0"),
         (["--compile=yes"], "True or False"),
         (["--compile"], "--compile=VALUE"),
@@ -139,6 +141,8 @@ def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp
         ("batch_size = [4]", "wants int"),
         ("batch_size = = 4", "SyntaxError"),
         ("batch_size = 1 // 0", "ZeroDivisionError"),
+        ("max_iters = 10**5000", r"below 2\*\*63"),
+        ("learning_rate = 10**400", r"below 2\*\*63"),
     ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, text, message):
@@ -169,14 +173,14 @@ def test_help_names_every_setting(capsys):
 @pytest.mark.parametrize(
     "argv, culprit, remedy",
     [
-        (["--momentum=0.8"], "momentum = 0.8 is not read where optimizer_name = 'adamw'", "'sgd' or 'muon'"),
+        (["--momentum=0.8"], "momentum = 0.8 has no effect with optimizer_name = 'adamw'", "'sgd' or 'muon'"),
         (["--optimizer_name=muon", "--whiten_exponent=0.25"], "whiten_exponent", "to 'whitened_muon'."),
         (["--optimizer_name=sgd", "--beta2=0.9"], "beta2 = 0.9", "or 'muon' or 'whitened_muon'."),
         (["--wsd_decay=0.5"], "wsd_decay", "set lr_schedule to 'wsd' or 'wsd_sqrt'"),
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
         (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),
-        (["--fsdp_keep=all"], "fsdp_keep = 'all' is not read where fsdp = False", "set fsdp to True"),
+        (["--fsdp_keep=all"], "fsdp_keep = 'all' has no effect with fsdp = False", "set fsdp to True"),
         (["--fsdp_shard=2"], "fsdp_shard = 2", "set fsdp to True"),
     ],
 )

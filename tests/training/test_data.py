@@ -140,6 +140,13 @@ def test_a_mixture_of_one_is_that_corpus(corpora):
     assert np.array_equal(mixture.train_starts(1, 500, 900, 16), alone.train_starts(1, 500, 900, 16))
 
 
+@pytest.mark.parametrize("share", ["1e999999999", "1e-999999999", "nan", "inf", "-1", "1/0", "9" * 5000])
+def test_a_share_that_is_no_number_is_refused_at_once(corpora, share):
+    """The first has a billion digits as a fraction."""
+    with pytest.raises(UserError, match="is not NAME:SHARE"):
+        data.open_dataset(f"a:1,b:{share}")
+
+
 def test_what_a_mixture_is_checked_for(corpora):
     facts = data.check_dataset(data.open_dataset("a:0.7,b:0.3"), 24, 16)
     again = data.check_dataset(data.open_dataset("a:7/10,b:0.3"), 24, 16)

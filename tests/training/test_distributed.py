@@ -19,16 +19,18 @@ from training.errors import UserError, command
 def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, ranks, gpus, message):
     """On local rank 0, which is the one that speaks; or it would wait for the others, who have left without a word."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=message):
         Distributed(device)
 
 
 @pytest.mark.parametrize("local, one_machine", [(None, True), (8, True), (4, False)])
 def test_one_machine_or_several(monkeypatch, local, one_machine):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    if local:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(Distributed, "_join", lambda *_: None)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": local}.items():
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
     assert Distributed("cpu").one_machine == one_machine
 
 
@@ -42,7 +44,7 @@ def test_one_machine_or_several(monkeypatch, local, one_machine):
         ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT = None"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = -1"),
         ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999"),
-        ({"LOCAL_RANK": "first"}, "LOCAL_RANK = 'first'"),
+        ({"RANK": "0", "LOCAL_RANK": "first"}, "LOCAL_RANK = 'first'"),
     ],
 )
 def test_an_environment_that_no_launcher_made_is_one_sentence(monkeypatch, capsys, environment, said):
@@ -60,7 +62,14 @@ def test_a_timeout_beyond_any_clock_is_refused(capsys):
     assert "nccl_timeout" in capsys.readouterr().err
 
 
-def test_a_world_size_alone_is_no_world(monkeypatch):
+def test_a_world_size_alone_is_no_world(monkeypatch, capsys):
     """It would leave out the batches of ranks that are not there."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert Distributed("cpu").size == 1
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        for text in ("4", "x", ""):
+            monkeypatch.setenv(name, text)
+            world = Distributed("cpu")
+            assert (world.size, world.local_rank, world.one_machine) == (1, 0, True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        command(lambda: Distributed("nothing"))
+    assert "device = 'nothing'" in capsys.readouterr().err, "a process that is alone says what is wrong"

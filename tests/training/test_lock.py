@@ -102,7 +102,11 @@ def test_of_many_that_start_at_once_one_has_it(tmp_path):
     taken[0].release()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"{}", b"[1]", b'{"host": 1, "process": "x", "started": []}'])
+OWN_HOST = json.dumps({"host": socket.gethostname(), "process": -1, "started": ""}).encode()
+TORN = [b"", b"\0" * 100, b"{}", b"[1]", b'{"host": 1, "process": "x", "started": []}', b"[" * 4000, OWN_HOST]
+
+
+@pytest.mark.parametrize("content", TORN, ids=range(len(TORN)))
 def test_a_torn_lock_file_is_nobodys(tmp_path, flock, content):
     (tmp_path / "run.lock").write_bytes(content)
     RunLock(tmp_path).release()

@@ -82,7 +82,7 @@ def test_auto_takes_the_largest_that_fits_and_leaves_no_trace(tiny, tmp_path, mo
     with monkeypatch.context() as patch:
         limit(patch, most)
         script.main([*words, "--batch_size=auto"])
-    assert f"batch_size = auto: the most sequences that fit at once are {size}" in capsys.readouterr().out
+    assert f"batch_size = auto: the largest that fits is {size}" in capsys.readouterr().out
     config = config_of(tmp_path / "out")["config"]
     assert config["batch_size"] == size and config["gradient_accumulation_steps"] == 24 // size
     script.main([*words, f"--batch_size={size}", f"--out_dir={tmp_path / 'given'}"])

@@ -80,7 +80,7 @@ def test_a_checkpoint_without_the_settings_is_gpt2s(tiny, tmp_path, capsys):  # 
         checkpoint[part] = {key: value for key, value in checkpoint[part].items() if key not in added}
     save_checkpoint(tmp_path / "out", {**checkpoint, "is_best": False})
     error = refused(capsys, train_adam.main, [*tiny, "--norm=rmsnorm", "--max_iters=4", "--init_from=resume"])
-    assert "norm = layernorm, this is rmsnorm" in error
+    assert "norm = layernorm, this run has rmsnorm" in error
     train_adam.main([*tiny, "--max_iters=4", "--init_from=resume"])
     assert read_lines(tmp_path / "out")[-1]["step"] == 4
     train_adam.main([*tiny, f"--out_dir={tmp_path}/new", "--max_iters=1", f"--init_from=ckpt:{tmp_path}/out"])

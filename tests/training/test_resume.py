@@ -98,7 +98,7 @@ def test_a_data_file_that_was_replaced_is_refused(tiny, tmp_path, capsys):
     assert "train.bin" in refused(capsys, train_adam.main, words)
     train_adam.main([*words, f"--dataset={folder.rename(tmp_path / 'other')}"])
     assert {"train_sha256", "val_sha256", "dataset"} < config_of(tmp_path / "out")["history"][0]["changed"].keys()
-    assert "order of the data" in (said := capsys.readouterr().out) and "val/loss is taken on other tokens" in said
+    assert "order of the data" in (said := capsys.readouterr().out) and "val/loss is measured on other tokens" in said
 
 
 # ----- the position in the data

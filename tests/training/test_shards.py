@@ -240,7 +240,7 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: ") == 26 * len(files)
     shutil.rmtree(tmp_path / "ckpt_prev")
     files[0].unlink()
-    with pytest.raises(UserError, match=f"no checkpoint can be read.*{files[0].name}"):
+    with pytest.raises(UserError, match=f"no checkpoint can be read as the newest.*{files[0].name}"):
         load_checkpoint(tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_what_meta_json_says_is_checked(tmp_path):
     right = {"vocab_size": 65536, "dtype": "uint16"}
     for wrong, words in {
         "train_tokens=12000": ("holds 6000 tokens, its meta.json says 12000",),
-        "train_tokens='many'": ("its meta.json says many",),
+        "train_tokens='many'": ("its meta.json says 'many'",),
         "val_tokens=699": ("val.bin holds 700 tokens, its meta.json says 699",),
         f"train_sha256={'0' * 64!r}": ("train.bin is not the file that meta.json describes", "SHA-256"),
         "val_sha256=None": ("val.bin is not the file that meta.json describes",),
@@ -195,7 +195,7 @@ def test_what_meta_json_says_is_checked(tmp_path):
         "vocab_size=65537": ("dtype = 'uint16' with vocab_size = 65537",),
         "vocab_size=0": ("vocab_size = 0",),
         "tokenizer='llama'": ("meta.json: the tokenizer of a meta.json is", "'llama'"),
-        "tokenizer={'characters': 'abc'}": ("vocab_size = 65536, but it names 3 characters",),
+        "tokenizer={'characters': 'abc'}": ("vocab_size = 65536, but it names 3 different characters",),
         "tokenizer={'file': 'tokenizer.json', 'sha256': 'x'}": ("tokenizer.json cannot be read",),
     }.items():
         key, value = wrong.split("=", 1)

@@ -15,7 +15,7 @@ import train_adam
 from tests.conftest import read_lines
 from train_adam import AdamConfig
 from training.checkpoint import load_checkpoint
-from training.errors import command
+from training.errors import UserError, command
 from training.run import Run
 from training.tracking import Clock, Tracker, console_line, git_state, write_atomically
 
@@ -219,6 +219,20 @@ def test_an_out_dir_that_no_disk_takes_is_refused(tiny, capsys, out_dir, tmp_pat
     monkeypatch.chdir(tmp_path)
     for start in ("scratch", "auto", "resume"):
         assert "error: " in refused(capsys, [*tiny, f"--out_dir={out_dir}", f"--init_from={start}"])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_disk_that_fills_up_at_the_start_leaves_no_half_of_a_run(tiny, monkeypatch, tmp_path, name):
+    def full(path, content):
+        if path.name == name:
+            raise OSError(28, "No space left on device", str(path))
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.tracking.write_atomically", full)
+        with pytest.raises(UserError, match=rf"{name} cannot be read or written \(No space left"):
+            train_adam.main(tiny)
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_a_full_disk_is_noticed_before_the_start(tiny, capsys, monkeypatch, tmp_path):

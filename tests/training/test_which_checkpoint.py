@@ -13,7 +13,7 @@ import sample
 import train_adam
 from tests.conftest import losses, read_lines, write_corpus
 from tests.training.test_resume import TINY, contents, refused
-from training.checkpoint import CheckpointWriter, kept_checkpoints, read_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from training.errors import UserError
 from training.run import Run
 
@@ -133,6 +133,18 @@ def test_other_evaluation_windows_begin_the_search_for_the_best_again(tiny, tmp_
 # ----- which one
 
 
+@pytest.mark.parametrize("before", [float("nan"), -float("inf")])
+def test_a_best_loss_that_none_can_beat_is_beaten(tiny, tmp_path, capsys, before):
+    train(tiny, 10)
+    checkpoint, _ = load_checkpoint(tmp_path / "out")
+    save_checkpoint(tmp_path / "out", {**checkpoint, "best_val_loss": before})
+    train(tiny, 20, "--init_from=resume")
+    assert f"is {before}; the search for the best one begins again" in capsys.readouterr().err
+    found = load_checkpoint(tmp_path / "out", "best")[0]
+    losses = [line["val/loss"] for line in read_lines(tmp_path / "out") if line["step"] in (10, 20)]
+    assert found["best_val_loss"] == min(losses) and found["step"] == (20 if losses[1] < losses[0] else 10)
+
+
 @pytest.fixture
 def trained(tiny, tmp_path, monkeypatch):
     """A run with ckpt.pt and ckpt_40.pt, ckpt_prev.pt and ckpt_30.pt, ckpt_best.pt of step 20."""
@@ -178,7 +190,7 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder(tiny, trained, tmp_path
     train(words, 24)
     assert [line["step"] for line in read_lines(tmp_path / "new")] == list(range(25))
     assert losses(tmp_path / "new") == losses(trained)[:24] and contents(trained) == before
-    assert "does not belong" in refused(capsys, train_adam.main, words)
+    assert "is of another one" in refused(capsys, train_adam.main, words)
     train_adam.main([*words, "--eval_only=True"])
 
 
@@ -187,6 +199,12 @@ def test_one_that_is_missing_is_one_sentence(tiny, trained, capsys, which):
     before = contents(trained)
     error = refused(capsys, train_adam.main, [*tiny, "--init_from=resume", f"--checkpoint={which}"])
     assert ("ckpt_best.pt of step 20" in error) == (which not in ("", "/", "a\0b")) and contents(trained) == before
+
+
+def test_a_signal_during_eval_only_promises_no_checkpoint(tiny, trained, monkeypatch, capfd):
+    monkeypatch.setattr(Run, "evaluate", lambda run: os.kill(os.getpid(), signal.SIGTERM) or {"val/loss": 1.0})
+    train(tiny, 40, "--init_from=resume", "--eval_only=True")
+    assert "SIGTERM: ends after this evaluation; a second" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["scratch", "auto", "gpt2"])
@@ -213,7 +231,7 @@ def test_the_tools_take_any_of_them(trained, tmp_path, capsys):
         sample.main([*words, *TEXTS])
     assert found["newest"] == found["40"] and len(set(found.values())) == 3
     for script in (sample, evaluate):
-        with pytest.raises(UserError, match="checkpoint = 'best' goes with"):
+        with pytest.raises(UserError, match="checkpoint = 'best' needs"):
             script.main(["--init_from=gpt2", "--checkpoint=best"])
 
 
