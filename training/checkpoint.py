@@ -358,9 +358,9 @@ def make_newest(path, out_dir):
     try:
         temporary = out_dir / "ckpt_newest.tmp"
         _link(path, temporary)
-        for other in (other for name in (NEWEST, PREVIOUS, BEST) for other in _forms(out_dir, name)):
-            if (later := _step_of(other)) is not None and later > step:
-                _replace(other, out_dir / f"ckpt_{later}{other.suffix}")
+        for other in (other for name in (PREVIOUS, BEST, NEWEST) for other in _forms(out_dir, name)):
+            if (later := _step_of(other)) is not None and later > step:  # a kill must not leave none as the newest
+                (_link if other.stem == NEWEST else _replace)(other, out_dir / f"ckpt_{later}{other.suffix}")
         _replace(temporary, out_dir / f"{NEWEST}{path.suffix}")
     except OSError as error:
         raise UserError(f"{out_dir} cannot be written ({error.strerror}); name another --out_dir.") from None

@@ -27,8 +27,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from training.checkpoint import (
     TEMPORARY,
     CheckpointWriter,
+    all_checkpoints,
     kept_checkpoints,
     load_checkpoint,
+    make_newest,
     read_checkpoint,
     recover,
     save_checkpoint,
@@ -457,18 +459,38 @@ class Killed(BaseException):
     pass
 
 
-def save_as(form, out_dir, step):
+@contextlib.contextmanager
+def killed_at(call_number):
+    """Within, the process is killed at this call of those that change a folder. Yields a list, with a call if it was."""
+    left, happened = itertools.count(call_number, -1), []
+
+    def mortal(call):
+        def killed(*arguments, **settings):
+            if happened or next(left) <= 1:
+                happened.append(call)
+                raise Killed
+            return call(*arguments, **settings)
+
+        return killed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("replace", "link", "mkdir", "unlink", "rmdir", "rename"):
+            patch.setattr(os, name, mortal(getattr(os, name)))
+        yield happened
+
+
+def save_as(form, out_dir, step, keep=1):
     """Save a folder ("f") or a file ("s"), with a capital letter the best one."""
     content, write_parts = state(step, 0, is_best=form.isupper()), None
     content["optimizer"]["adamw"]["state"] = {}
     if form in "fF":
         shards = Shards(content, step, SimpleNamespace(rank=0, gather=lambda thing: [thing]))
         content, write_parts = {**shards.rest, "shards": shards}, lambda folder, part: [part.try_to_write(folder)]
-    save_checkpoint(out_dir, content, 1, write_parts)
+    save_checkpoint(out_dir, content, keep, write_parts)
 
 
 @pytest.mark.parametrize("forms", ["FfF", "SsS", "SSfF", "FFsS", "SSFSf"])
-def test_a_kill_between_any_two_calls_of_the_system_loses_no_checkpoint(tmp_path, monkeypatch, forms):
+def test_a_kill_between_any_two_calls_of_the_system_loses_no_checkpoint(tmp_path, forms):
     """The newest or the one before, the best and the kept one are there. The next saves leave nothing else."""
     (tmp_path / "before").mkdir()
     *before, last = enumerate(forms, start=1)
@@ -476,19 +498,8 @@ def test_a_kill_between_any_two_calls_of_the_system_loses_no_checkpoint(tmp_path
         save_as(form, tmp_path / "before", step)
     best, steps = max(step for step, form in before if form.isupper()), {before[-1][0], last[0]}
     for calls in itertools.count(1):
-        out, left = shutil.copytree(tmp_path / "before", tmp_path / str(calls)), itertools.count(calls, -1)
-
-        def killed_at(call, left=left):
-            def killed(*arguments, **settings):
-                if next(left) <= 0:
-                    raise Killed
-                return call(*arguments, **settings)
-
-            return killed
-
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            for name in ("replace", "link", "mkdir", "unlink", "rmdir", "rename"):
-                patch.setattr(os, name, killed_at(getattr(os, name)))
+        out = shutil.copytree(tmp_path / "before", tmp_path / str(calls))
+        with killed_at(calls) as killed:
             save_as(last[1], out, last[0])
         recover(out)  # as the next start does
         assert load_checkpoint(out)[0]["step"] in steps
@@ -499,7 +510,23 @@ def test_a_kill_between_any_two_calls_of_the_system_loses_no_checkpoint(tmp_path
         assert load_checkpoint(out)[0]["step"] == load_checkpoint(out, "best")[0]["step"] == last[0] + 2
         names = {"ckpt", "ckpt_prev", "ckpt_best", f"ckpt_{last[0] + 2}"}
         assert sorted(name.removesuffix(".pt") for name in os.listdir(out)) == sorted(names)
-        if next(left) > 0:
+        if not killed:
+            break
+
+
+@pytest.mark.parametrize("forms", ["fFff", "sSss", "sSff", "fFss"])
+def test_a_kill_while_an_older_one_becomes_the_newest_leaves_all_of_them(tmp_path, forms):
+    (tmp_path / "before").mkdir()
+    for step, form in enumerate(forms, start=1):
+        save_as(form, tmp_path / "before", step, keep=4)
+    for calls in itertools.count(1):
+        out = shutil.copytree(tmp_path / "before", tmp_path / str(calls))
+        with killed_at(calls) as killed:
+            make_newest(out / ("ckpt_2" if forms[1] == "F" else "ckpt_2.pt"), out)
+        recover(out)
+        assert {read_checkpoint(path)["step"] for path in all_checkpoints(out)} == {1, 2, 3, 4}
+        assert load_checkpoint(out)[0]["step"] in ({2, 4} if killed else {2})
+        if not killed:
             break
 
 
