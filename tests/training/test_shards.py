@@ -461,7 +461,7 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed_at(call_number):
-    """Within, the process is killed at this call of those that change a folder. Yields a list, with a call if it was."""
+    """Within, the process is killed at this call of those that change a folder. Yields a list: empty if it was not."""
     left, happened = itertools.count(call_number, -1), []
 
     def mortal(call):
