@@ -194,6 +194,8 @@ class Run:
             self._say(attention_line(model_config, DTYPES[config.dtype], world.device))
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
+            if checkpoint["unused"] and world.is_rank0:
+                warn(f"not used: {checkpoint['unused']}; the model is that of {config.init_from}.")
         if resume:
             changed = ", ".join(self._changed) or "nothing"
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
