@@ -60,8 +60,8 @@ class Muon(Optimizer):
         ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
         ns_steps: number of steps if ns_coefficients is one triple.
         eps: lower bound of the norm by which a momentum is divided.
-        fused: use the Triton kernels of muon_fused.py around the matrix products. It needs Triton and that file. Tensors
-            that the kernels cannot take (on a CPU, float64, odd strides), and shared matrices, go on without.
+        fused: use the Triton kernels of muon_fused.py around the matrix products. It needs Triton and that file.
+            Tensors that they cannot take (on a CPU, float64, odd strides), and shared matrices, go on without.
 
     State of a parameter: "momentum_buffer" (m), in its shape and dtype (float32 for float16).
     GradScaler: step() reads the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. Gradients are
