@@ -11,7 +11,7 @@ def sweep(official="", steps=1560, held_out="3,4,5"):
     tuned = best_of("30m_tuning", steps, only=("sophiag",))["sophiag"]
     plain = tuned | {"bias_correction": False}
     habits = plain | {"script": "experiments/30m_official/official.py"}
-    optimizers = {"habits": habits, "plain": plain, "corrected": tuned}
+    optimizers = {"habits": habits, "corrected": tuned, "plain": plain}  # in this order, should time run out
     if official:
         optimizers = {"official": habits | {"official": official}} | optimizers
     common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")]}
