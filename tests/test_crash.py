@@ -178,7 +178,7 @@ def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     started = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert "error: rank 0 ends, because rank 1 died" in output
+    assert "error: the run ends, because rank 1 died" in output
     assert time.monotonic() - started < 20
 
 
@@ -291,7 +291,7 @@ def soak(out_dir, kills, script, config):
             os.kill(ranks_of(process)[1], signal.SIGKILL if how == "one rank" else signal.SIGTERM)
             output, _ = process.communicate(timeout=120)
             output_so_far.append(output)
-            assert ("rank 0 ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
+            assert ("the run ends, because rank 1 died" if how == "one rank" else "stopped before step") in output
             assert (process.returncode == 0) == (how == "a signal")
         print(f"{out_dir.name}: {how} ended, metrics up to step {read_lines(out_dir)[-1]['step']}", flush=True)
     process = start(2, argv, script)

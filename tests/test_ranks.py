@@ -60,8 +60,8 @@ def test_ranks_give_the_same_bits_after_torchrun_restarted_them(corpus, tmp_path
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = ended(process, 90)
     assert process.returncode == 0, output
-    named = re.findall(r"error: rank (\d) ends, because rank 1 died", output)
-    assert "resumed at step" in output and named and "1" not in named, output
+    assert "resumed at step" in output, output
+    assert output.count("error: the run ends, because rank 1 died") == 1, "by one rank for all"
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -71,7 +71,7 @@ def test_ranks_whose_torchrun_is_killed_checkpoint_and_leave(corpus, tmp_path):
     wait_for_step(process, 10)
     process.kill()
     output = ended(process, 30)  # which is complete when the ranks have ended too
-    assert len(re.findall(r"error: torchrun is gone and step \d+ is checkpointed", output)) >= 1, output
+    assert len(re.findall(r"error: torchrun is gone and step \d+ is checkpointed", output)) == 1, output
     assert "Traceback" not in output
     assert load_checkpoint(tmp_path / "out")[0]["step"] >= 10
     assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "config.json", "metrics.jsonl"], "the lock is gone"
@@ -88,14 +88,14 @@ def test_a_rank_that_is_stopped_is_named_and_one_that_lags_is_logged(corpus, tmp
     wait_for_step(process, 15)
     stopped, output = ranks_of(process)[1], ""
     os.kill(stopped, signal.SIGSTOP)
-    while "error: rank" not in output:
+    while "error: the run" not in output:
         output += (line := process.stdout.readline())
         assert line, output
     os.kill(stopped, signal.SIGCONT)  # or torchrun waits 30 s for it
     output += ended(process, 60)
     assert process.returncode != 0 and "Traceback" not in output.split("elastic")[0], output
-    named = re.findall(r"error: rank (\d) ends, because rank 1 has not answered for \d+ s \(last known at", output)
-    assert named and set(named) <= {"0", "2"}, output
+    named = re.findall(r"error: the run ends, because rank 1 has not answered for \d+ s \(last known at", output)
+    assert len(named) == 1, output
     assert re.search(r"warning: rank 1 has been silent for \d s", output)
     assert "because rank 2" not in output and "because rank 0" not in output
     lines = [line for line in read_lines(tmp_path / "out") if "slowest_rank" in line]
@@ -118,8 +118,7 @@ def test_a_rank_that_is_stuck_in_its_step_is_named(corpus, tmp_path, stuck):
     process = start(3, words, script=hangs)
     output = ended(process, 60)
     assert process.returncode != 0
-    named = re.findall(rf"error: rank (\d) ends, because rank {stuck} has not answered for \d+ s", output)
-    assert named and set(named) <= {"0", "1", "2"} - {str(stuck)}, output
+    assert len(re.findall(rf"error: the run ends, because rank {stuck} has not answered for \d+ s", output)) == 1, output
     assert not re.search(rf"because rank [^{stuck}]", output), output
 
 
@@ -142,8 +141,7 @@ def test_ranks_that_do_not_arrive_are_named(corpus, tmp_path):
     for process, missing in zip(processes, (1, 1, 0), strict=True):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert f"error: rank {missing} did not arrive within 8 s; start all ranks" in errors
-        assert "Traceback" not in errors
+        assert re.fullmatch(rf"error: rank {missing} did not arrive within 8 s.*; start all ranks .*\n", errors), errors
     assert time.monotonic() - started < 40
 
 

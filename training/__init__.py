@@ -1,4 +1,7 @@
-"""What the scripts share. Importing it makes Ctrl-C end a script quietly until `errors.command` takes over."""
+"""What the scripts share. Importing it makes Ctrl-C end a script quietly until `errors.command` takes over.
+
+It also keeps torch, which reads the level once, from printing C++ frames where a rank or its store is lost.
+"""
 
 import os
 import signal
@@ -17,6 +20,7 @@ def interrupted(number, frame):
     raise KeyboardInterrupt
 
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 _script, _here = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve(), Path(__file__).resolve()
 _is_ours = _here.parents[1] in _script.parents and "site-packages" not in _script.parts
 if _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and a shell's & ignore it

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 
@@ -50,8 +51,7 @@ class Distributed:
             try:
                 self._join(backend, self.device if backend == "nccl" else None)
             except dist.DistError as error:
-                lost = f"rank {self.rank} lost the other ranks while they started ({_first_line(error)})"
-                raise RunError(f"{lost}; start again.") from None
+                raise RunError(f"a rank was lost while they started ({_first_line(error)}); start again.") from None
         self.backend = backend if self.distributed else "none"
 
     def _join(self, backend, device_id):
@@ -63,12 +63,14 @@ class Distributed:
         if not 0 <= port < 1 << 16:
             raise UserError(f"MASTER_PORT = {port} is no port; {_UNSET}.")
         serves = self.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            _wait_for(host, port, self.timeout)
         try:
             store = dist.TCPStore(host, port, None, serves, patience, wait_for_workers=False, multi_tenant=True)
         except dist.DistError as error:
             if serves:
                 raise RunError(f"rank 0 cannot listen ({_first_line(error)}); use another MASTER_PORT.") from None
-            raise late([0], self.timeout) from None
+            raise late([0], self.timeout, f"{host}:{port}: {_first_line(error)}") from None
         self.store = dist.PrefixStore(self._meet(store), store)
         dist.init_process_group(
             backend,
@@ -347,6 +349,19 @@ def _number(name, default=None):
         return int(text)
     except (TypeError, ValueError):
         raise UserError(f"{name} = {text!r} in the environment is no whole number; {_UNSET}.") from None
+
+
+def _wait_for(host, port, timeout):
+    """Wait until `host` listens at `port`. A TCPStore would print C++ frames while it tries."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host, port), max(deadline - time.monotonic(), 0.01)):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise late([0], timeout, f"{host}:{port}: {error.strerror or error}") from None
+        time.sleep(0.1)
 
 
 def _first_line(error):

@@ -7,10 +7,12 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import errno
+import hashlib
 import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 from training import INTERRUPTED, interrupted
 from training.terminal import open_streams, printable
@@ -84,13 +86,31 @@ def command(main, goes_on=False):
         explained = _explain(error)
         if not explained:
             raise
-        rank = os.environ.get("LOCAL_RANK", "0") if "RANK" in os.environ else "0"
-        if not rank.isdecimal() or int(rank) == 0 or explained.exit_code == 1:
-            print(f"error: {printable(' '.join(str(explained).split()))}", file=sys.stderr)
+        tell(explained)
         sys.exit(explained.exit_code)
     finally:
         if sys.stdout:
             sys.stdout.flush()
+
+
+def tell(error):
+    """Print the sentence of a UserError on stderr, unless another rank of this machine prints the same.
+
+    torchrun gives the ranks that it starts together one folder for their errors. Without it local rank 0 prints the
+    UserErrors, and every rank its RunErrors.
+    """
+    sentence, is_rank = printable(" ".join(str(error).split())), "RANK" in os.environ
+    rank, file = (os.environ.get(name, "") for name in ("LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"))
+    if is_rank and file:
+        try:
+            (Path(file).parent.parent / hashlib.sha256(sentence.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass
+    elif is_rank and error.exit_code != 1 and rank.isdecimal() and int(rank):
+        return
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
 def _explain(error):

@@ -10,12 +10,11 @@ import secrets
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from multiprocessing.connection import wait
 
-from training.errors import RunError
+from training.errors import RunError, tell
 from training.terminal import warn
 
 NOTICE_TIME = 5  # seconds in which a rank notices by itself that another died, if it can
@@ -84,11 +83,10 @@ class RankMonitor:
                     connection.close()
 
     def message(self):
-        who = "it" if self.dead == self.rank else f"rank {self.dead}"
         what = "died"
         if self._lost_for:
             what = f"has not answered for {self._lost_for:.0f} s (last known at step {self._lost_step})"
-        return f"rank {self.rank} ends, because {who} {what}; restart with --init_from=auto."
+        return f"the run ends, because rank {self.dead} {what}; restart with --init_from=auto."
 
     def awaited(self):
         """(rank, its step, seconds): the rank for which the others have waited longest, as far as this one knows."""
@@ -171,7 +169,7 @@ class RankMonitor:
         if self.leaving.wait(NOTICE_TIME):
             time.sleep(LEAVE_TIME)
         else:
-            print(f"error: {self.message()}", file=sys.stderr, flush=True)
+            tell(RunError(self.message()))
         self._world.finish()
         os._exit(RunError.exit_code)
 
@@ -226,10 +224,10 @@ class Signals:
         self._before = {}
 
 
-def late(ranks, timeout):
-    """The RunError for ranks that others have waited for in vain at the start."""
+def late(ranks, timeout, reason=""):
+    """The RunError for ranks that others have waited for in vain at the start. reason: why, if it is known."""
     names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)[:8]))}"
-    late = f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s"
+    late = f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s{reason and f' ({reason})'}"
     return RunError(f"{late}; start all ranks together, or raise --nccl_timeout.")
 
 
