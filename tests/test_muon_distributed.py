@@ -4,6 +4,7 @@ import copy
 import datetime
 import math
 import socket
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import muon_distributed
 from muon import Muon, WhitenedMuon
 from muon_distributed import share, update_flops
 
@@ -89,7 +91,8 @@ def scatter(optimizer, state_dict):
     return state_dict
 
 
-def rank_main(rank, ranks, port, saved, results):
+def join(rank, ranks, port):
+    """Join the other ranks; the two ways to wrap a model."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timeout)
@@ -97,7 +100,23 @@ def rank_main(rank, ranks, port, saved, results):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (ranks,))
-    wraps = {"copies": nn.parallel.DistributedDataParallel, "shards": lambda model: fully_shard(model, mesh=mesh)}
+    return {"copies": nn.parallel.DistributedDataParallel, "shards": lambda model: fully_shard(model, mesh=mesh)}
+
+
+def start_ranks(function, ranks, *arguments):
+    """Run `function(rank, ranks, port, *arguments, results)` on several ranks; the dict `results`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        words = (ranks, port, *arguments, results)
+        mp.start_processes(function, words, nprocs=ranks, start_method="forkserver")
+        return dict(results)
+
+
+def rank_main(rank, ranks, port, saved, results):
+    wraps = join(rank, ranks, port)
     exchange, sent = dist.all_to_all_single, []
 
     def counted(received, tensor, take, give, *arguments, **more):
@@ -150,14 +169,7 @@ def alone():
 
 @pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4)), 2])
 def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        halves = {name: half for name, (half, _) in alone.items()}
-        mp.start_processes(rank_main, (ranks, port, halves, results), nprocs=ranks, start_method="forkserver")
-        results = dict(results)
+    results = start_ranks(rank_main, ranks, {name: half for name, (half, _) in alone.items()})
     for how in ("copies", "shards"):
         for name, (half, weights) in alone.items():
             for rank in range(ranks):
@@ -177,6 +189,45 @@ def test_ranks_take_the_steps_of_one_process_and_resume_them(alone, ranks):
             if name != "muon":
                 shares = [results[how, name, rank][1] for rank in range(ranks)]
                 assert sum(shares) == numbers_in_factors(theirs), "each factor once"
+
+
+def profiled_main(rank, ranks, port, results):
+    """Profile a step. Rank 1 sends its updates a tenth of a second late."""
+    for exchange in (muon_distributed._Copies, muon_distributed._Shards):
+
+        def to_all(self, updates, exchange=exchange.to_all):
+            time.sleep(0.1 * rank)
+            return exchange(self, updates)
+
+        exchange.to_all = to_all
+    for how, wrap in join(rank, ranks, port).items():
+        model, optimizer = make("muon", wrap)
+        share(optimizer)
+
+        def compute(*arguments, direction=optimizer._direction):
+            with torch.profiler.record_function("update"):
+                time.sleep(0.02)
+                return direction(*arguments)
+
+        optimizer._direction = compute
+        model(0, range(12)).backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        spans = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()]
+        results[how, rank] = [span for span in spans if span[0] == "update" or span[0].startswith("gloo:all")]
+    dist.destroy_process_group()
+
+
+def test_updates_are_sent_while_the_next_are_computed():
+    """In torch's profile of gloo ranks. NCCL was not profiled."""
+    results = start_ranks(profiled_main, 2)
+    for how in ("copies", "shards"):
+        spans = results[how, 0]
+        updates = [span for span in spans if span[0] == "update"]
+        sent = [span for span in spans if span[0] != "update" and span[2] > updates[0][2]]
+        assert len(updates) > 2
+        for _, _, end in updates[1:]:
+            assert any(begin < end < finish for _, begin, finish in sent), how
 
 
 def pretend(monkeypatch, rank, ranks, others=None):
