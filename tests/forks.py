@@ -27,6 +27,7 @@ def run_ranks(ranks, script, words, timeout):
         processes = []
         for rank in range(ranks):
             settings = sizes | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+            settings["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{rank}/error.json"
             environment = os.environ | {key: str(value) for key, value in settings.items()}
             processes.append(FORKS.Process(target=_be_rank, args=(script, words, environment, folder), daemon=True))
             processes[-1].start()

@@ -182,17 +182,24 @@ def test_a_dead_rank_is_named_by_one_that_hangs(corpus, tmp_path):
     assert time.monotonic() - started < 20
 
 
-def test_ranks_that_were_started_differently_say_so(corpus, tmp_path):
-    argv = tiny_words(corpus, tmp_path / "out")
+@pytest.mark.parametrize(
+    "of_rank_1, differing",
+    [
+        ("--seed=7", "seed (1337 and 7)"),
+        ("--optimizer_name=soap", "optimizer_name ('adamw' and 'soap')"),  # which is refused, where all have it
+    ],
+)
+def test_ranks_that_were_started_differently_say_so(corpus, tmp_path, of_rank_1, differing):
+    argv = [*tiny_words(corpus, tmp_path / "out"), "--fsdp=True"]
     script = (
         "import os, sys, train_adam\nfrom training.errors import command\n"
-        "argv = [*sys.argv[1:], f\"--learning_rate={1e-3 * (1 + int(os.environ['RANK']))}\"]\n"
+        f"argv = [*sys.argv[1:], *[{of_rank_1!r}][: int(os.environ['RANK'])]]\n"
         "command(lambda: train_adam.main(argv))"
     )
     (tmp_path / "differing.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}\n")
     done = torchrun(2, tmp_path / "differing.py", argv)
-    assert done.returncode != 0
-    assert "ranks 0 and 1 were not started alike: they differ in learning_rate (0.001 and 0.002)" in done.stderr
+    message = f"error: ranks 0 and 1 were not started alike: they differ in {differing}; make them equal.\n"
+    assert done.returncode == 2 and done.stderr == message and not (tmp_path / "out").exists()
 
 
 ELASTIC = ["--batch_size=2", "--lr_decay_iters=24", "--eval_interval=4", "--log_interval=2", "--hess_interval=5"]

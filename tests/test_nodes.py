@@ -74,7 +74,9 @@ def kill_rank(port, words, nodes):
 @pytest.mark.slow
 def test_a_rank_dies_and_torchrun_restarts_both_nodes(corpus, tmp_path, undisturbed):
     outputs, out_dir = rehearse(corpus, tmp_path, kill_rank, "--max-restarts=3")
-    told = [output.count("error: the run ends, because rank 3 died; restart with --init_from=auto") for output in outputs]
+    told = [
+        output.count("error: the run ends, because rank 3 died; restart with --init_from=auto") for output in outputs
+    ]
     assert told == [1, 1], "once on each node"
     assert "resumed at step" in outputs[0]
     same_end(undisturbed, out_dir)

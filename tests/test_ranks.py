@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,7 +119,9 @@ def test_a_rank_that_is_stuck_in_its_step_is_named(corpus, tmp_path, stuck):
     process = start(3, words, script=hangs)
     output = ended(process, 60)
     assert process.returncode != 0
-    assert len(re.findall(rf"error: the run ends, because rank {stuck} has not answered for \d+ s", output)) == 1, output
+    assert len(re.findall(rf"error: the run ends, because rank {stuck} has not answered for \d+ s", output)) == 1, (
+        output
+    )
     assert not re.search(rf"because rank [^{stuck}]", output), output
 
 
@@ -193,6 +196,24 @@ def test_ranks_with_different_checkpoints_do_not_train(corpus, tmp_path):
     assert done.returncode != 0
     assert "error: out/ckpt.pt is damaged" in done.stderr, "rank 1 does not fall back for itself"
     assert read_checkpoint(tmp_path / "node0" / "out" / "ckpt.pt")["step"] == 20
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ranks_with_different_data_do_not_train(corpus, tmp_path, split):
+    """The dataset is a folder of one name on two machines; one token of a split differs. Then rank 1 lacks a file."""
+    apart = script(tmp_path, "os.chdir(sys.argv.pop(1) + str(rank))")
+    for rank in range(2):
+        shutil.copytree(corpus, tmp_path / f"node{rank}" / "text")
+    file = tmp_path / "node1" / "text" / f"{split}.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    words = [str(tmp_path / "node"), *tiny_words("./text", tmp_path / "out")]
+    for problem in (f"ranks 0 and 1 read different files of dataset = ./text, with another {split}_sha256", "missing"):
+        done = torchrun(2, apart, words)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1 and problem in done.stderr, done.stderr
+        assert os.listdir(tmp_path / "out") == []
+        file.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("form", ["ckpt", pytest.param("import", marks=pytest.mark.slow)])

@@ -384,6 +384,8 @@ def read_checkpoint(path, parts=PARTS, verify=True):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a FIFO would block
             raise UserError(f"{path} cannot be read (it is not a file).")
+        if (path.parent / MANIFEST).exists():
+            raise UserError(f"{path} is a part of a checkpoint; name its folder, {path.parent}.")
         digest, left = hashlib.sha256(), status.st_size - _TRAILER
         with open(path, "rb") as file:
             while verify and left > 0 and (block := file.read(min(left, 1 << 24))):

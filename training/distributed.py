@@ -254,6 +254,8 @@ class Distributed:
             mine = (self.local_rank == 0) == first
             outcome = self._patiently(function if mine else None)
             result, error = outcome if mine else (result, error)
+            if error and not self.one_machine:
+                error = f"{error.rstrip('.')} (on {socket.gethostname()})."
             errors = [text for text in self.gather(error) if text is not None]
             if errors:
                 raise UserError(errors[0])

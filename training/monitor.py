@@ -227,8 +227,8 @@ class Signals:
 def late(ranks, timeout, reason=""):
     """The RunError for ranks that others have waited for in vain at the start. reason: why, if it is known."""
     names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)[:8]))}"
-    late = f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s{reason and f' ({reason})'}"
-    return RunError(f"{late}; start all ranks together, or raise --nccl_timeout.")
+    late = f"{names}{' and others' if len(ranks) > 8 else ''} did not arrive within {timeout} s"
+    return RunError(f"{late}{reason and f' ({reason})'}; start all ranks together, or raise --nccl_timeout.")
 
 
 def _read(connection, count):

@@ -76,6 +76,8 @@ class Run:
         if config.compile:
             keep_compiled_code(world.device)
         config.device, config.dtype = str(world.device), _resolve_dtype(config.dtype, world.device)
+        settings = {key: value for key, value in vars(config).items() if key != "device"}
+        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         config.gradient_accumulation_steps = _accumulation(config, world.size)
         if config.fsdp:
             check_sharding(config, world)
@@ -86,8 +88,6 @@ class Run:
             few = f"hess_bs = {config.hess_bs} sequences are too few for {world.size} ranks, each needs one"
             raise UserError(f"{few}; use at least --hess_bs={world.size}.")
         self.tokens_per_step = config.total_bs * config.block_size
-        settings = {key: value for key, value in vars(config).items() if key != "device"}
-        world.assert_same_on_all_ranks({**settings, "code (SHA-256)": source_hash(), "torch": str(torch.__version__)})
         owner = world.on_rank0(self._claim_out_dir)
         if owner and not world.one_machine:
             world.local_rank0_first(lambda: check_shared(config.out_dir, owner))
@@ -120,7 +120,8 @@ class Run:
             raise UserError(f"{below}; use at least --max_iters={self.step}.")
         sizes = config.total_bs, config.block_size
         self._hashes = world.local_rank0_first(lambda: data.check_dataset(self.corpus, *sizes))
-        world.assert_same_on_all_ranks(self._hashes)
+        different = f"read different files of dataset = {config.dataset}, with another"
+        world.assert_same_on_all_ranks(self._hashes, different, "give all machines the same files")
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
 

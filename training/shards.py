@@ -315,7 +315,7 @@ def read_folder(path, verify=True):
         name = f", {Path(error.filename).name}" if error.filename else ""
         raise UserError(f"{path} cannot be read ({error.strerror or error}{name}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path} is damaged: it is not what was written.") from None
+        raise UserError(f"{path} is damaged: {MANIFEST} is not what was written.") from None
     return content, manifest
 
 
@@ -326,15 +326,17 @@ def _read_manifest(path, verify):
         raise ValueError
     _check_tensors(manifest)
     files = manifest["files"]
-    for name, facts in files.items():
-        if not is_plain_name(name) or not stat.S_ISREG((status := os.stat(path / name)).st_mode):  # a FIFO would block
-            raise ValueError
-        if status.st_size != facts["bytes"]:
-            raise ValueError
-    if verify:
+    if not all(map(is_plain_name, files)):
+        raise ValueError
+    status = {name: os.stat(path / name) for name in files}
+    intact = [stat.S_ISREG(s.st_mode) and s.st_size == files[name]["bytes"] for name, s in status.items()]  # or a FIFO
+    if verify and all(intact):
         with ThreadPoolExecutor(8) as threads:
-            if list(threads.map(lambda name: _sha256(path / name), files)) != [f["sha256"] for f in files.values()]:
-                raise ValueError
+            found = threads.map(lambda name: _sha256(path / name), files)
+            intact = [sha256 == facts["sha256"] for sha256, facts in zip(found, files.values(), strict=True)]
+    if not all(intact):
+        name = list(files)[intact.index(False)]
+        raise UserError(f"{path} is damaged: {name} is not what was written.")
     return {**manifest, "sha256": sha256}
 
 

@@ -133,7 +133,10 @@ def test_all_that_are_allowed_take_the_same_steps(corpus, tmp_path, optimizer):
 def test_every_optimizer_goes_on_however_it_is_split(corpus, tmp_path, optimizer):
     """Two steps each on one to four ranks, with fsdp and without, against one process that is not interrupted."""
     script = "train_adam.py" if optimizer in FIRST_ORDER else "train_sophiag.py"
-    biases = optimizer not in ("lion", "sophiag")  # those of the keys have no gradient but rounding, whose sign is taken
+    biases = optimizer not in (
+        "lion",
+        "sophiag",
+    )  # those of the keys have no gradient but rounding, whose sign is taken
     argv = [*RUN, "--batch_size=2", "--eval_interval=2", f"--optimizer_name={optimizer}", f"--bias={biases}"]
     argv += ["--hess_interval=3", "--hess_bs=12"] if optimizer not in FIRST_ORDER else []
     argv += ["--whiten_interval=3"] if optimizer == "whitened_muon" else []

@@ -76,8 +76,9 @@ def measure(tmp_path, fsdp, layers, width):
     (tmp_path / "probe.py").write_text(PROBE)
     words = [*tiny_words(corpus, out_dir), f"--n_layer={layers}", f"--n_embd={width}", "--total_bs=4", "--batch_size=1"]
     words += [f"--fsdp={fsdp}", "--eval_tokens=64", "--init_from=auto", "--lr_decay_iters=8"]
+    words.insert(0, tmp_path / "found.")
     for steps in (1, 2):
-        done = torchrun(RANKS, tmp_path / "probe.py", [tmp_path / "found.", *words, f"--max_iters={steps}"], timeout=300)
+        done = torchrun(RANKS, tmp_path / "probe.py", [*words, f"--max_iters={steps}"], timeout=300)
         assert done.returncode == 0, done.stderr
     parameters = json.loads((out_dir / "config.json").read_text())["model"]["num_params"]
     return parameters, [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(RANKS)]

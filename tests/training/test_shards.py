@@ -240,7 +240,8 @@ def test_every_damage_falls_back_to_the_previous_one(tmp_path, capsys):
         path.write_bytes(whole)
         assert load_checkpoint(tmp_path)[0]["step"] == 2
     said = capsys.readouterr().err.splitlines()  # a thread of an earlier test may have its say too
-    assert sum(line.startswith(f"warning: {newest}") for line in said) == 26 * len(files)
+    named = [sum(line.startswith(f"warning: {newest}") and path.name in line for line in said) for path in files]
+    assert named == [26] * len(files)
     shutil.rmtree(tmp_path / "ckpt_prev")
     files[0].unlink()
     with pytest.raises(UserError, match=f"no checkpoint can be read as the newest.*{files[0].name}"):
@@ -254,6 +255,9 @@ def test_a_folder_that_is_no_checkpoint_is_told_of(tmp_path):
         (folder / "manifest.json").unlink(missing_ok=True)  # torch.distributed.checkpoint writes none
         with pytest.raises(UserError, match=r"is a folder without manifest.json\); .* the folder ckpt"):
             load_checkpoint(tmp_path, str(folder))
+    for name in ("__0_0.distcp", "manifest.json"):
+        with pytest.raises(UserError, match=rf"{name} is a part of a checkpoint; name its folder, .*ckpt\."):
+            load_checkpoint(tmp_path, str(tmp_path / "ckpt" / name))
 
 
 class Trap:
