@@ -1,4 +1,7 @@
-"""Two nodes of two ranks each: two torchrun agents on this machine that meet by the c10d rendezvous."""
+"""Two nodes of two ranks each: two torchrun agents on this machine that meet by the c10d rendezvous.
+
+Each node has a copy of the model, split over its ranks, and a checkpoint is a folder. test_ranks.py has copies alone.
+"""
 
 import contextlib
 import os
@@ -16,6 +19,7 @@ from tests.test_crash import kill_all, ranks_of, same_end, wait_for_step
 from tests.test_ranks import ended, script
 
 RUN = ["--max_iters=60", "--eval_interval=10", "--batch_size=2", "--dropout=0.1", "--init_from=auto"]
+RUN += ["--fsdp=True", "--fsdp_shard=2", "--hess_bs=12"]  # two copies, as several nodes have them
 
 
 def free_port():

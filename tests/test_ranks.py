@@ -66,8 +66,9 @@ def test_ranks_give_the_same_bits_after_torchrun_restarted_them(corpus, tmp_path
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_ranks_whose_torchrun_is_killed_checkpoint_and_leave(corpus, tmp_path):
-    words = [*tiny_words(corpus, tmp_path / "out"), *ENDLESS]
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_ranks_whose_torchrun_is_killed_checkpoint_and_leave(corpus, tmp_path, fsdp):
+    words = [*tiny_words(corpus, tmp_path / "out"), *ENDLESS, f"--fsdp={fsdp}"]
     process = start(2, words)
     wait_for_step(process, 10)
     process.kill()
@@ -75,7 +76,8 @@ def test_ranks_whose_torchrun_is_killed_checkpoint_and_leave(corpus, tmp_path):
     assert len(re.findall(r"error: torchrun is gone and step \d+ is checkpointed", output)) == 1, output
     assert "Traceback" not in output
     assert load_checkpoint(tmp_path / "out")[0]["step"] >= 10
-    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "config.json", "metrics.jsonl"], "the lock is gone"
+    newest = "ckpt" if fsdp else "ckpt.pt"
+    assert sorted(os.listdir(tmp_path / "out")) == [newest, "config.json", "metrics.jsonl"], "the lock is gone"
 
 
 def test_a_rank_that_is_stopped_is_named_and_one_that_lags_is_logged(corpus, tmp_path):

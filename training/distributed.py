@@ -24,7 +24,8 @@ class Distributed:
     """rank, size, local_rank and device of this process, and the collectives that a run needs.
 
     one_machine: whether all ranks are on one machine.
-    store: by which the ranks tell each other what no collective can wait for; None in one process.
+    store: by which the ranks tell each other what no collective can wait for; None in one process. Rank 0 serves it, so
+    that it outlives torchrun.
     finish: called before a process is ended because another rank is lost; the run lets it finish its checkpoint.
 
     Tensors go through `backend`. Host objects go through a gloo group (`_control`), so that no rank has to wait for its
@@ -71,10 +72,9 @@ class Distributed:
             if serves:
                 raise RunError(f"rank 0 cannot listen ({_first_line(error)}); use another MASTER_PORT.") from None
             raise late([0], self.timeout, f"{host}:{port}: {_first_line(error)}") from None
-        self.store = dist.PrefixStore(self._meet(store), store)
         dist.init_process_group(
             backend,
-            store=self.store,
+            store=dist.PrefixStore(self._meet(store), store),
             rank=self.rank,
             world_size=self.size,
             device_id=device_id,
@@ -82,6 +82,9 @@ class Distributed:
             timeout=patience + datetime.timedelta(seconds=30 if backend == "nccl" else 0),
         )
         self._control = dist.new_group(backend="gloo", timeout=patience)
+        server = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if self.is_rank0 else None
+        port = self.gather(server and server.port)[0]
+        self.store = server or dist.TCPStore(host, port, None, False, patience, wait_for_workers=False)
         self._rank_monitor = RankMonitor(self) if self.size > 1 else None
 
     def _meet(self, store):
