@@ -148,7 +148,7 @@ def test_an_out_dir_that_one_node_does_not_see(corpus, tmp_path):
         "folder = sys.argv.pop(1) + os.environ['GROUP_RANK']\nos.makedirs(folder, exist_ok=True)\nos.chdir(folder)\n"
         "from training import lock\nlock.check_shared.__defaults__ = (1,)",
     )
-    words, port = [str(tmp_path / "node"), *tiny_words(corpus, "out"), *RUN], free_port()
+    words, port = [str(tmp_path / "node"), *tiny_words(corpus, "out"), *RUN[:-1]], free_port()
     nodes = [node(port, words, script=apart) for _ in range(2)]
     for process in nodes:
         output = ended(process, 60)

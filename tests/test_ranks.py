@@ -66,7 +66,7 @@ def test_ranks_give_the_same_bits_after_torchrun_restarted_them(corpus, tmp_path
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ranks_whose_torchrun_is_killed_checkpoint_and_leave(corpus, tmp_path, fsdp):
     words = [*tiny_words(corpus, tmp_path / "out"), *ENDLESS, f"--fsdp={fsdp}"]
     process = start(2, words)
@@ -104,6 +104,26 @@ def test_a_rank_that_is_stopped_is_named_and_one_that_lags_is_logged(corpus, tmp
     lines = [line for line in read_lines(tmp_path / "out") if "slowest_rank" in line]
     assert {line["slowest_rank"] for line in lines[1:]} == {2}
     assert 0.15 < lines[-1]["seconds_behind"] < 2, "5 steps of 0.05 s"
+
+
+@pytest.mark.slow
+def test_ranks_leave_when_rank_0_is_stopped_while_it_writes(corpus, tmp_path):
+    """It serves the store by which the writers of a checkpoint folder agree, which is silent then."""
+    slow = script(
+        tmp_path,
+        "save = checkpoint.save_checkpoint\n"
+        "def slow_save(*arguments):\n    print('writing', flush=True); time.sleep(5); save(*arguments)\n"
+        "checkpoint.save_checkpoint = slow_save",
+    )
+    words = [*tiny_words(corpus, tmp_path / "out"), *ENDLESS, "--eval_interval=10", "--nccl_timeout=4", "--fsdp=True"]
+    process = start(3, words, script=slow)
+    for line in process.stdout:
+        if line == "writing\n":
+            break
+    os.kill(ranks_of(process)[0], signal.SIGSTOP)
+    output = ended(process, 90)  # torchrun kills rank 0 after 30 s
+    assert len(re.findall(r"error: the run ends, because rank 0 has not answered for \d+ s", output)) == 1, output
+    assert output.count("warning: rank 0 has been silent") == 1
 
 
 @pytest.mark.slow

@@ -257,8 +257,8 @@ class Distributed:
             mine = (self.local_rank == 0) == first
             outcome = self._patiently(function if mine else None)
             result, error = outcome if mine else (result, error)
-            if error and not self.one_machine:
-                error = f"{error.rstrip('.')} (on {socket.gethostname()})."
+            if error and not self.one_machine and (host := socket.gethostname()) not in error:
+                error = f"{error.removesuffix('.')} (on {host})."
             errors = [text for text in self.gather(error) if text is not None]
             if errors:
                 raise UserError(errors[0])

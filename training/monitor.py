@@ -147,13 +147,14 @@ class RankMonitor:
             if now >= beat:
                 self._send(_BEAT, *(self.awaited() if self.rank == 0 else (self.rank, self.step, self._busy())))
                 beat = now + HEARTBEAT
-            for rank, (heard, _, step, _) in self._heard.items():
+            for rank, (heard, _, step, _) in self._heard.items():  # rank 0 hears all, the others hear rank 0
                 if now - heard > max(self._world.timeout, 5 * HEARTBEAT):
                     self._break(rank, step, now - heard)
                     return
                 if now - heard > max(3 * HEARTBEAT, min(60, self._world.timeout / 2)) and self._warned != heard:
                     self._warned = heard
-                    warn(f"rank {rank} has been silent for {now - heard:.0f} s.")
+                    if self.rank < 2:
+                        warn(f"rank {rank} has been silent for {now - heard:.0f} s.")
 
     def _busy(self):
         since = self.busy_since

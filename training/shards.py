@@ -249,7 +249,7 @@ class PartWriter:
     def __init__(self, folder, world):
         """folder: in which rank 0 puts the checkpoint together."""
         self._folder, self._world, self._exchange, self._count = folder, world, Exchange(world), 0
-        self._lock, self._copies, self._thread = threading.Condition(), {}, None
+        self._lock, self._copies, self._thread, self._writing = threading.Condition(), {}, None, False
 
     def save(self, checkpoint, sharded=True):
         """Copy this rank's part to host memory and leave it to the thread."""
@@ -259,13 +259,16 @@ class PartWriter:
             self._copies[self._count] = shards
             self._lock.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="checkpoint")
+                self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
                 self._thread.start()
 
     def wait(self):
-        """Wait until rank 0 has no more use for this rank's parts."""
-        while thread := self._thread:
-            thread.join()
+        """Wait until rank 0 has no more use for this rank's parts. If it is stopped, so is its store: not for ever."""
+        patience = 2 * _PATIENCE
+        while (thread := self._thread) and patience > 0:
+            thread.join(_POLL)
+            if self._world.rank_lost() and not self._writing:
+                patience -= _POLL
 
     def _forget(self, alive, last=math.inf):
         with self._lock:
@@ -287,8 +290,11 @@ class PartWriter:
                     self._thread = None
                     return
             if shards:
+                self._writing = True
+                written = shards.try_to_write(self._folder)
+                self._writing = False
                 with contextlib.suppress(RuntimeError):
-                    self._exchange.answer(shards.try_to_write(self._folder))
+                    self._exchange.answer(written)
             del shards
 
 

@@ -1,5 +1,7 @@
 """The ranks of a run: which devices they may have, and whether they are on one machine."""
 
+import socket
+
 import pytest
 
 from train_adam import AdamConfig
@@ -23,6 +25,18 @@ def test_too_few_gpus_are_noticed_on_the_rank_that_has_one(monkeypatch, device, 
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=message):
         Distributed(device)
+
+
+def test_an_error_of_one_of_several_machines_names_it():
+    with Distributed("cpu") as world:
+        world.one_machine = False
+        for said in ("train.bin is missing.", f"train.bin is missing (on {socket.gethostname()})."):
+
+            def fails(said=said):
+                raise UserError(said)
+
+            with pytest.raises(UserError, match=rf"^train.bin is missing \(on {socket.gethostname()}\)\.$"):
+                world.local_rank0_first(fails)
 
 
 @pytest.mark.parametrize("local, one_machine", [(None, True), (8, True), (4, False)])
