@@ -143,7 +143,7 @@ class CheckpointWriter:
         self._tell(shards.number)
         written = [shards.try_to_write(folder), *self._exchange.answers()]
         if errors := [part["error"] for part in written if "error" in part]:
-            raise OSError("; ".join(errors))
+            raise OSError(errors[0] + (f"; {len(errors) - 1} other ranks failed too" if errors[1:] else ""))
         return written
 
     def mark_best(self, path):

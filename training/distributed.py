@@ -82,10 +82,10 @@ class Distributed:
             timeout=patience + datetime.timedelta(seconds=30 if backend == "nccl" else 0),
         )
         self._control = dist.new_group(backend="gloo", timeout=patience)
+        self._rank_monitor = RankMonitor(self) if self.size > 1 else None
         server = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if self.is_rank0 else None
         port = self.gather(server and server.port)[0]
         self.store = server or dist.TCPStore(host, port, None, False, patience, wait_for_workers=False)
-        self._rank_monitor = RankMonitor(self) if self.size > 1 else None
 
     def _meet(self, store):
         """A prefix for keys that is known to the processes of this start alone.

@@ -382,7 +382,7 @@ def test_of_those_that_wait_the_newest_and_the_best_are_written(tmp_path, monkey
     assert load_checkpoint(tmp_path)[0]["step"] == 7
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, 2, None])
 def test_a_full_disk_on_any_rank_is_a_warning_and_another_try(tmp_path, monkeypatch, capsys, rank):
     saved(tmp_path, 1)
     monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
@@ -391,7 +391,7 @@ def test_a_full_disk_on_any_rank_is_a_warning_and_another_try(tmp_path, monkeypa
     write, failures = shards.Shards._write, itertools.count()
 
     def fails(part, folder):
-        if part._rank == rank and next(failures) < 2:
+        if rank in (part._rank, None) and next(failures) < (3 if rank is None else 2):
             raise OSError(28, "No space left on device")
         return write(part, folder)
 
@@ -401,7 +401,9 @@ def test_a_full_disk_on_any_rank_is_a_warning_and_another_try(tmp_path, monkeypa
     ranks.save(2)
     ranks.wait()
     said = capsys.readouterr().err
-    assert f"step 2 could not be written (rank {rank}: [Errno 28]" in said and "newest good one is of step 1" in said
+    others = "; 2 other ranks failed too" if rank is None else ""
+    reason = f"(rank {rank or 0}: [Errno 28] No space left on device{others})"
+    assert f"step 2 could not be written {reason}; the newest good one is of step 1" in said
     assert load_checkpoint(tmp_path)[0]["step"] == 2 and ranks.writers[0].error is None
     assert read_checkpoint(tmp_path / "ckpt_prev")["step"] == 1 and len(os.listdir(tmp_path)) == 2
 
