@@ -39,8 +39,8 @@ def fp8_gradients(hidden, weight, targets):
     hidden and weight are rounded to e4m3 with one scale each. One product computes the logits x and stores
     2^5 exp(x - r) in e5m2, in both layouts that the gradients' products need. r is the log-sum-exp of the label and the
     first SAMPLE classes. The loss has the sum over all classes, in float32. The label's entry, the largest of a row's
-    gradient, is added in float32. On a CPU the tests find relative errors of the gradients under 6% against float64.
-    On a GPU none were measured.
+    gradient, is added in float32. The tests find relative errors of the gradients under 6% against float64, on an H200
+    with GPT-2's sizes and on a CPU.
     """
     kernels, (n_rows, width), n_classes = _kernels(), hidden.shape, len(weight)
     largest = (torch.linalg.vector_norm(x, float("inf")).float() for x in (hidden, weight))
