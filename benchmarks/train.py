@@ -250,6 +250,7 @@ def own_settings(device):
         found["ours_fp8"] = {"fp8": True}
     if capability[0] == 9:
         found["ours_fp8_loss"] = {"fp8_loss": True}
+        found["ours_fp8_both"] = {"fp8": True, "fp8_loss": True}
     return found
 
 
@@ -267,7 +268,7 @@ def speed(report, model, args):
         for name in contenders:
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
-    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss"):
+    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"):
         for metric in ("tokens_per_second", "peak_gib"):
             ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
             if ours and peers:

@@ -204,7 +204,11 @@ def logged_losses(out_dir):
 
 @pytest.mark.parametrize(
     ("capability", "names"),
-    [((8, 0), {"ours"}), ((8, 9), {"ours", "ours_fp8"}), ((9, 0), {"ours", "ours_fp8", "ours_fp8_loss"})],
+    [
+        ((8, 0), {"ours"}),
+        ((8, 9), {"ours", "ours_fp8"}),
+        ((9, 0), {"ours", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"}),
+    ],
 )
 def test_each_fp8_setting_has_a_row_of_its_name_where_the_gpu_has_it(monkeypatch, capability, names):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
