@@ -214,6 +214,8 @@ def test_each_fp8_setting_has_a_row_of_its_name_where_the_gpu_has_it(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = train.own_settings("cuda")
     assert found.keys() == names and train.own_settings("cpu").keys() == {"ours"}
+    both = found.pop("ours_fp8_both", None)
+    assert both in (None, {"fp8": True, "fp8_loss": True})
     assert all(more == {name.removeprefix("ours_"): True} for name, more in found.items() if name != "ours")
 
 
