@@ -14,11 +14,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis.figures import draw_final_losses
+from analysis.figures import draw_final_losses, draw_speedups
 from analysis.runs import group, read_run, read_sweep, unclean
-from analysis.stats import verdict
-from analysis.tables import markdown, speed_rows
+from analysis.stats import baseline_needs, verdict
+from analysis.tables import markdown, speed_rows, with_interval
 from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
 from model import GPTConfig
@@ -51,6 +53,15 @@ MAIN = ("adamw", "sophiag", "sophiah", "soap", "muon", "sophiag_spectral")  # th
 FASTER = ("sophiag", "sophiah", "sophiag_adamw", "sophiag_eigenbasis_fresh", "soap", "muon", "sophiag_spectral")
 HORIZONS = (780, 1560, 5200)
 OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
+ELSEWHERE = [  # rows of beside_literature
+    ("arXiv:2509.02046", "0.1B", "20 to 160", "", "1.4"),
+    ("arXiv:2509.02046", "1.2B", "20 to 160", "", "1.1"),
+    ("public track, FineWeb", "162M", "11", "1.73 = 5,625 / 3,250", "2.09 = 5,625 / 2,690"),
+]
+LITERATURE = {  # label in the figure: [(parameters, speed-up)]
+    "best of arXiv:2509.02046": [(130e6, 1.4), (1.2e9, 1.1)],
+    "public track: Adam 5,625, Muon 3,250 steps": [(162e6, 5625 / 3250)],
+}
 
 
 # ----- reading
@@ -156,6 +167,21 @@ def speedups(baseline, names):
         rows.append((NAMES[name] + mark, *(steps for steps, _ in own), *(seconds for _, seconds in own)))
     head = [f"{steps} steps, in {cost}" for cost in ("steps", "seconds") for steps in horizons]
     return table((f"over {NAMES[baseline]}", *head), rows)
+
+
+def beside_literature():
+    """Speed-ups of Muon and of the best optimizer, here and elsewhere."""
+    rows = []
+    for steps in HORIZONS:
+        cells = [with_interval(*speedup(name, steps), "{:.2f}") for name in ("muon", "sophiag_spectral")]
+        tokens = steps * 65536 / horizon("30m_python", "muon", steps).parameters
+        rows.append(("here, Python source", "30M", f"{tokens:.1f}", *cells))
+    bounds = speedups_by_size()
+    for i, (size, tokens) in enumerate((("30M", 1560 * 65536 / 29.9e6), ("124M", 2300 * 131072 / 123.6e6)), 1):
+        cells = [f"at least {bounds[NAMES[name]][i][1]:.2f}" for name in ("muon", "sophiag_spectral")]
+        rows.append(("the same, read off in mid-run", size, f"{tokens:.1f}", *cells))
+    head = ("source", "parameters", "tokens a parameter", "Muon", "best optimizer")
+    return table(head, [*rows, *ELSEWHERE], left=(0,))
 
 
 def results_large_batches():
@@ -267,6 +293,7 @@ TABLES = {
     "verdicts-adamw": lambda: verdicts("adamw", list(NAMES)[1:]),
     "verdicts-muon": lambda: verdicts("muon", ("sophiag_eigenbasis", *FASTER[3:5], "sophiag_spectral")),
     "speedups": lambda: speedups("adamw", FASTER),
+    "speedups-elsewhere": beside_literature,
     "speedups-muon": lambda: speedups("muon", ["sophiag_spectral"]),
     "settings": settings,
     "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
@@ -290,6 +317,58 @@ def draw_main(prefix):
     draw_final_losses(main_groups(), prefix, names)
 
 
+@cache
+def speedup(name, steps):
+    """([speed-up over AdamW in steps, low, high], [smallest, largest that AdamW's runs can show]); None if not run."""
+    if (one := horizon("30m_python", name, steps)) is None:
+        return None
+    adamw = [horizon("30m_python", "adamw", other) for other in sorted((*HORIZONS, *OTHER_HORIZONS))]
+    needs = baseline_needs([g.steps for g in adamw], [g.losses for g in adamw], one.losses)
+    return [n / steps for n in needs], [adamw[0].steps / steps, adamw[-1].steps / steps]
+
+
+def point(name, steps):
+    """(speed-up, low, high, beyond) as draw_speedups takes them."""
+    found, limits = speedup(name, steps)
+    return *np.clip(found, *limits).round(4).tolist(), int(found[0] > limits[1]) - int(found[0] < limits[0])
+
+
+def mid_run_bound(one, adamw):
+    """A lower bound of the speed-up: the steps of the run over the step at which it reaches AdamW's final loss.
+
+    The loss is read off between evaluations of a run whose learning rate has not decayed yet. None if it never does.
+    """
+    lines = [run.evaluations for run in one.runs]
+    losses = np.mean([[line["val/loss"] for line in own] for own in lines], axis=0)
+    if losses.min() > (target := adamw.losses.mean()):
+        return None
+    return round(one.steps / float(np.interp(-target, -losses, [line["step"] for line in lines[0]])), 4)
+
+
+def speedups_by_horizon():
+    return {
+        NAMES[name]: [(steps, *point(name, steps)) for steps in HORIZONS if speedup(name, steps)] for name in MAIN[1:]
+    }
+
+
+def speedups_by_size():
+    """At 30M the speed-up at 1,560 steps. At 30M and 124M the bounds of runs whose tokens a parameter are similar."""
+    found, large = {}, {name: one for (name, *_), one in groups_of("124m_python").items()}
+    for name in [name for name in MAIN[1:] if name in large]:
+        pairs = [
+            (horizon("30m_python", name, 1560), horizon("30m_python", "adamw", 1560)),
+            (large[name], large["adamw"]),
+        ]
+        bounds = [(one.parameters, *[mid_run_bound(one, adamw)] * 3, 1) for one, adamw in pairs]
+        found[NAMES[name]] = [(bounds[0][0], *point(name, 1560)), *bounds]
+    return found
+
+
+def draw_paper_claims(prefix):
+    python, attention = ({key[:2]: one for key, one in groups_of(name).items()} for name in ("30m_python", "30m_attn"))
+    draw_claims(prefix, python, attention, [read_run(path) for path in EXPERIMENTS.glob("30m_rho_beta2/runs/*")])
+
+
 def drawn_in_claims():
     names = "30m_python", "30m_attn", "30m_rho_beta2"
     return [path.read_text() for name in names for path in sorted(EXPERIMENTS.glob(f"{name}/runs/*/{METRICS}"))]
@@ -297,7 +376,11 @@ def drawn_in_claims():
 
 FIGURES = {  # in assets/: how it is drawn, and the data that it shows
     "final_losses": (draw_main, lambda: [one.losses.tolist() for one in main_groups()]),
-    "claims": (draw_claims, drawn_in_claims),
+    "speedups": (
+        lambda prefix: draw_speedups(speedups_by_horizon(), speedups_by_size(), LITERATURE, prefix),
+        lambda: [speedups_by_horizon(), speedups_by_size(), LITERATURE],
+    ),
+    "claims": (draw_paper_claims, drawn_in_claims),
 }
 
 
