@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.figures import draw_final_losses, draw_speedups
 from analysis.runs import group, read_run, read_sweep, unclean
-from analysis.stats import baseline_needs, verdict
-from analysis.tables import markdown, speed_rows, with_interval
+from analysis.stats import baseline_needs, step_cost, verdict
+from analysis.tables import markdown, with_interval
 from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
 from model import GPTConfig
@@ -150,22 +150,37 @@ def verdicts(baseline, names):
     return table((f"against {NAMES[baseline]}", *(f"{steps:,} steps" for steps in HORIZONS)), rows, left=(0, 1, 2, 3))
 
 
+@cache
+def speedup(name, steps, baseline="adamw", key="step"):
+    """([speed-up over the baseline, low, high], the range that its runs cover); None if not run, or why it is unknown.
+
+    key: steps or seconds. Low and high are those of the 95% interval.
+    """
+    if (one := horizon("30m_python", name, steps)) is None:
+        return None
+    others = [horizon("30m_python", baseline, other) for other in sorted((*HORIZONS, *OTHER_HORIZONS))]
+    others = [other for other in others if other]
+    ratio, why = step_cost(one, others, key)
+    needs = baseline_needs([other.steps for other in others], [other.losses for other in others], one.losses)
+    return why or ([n * ratio for n in needs], [other.steps * ratio for other in others])
+
+
+def speedup_cell(*what):
+    """'1.94 [1.88, 2.01]'; '< 1.00' where all three are out of range."""
+    found = speedup(*what) or ""
+    return found if isinstance(found, str) else re.sub(r"(.*) \[\1, \1\]", r"\1", with_interval(*found, "{:.2f}"))
+
+
 def speedups(baseline, names):
     """Speed-ups over the baseline, in steps and in seconds."""
-    groups, cells = [], {}
-    for name in (baseline, *names):
-        for steps in (*HORIZONS, *OTHER_HORIZONS):
-            if (one := horizon("30m_python", name, steps)) is not None:
-                one.label = name
-                groups.append(one)
-    for name, steps, _, in_steps, _, _, in_seconds in list(speed_rows(groups))[1:]:
-        cells[name, steps] = [re.sub(r"(\S+ \S+) \[\1, \1\]", r"\1", cell) for cell in (in_steps, in_seconds)]
-    horizons, rows = [f"{steps:,}" for steps in HORIZONS], []
+    rows, costs = [], [(key, steps) for key in ("step", "seconds") for steps in HORIZONS]
     for name in names:
-        mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one.label in (name, baseline))
-        own = [cells.get((name, steps), ("", "")) for steps in horizons]
-        rows.append((NAMES[name] + mark, *(steps for steps, _ in own), *(seconds for _, seconds in own)))
-    head = [f"{steps} steps, in {cost}" for cost in ("steps", "seconds") for steps in horizons]
+        groups = [
+            horizon("30m_python", one, steps) for one in (name, baseline) for steps in (*HORIZONS, *OTHER_HORIZONS)
+        ]
+        mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one)
+        rows.append((NAMES[name] + mark, *(speedup_cell(name, steps, baseline, key) for key, steps in costs)))
+    head = [f"{steps:,} steps, in {key.removesuffix('s')}s" for key, steps in costs]
     return table((f"over {NAMES[baseline]}", *head), rows)
 
 
@@ -173,7 +188,7 @@ def beside_literature():
     """Speed-ups of Muon and of the best optimizer, here and elsewhere."""
     rows = []
     for steps in HORIZONS:
-        cells = [with_interval(*speedup(name, steps), "{:.2f}") for name in ("muon", "sophiag_spectral")]
+        cells = [speedup_cell(name, steps) for name in ("muon", "sophiag_spectral")]
         tokens = steps * 65536 / horizon("30m_python", "muon", steps).parameters
         rows.append(("here, Python source", "30M", f"{tokens:.1f}", *cells))
     bounds = speedups_by_size()
@@ -317,20 +332,10 @@ def draw_main(prefix):
     draw_final_losses(main_groups(), prefix, names)
 
 
-@cache
-def speedup(name, steps):
-    """([speed-up over AdamW in steps, low, high], [smallest, largest that AdamW's runs can show]); None if not run."""
-    if (one := horizon("30m_python", name, steps)) is None:
-        return None
-    adamw = [horizon("30m_python", "adamw", other) for other in sorted((*HORIZONS, *OTHER_HORIZONS))]
-    needs = baseline_needs([g.steps for g in adamw], [g.losses for g in adamw], one.losses)
-    return [n / steps for n in needs], [adamw[0].steps / steps, adamw[-1].steps / steps]
-
-
 def point(name, steps):
     """(speed-up, low, high, beyond) as draw_speedups takes them."""
-    found, limits = speedup(name, steps)
-    return *np.clip(found, *limits).round(4).tolist(), int(found[0] > limits[1]) - int(found[0] < limits[0])
+    found, (least, *_, most) = speedup(name, steps)
+    return *np.clip(found, least, most).round(4).tolist(), int(found[0] > most) - int(found[0] < least)
 
 
 def mid_run_bound(one, adamw):
