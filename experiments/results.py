@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.figures import draw_final_losses, draw_speedups
 from analysis.runs import group, read_run, read_sweep, unclean
-from analysis.stats import baseline_needs, step_cost, verdict
+from analysis.stats import baseline_needs, p_text, step_cost, verdict
 from analysis.tables import markdown, with_interval
 from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
@@ -105,8 +105,7 @@ def against(one, baseline):
     if one is None or baseline is None or one is baseline:
         return "", "", ""
     p, words = verdict(one.losses, baseline.losses)
-    p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
-    return f"{one.losses.mean() - baseline.losses.mean():+.3f}", p, words.split(" with n")[0].split(": ")[-1]
+    return f"{one.losses.mean() - baseline.losses.mean():+.3f}", p_text(p), words.split(" with n")[0].split(": ")[-1]
 
 
 def table(head, rows, left=(0,)):
