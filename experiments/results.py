@@ -427,8 +427,8 @@ def rewritten(path):
     return BLOCK.sub(block, path.read_text(encoding="utf-8"))
 
 
-def documents(root=ROOT):
-    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+def documents():
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def differing(paths):
