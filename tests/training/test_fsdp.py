@@ -131,7 +131,10 @@ def test_all_that_are_allowed_take_the_same_steps(corpus, tmp_path, optimizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", SHARDS)
 def test_every_optimizer_goes_on_however_it_is_split(corpus, tmp_path, optimizer):
-    """Two steps each on one to four ranks, with fsdp and without, against one process that is not interrupted."""
+    """Two steps each on one to four ranks, with fsdp and without, against one process that is not interrupted.
+
+    Four are two copies of two shards.
+    """
     script = "train_adam.py" if optimizer in FIRST_ORDER else "train_sophiag.py"
     biases = optimizer not in (
         "lion",
@@ -143,7 +146,7 @@ def test_every_optimizer_goes_on_however_it_is_split(corpus, tmp_path, optimizer
     train(1, script, corpus, tmp_path / "whole", *argv, "--max_iters=16")
     splits = (2, True), (3, True), (1, False), (2, False), (4, True), (2, False), (1, True), (3, False)
     for end, (ranks, fsdp) in zip(range(2, 17, 2), splits, strict=True):
-        words = f"--fsdp={fsdp}", f"--max_iters={end}", "--init_from=auto"
+        words = f"--fsdp={fsdp}", f"--max_iters={end}", "--init_from=auto", *["--fsdp_shard=2"] * (ranks == 4)
         train(ranks, script, corpus, tmp_path / "split", *argv, *words)
     same_run(tmp_path / "split", tmp_path / "whole", weights=1e-3)
 
