@@ -241,11 +241,7 @@ class Distributed:
 
     def on_rank0(self, function):
         """Call `function()` on rank 0 and return its result on all ranks. All raise the UserError that it raises."""
-        box = self._patiently(function if self.is_rank0 else None)
-        if self.distributed:
-            with self.waiting():
-                dist.broadcast_object_list(box, src=0, group=self._control)
-        result, error = box
+        result, error = self.gather(self._patiently(function if self.is_rank0 else None))[0]
         if error is not None:
             raise UserError(error)
         return result
@@ -259,18 +255,19 @@ class Distributed:
             result, error = outcome if mine else (result, error)
             if error and not self.one_machine and (host := socket.gethostname()) not in error:
                 error = f"{error.removesuffix('.')} (on {host})."
-            errors = [text for text in self.gather(error) if text is not None]
-            if errors:
-                raise UserError(errors[0])
+            self._raise_first(error)
         return result
 
     def on_all_ranks(self, function):
         """Call `function()` on every rank, however long it takes. All raise the first UserError of any."""
         result, error = self._patiently(function)
-        for text in self.gather(error):
-            if text is not None:
-                raise UserError(text)
+        self._raise_first(error)
         return result
+
+    def _raise_first(self, error):
+        """Raise the first UserError of any rank. error: the text of this rank's, or None."""
+        for text in filter(None, self.gather(error)):
+            raise UserError(text)
 
     def any(self, flag):
         """Whether `flag` is true on any rank. The hosts wait for each other, not for their devices."""
