@@ -170,6 +170,14 @@ def test_ranks_that_do_not_arrive_are_named(corpus, tmp_path):
     assert time.monotonic() - started < 40
 
 
+def test_an_error_of_one_rank_is_printed_by_it(corpus, tmp_path):
+    """Of any rank, if torchrun started them; else by rank 0 of a machine for all."""
+    apart = script(tmp_path, "sys.argv += ['--seed=zwei'][:rank]")
+    done = torchrun(3, apart, [*tiny_words(corpus, tmp_path / "out"), "--nccl_timeout=3"])
+    messages = "error: --seed=zwei: wants a whole number.", "error: ranks 1, 2 did not arrive within 3 s"
+    assert done.returncode and [done.stderr.count(message) for message in messages] == [1, 1], done.stderr
+
+
 @pytest.mark.slow  # waits for slow files twice
 def test_ranks_wait_for_slow_files_and_a_write_is_finished_after_a_rank_died(corpus, tmp_path):
     """Both take thrice nccl_timeout. Rank 1 dies during the last write, and torchrun signals rank 0 once more."""
