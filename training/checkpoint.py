@@ -36,7 +36,6 @@ from training.shards import (
 from training.terminal import warn
 
 NEWEST, PREVIOUS, BEST = "ckpt", "ckpt_prev", "ckpt_best"
-TEMPORARY = "ckpt.tmp"  # a folder that is being written
 _MARK = b"sha256: "
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
 
@@ -51,8 +50,9 @@ def save_checkpoint(out_dir, checkpoint, keep=0, write_parts=None):
     """
     out_dir = Path(out_dir)
     if "shards" in checkpoint:
-        form, temporary = "", out_dir / TEMPORARY
-        remove(temporary)
+        _remove_unfinished(out_dir)
+        # A new name each time: for some seconds NFS may lead other machines to the folder that had this name before
+        form, temporary = "", out_dir / f"{NEWEST}.{time.time_ns()}.tmp"
         temporary.mkdir()
         write_folder(temporary, checkpoint, write_parts(temporary, checkpoint["shards"]))
     else:
@@ -133,14 +133,14 @@ class CheckpointWriter:
         waiting = (self._writing, self._best, self._next)
         return [checkpoint["shards"].number for checkpoint in waiting if checkpoint and "shards" in checkpoint]
 
-    def _tell(self, write):
+    def _tell(self, write, folder=""):
         """Let the other ranks write their parts of the checkpoint number `write`, and free those of no more use."""
         with self._lock:
-            self._exchange.send({"write": write, "alive": self._alive(), "last": self._last})
+            self._exchange.send({"write": write, "folder": folder, "alive": self._alive(), "last": self._last})
 
     def _write_parts(self, folder, shards):
         """Let all ranks write their parts; return what they say of them. OSError if one could not."""
-        self._tell(shards.number)
+        self._tell(shards.number, folder.name)
         written = [shards.try_to_write(folder), *self._exchange.answers()]
         if errors := [part["error"] for part in written if "error" in part]:
             raise OSError(errors[0] + (f"; {len(errors) - 1} other ranks failed too" if errors[1:] else ""))
@@ -186,8 +186,7 @@ class CheckpointWriter:
             self.step, self.error = checkpoint["step"], None
         except Exception as error:  # a full disk, mostly
             with contextlib.suppress(OSError):
-                (Path(self.out_dir) / f"{NEWEST}.pt.tmp").unlink(missing_ok=True)
-                remove(Path(self.out_dir) / TEMPORARY)
+                _remove_unfinished(Path(self.out_dir))
             self.error = error
             if self._warned != checkpoint["step"]:
                 self._warned = checkpoint["step"]
@@ -275,6 +274,11 @@ def remove(path):
         shutil.rmtree(_set_aside(path, "gone"))
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(out_dir):
+    for path in out_dir.glob(f"{NEWEST}.*.tmp"):
+        remove(path)
 
 
 def _link(source, name):

@@ -184,7 +184,7 @@ class Run:
 
         if not config.eval_only:
             world.on_rank0(open_files)
-            self._writer = self._writer or PartWriter(Path(config.out_dir) / checkpoints.TEMPORARY, world)
+            self._writer = self._writer or PartWriter(Path(config.out_dir), world)
             world.finish = self._writer.wait
         self._say(
             f"{self.model.num_params() / 1e6:.2f}M parameters, {len(self.corpus.train) / 1e6:.1f}M training tokens; "

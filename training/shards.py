@@ -1,7 +1,7 @@
 """Checkpoints that no rank holds complete: a folder in which each rank writes its part of the tensors.
 
     shards = Shards(checkpoint, number=1, world=world)                # on every rank: a copy of its part in host memory
-    write_folder("ckpt.tmp", {..., "shards": shards}, [shards.try_to_write("ckpt.tmp")])
+    write_folder("ckpt.1.tmp", {..., "shards": shards}, [shards.try_to_write("ckpt.1.tmp")])
     content, manifest = read_folder("ckpt")                           # tensors without storage, until `read_part`
 
     __RANK_0.distcp  the tensors that a rank wrote, in torch.distributed.checkpoint's format
@@ -40,8 +40,8 @@ class HashingFile:
 
     SYNC = 1 << 28  # bytes between two requests to bring them to the disk
 
-    def __init__(self, path):
-        self.file, self.size, self._digest = open(path, "wb"), 0, hashlib.sha256()
+    def __init__(self, path, mode="wb"):
+        self.file, self.size, self._digest = open(path, mode), 0, hashlib.sha256()
         self._threads, self._syncing, self._synced, self._error = ThreadPoolExecutor(2), None, 0, None
 
     def __enter__(self):
@@ -132,7 +132,7 @@ class Shards:
 
     def _write(self, folder):
         name, tensors = f"__{self._rank}_0.distcp", {}
-        with HashingFile(Path(folder) / name) as file:
+        with HashingFile(Path(folder) / name, "xb") as file:  # never over one of another checkpoint
             for path, (about, offsets, part) in self._parts.items():
                 start = file.size
                 file.save(part)
@@ -246,9 +246,8 @@ class PartWriter:
 
     step = None  # of the newest on disk is known to rank 0
 
-    def __init__(self, folder, world):
-        """folder: in which rank 0 puts the checkpoint together."""
-        self._folder, self._world, self._exchange, self._count = folder, world, Exchange(world), 0
+    def __init__(self, out_dir, world):
+        self._out_dir, self._world, self._exchange, self._count = out_dir, world, Exchange(world), 0
         self._lock, self._copies, self._thread, self._writing = threading.Condition(), {}, None, False
 
     def save(self, checkpoint, sharded=True):
@@ -291,7 +290,7 @@ class PartWriter:
                     return
             if shards:
                 self._writing = True
-                written = shards.try_to_write(self._folder)
+                written = shards.try_to_write(self._out_dir / message["folder"])
                 self._writing = False
                 with contextlib.suppress(RuntimeError):
                     self._exchange.answer(written)

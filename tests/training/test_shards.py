@@ -25,7 +25,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training.checkpoint import (
-    TEMPORARY,
     CheckpointWriter,
     all_checkpoints,
     kept_checkpoints,
@@ -51,7 +50,7 @@ class Ranks:
             for rank in range(size)
         ]
         self.writers = [CheckpointWriter(out_dir, keep, world=worlds[0])]
-        self.writers += [PartWriter(out_dir / TEMPORARY, world) for world in worlds[1:]]
+        self.writers += [PartWriter(out_dir, world) for world in worlds[1:]]
 
     def _gather(self, rank):
         def gather(thing):
@@ -408,6 +407,26 @@ def test_a_full_disk_on_any_rank_is_a_warning_and_another_try(tmp_path, monkeypa
     assert read_checkpoint(tmp_path / "ckpt_prev")["step"] == 1 and len(os.listdir(tmp_path)) == 2
 
 
+def test_a_machine_that_is_led_to_an_older_folder_harms_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """As NFS does for some seconds with the name of a folder that was renamed."""
+    saved(tmp_path, 1)
+    monkeypatch.setattr(CheckpointWriter, "LAST_RETRY", 0.01)
+    write, folders = Shards._write, []
+
+    def misled(part, folder):
+        if part._rank == 1:
+            folders.append(folder)
+        return write(part, tmp_path / "ckpt" if part._rank == 1 and len(folders) == 1 else folder)
+
+    monkeypatch.setattr(Shards, "_write", misled)
+    ranks = Ranks(tmp_path)
+    ranks.save(2)
+    ranks.wait()
+    assert "(rank 1: [Errno 17] File exists" in capsys.readouterr().err
+    assert [read_checkpoint(tmp_path / name)["step"] for name in ("ckpt", "ckpt_prev")] == [2, 1]
+    assert len(set(folders)) == 2, "each try has a name of its own"
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace", "mkdir", "link"])
 def test_no_error_of_the_disk_ends_the_threads(tmp_path, monkeypatch, call):
     saved(tmp_path, 1)
@@ -447,7 +466,7 @@ def test_a_write_ends_when_a_rank_is_lost(tmp_path, monkeypatch, capsys):
 def test_a_run_that_was_killed_leaves_nothing_that_is_read(tmp_path):
     """Killed while it wrote, and between any two renames."""
     saved(tmp_path, 1, 2)
-    for leftover in TEMPORARY, "ckpt_prev.aside", "ckpt_best.link":
+    for leftover in "ckpt.1.tmp", "ckpt_prev.aside", "ckpt_best.link":
         shutil.copytree(tmp_path / "ckpt_prev", tmp_path / leftover)
         (tmp_path / leftover / "__1_0.distcp").unlink()
     assert load_checkpoint(tmp_path)[0]["step"] == 2
