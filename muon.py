@@ -256,11 +256,12 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=_momentum_dtype(param))
             momentum = state["momentum_buffer"]
-            if (momentum.shape, momentum.device, momentum.is_floating_point()) != (param.shape, param.device, True):
-                raise ValueError(
-                    f"a momentum_buffer of shape {tuple(momentum.shape)} ({momentum.dtype}, {momentum.device}) does not"
-                    f" fit a parameter of shape {tuple(param.shape)} on {param.device}: the state is of another model"
-                )
+            for name, x in (("gradient", param.grad), ("momentum_buffer", momentum)):
+                if (x.shape, x.device, x.is_floating_point()) != (param.shape, param.device, True):
+                    raise ValueError(
+                        f"a {name} of shape {tuple(x.shape)} ({x.dtype}, {x.device}) does not fit a parameter of shape "
+                        f"{tuple(param.shape)} on {param.device}: it is of another model"
+                    )
             if hasattr(param, "device_mesh") and not (self._share and hasattr(momentum, "device_mesh")):
                 raise RuntimeError(
                     f"{type(self).__name__} steps sharded parameters (DTensor) only after muon_distributed.share(), "
@@ -361,6 +362,8 @@ class WhitenedMuon(Muon):
             batch.release()
 
     def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
+        if moved.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("WhitenedMuon does not go into a CUDA graph: the host decides when roots are computed")
         if group["source"] == "gradient":
             self._update_factors(grads, batch, group, roots=group["step"] % group["interval"] == 0)
         sides = _sides(group)
@@ -437,11 +440,11 @@ def orthogonalize(
                 norm = (
                     gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
                 )
-                gram = (gram / norm**2).to(x.dtype)
+                gram.div_(norm**2)
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal(dim1=1, dim2=2).add_(a)
             if step == 0:
-                polynomial = (polynomial / norm).to(x.dtype)
+                polynomial.div_(norm)
             x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x.to(matrices.dtype).view(matrices.shape)
 
@@ -469,12 +472,12 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     """
     scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_TINY)
+    norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_FLOOR)  # of zeros without a ridge it is 0
     m = (scaled / norm).flatten(0, -3)
     dtype = torch.float16 if m.is_cuda and m.dtype == torch.float32 else m.dtype
     with torch.autocast(m.device.type, enabled=False):
         square = m.to(dtype) @ m.to(dtype)
-    bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_TINY)
+    bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_FLOOR)
     m = m / bound
     m.diagonal(dim1=-2, dim2=-1).add_(_FLOOR)
     if (power := round(1 / exponent) if exponent else 0) in _ROOT_STEPS and power * exponent == 1:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 LAUNCH = (1024, 4, 4)  # elements a program works on at a time, how many times, warps
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -24,7 +25,11 @@ def fits(*lists: Sequence[Tensor]) -> bool:
         return False
     if device == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay would copy stale addresses
         return False
-    return all(t.dtype in _DTYPES and t.is_contiguous() and not t.is_neg() for tensors in lists for t in tensors)
+    return all(
+        t.dtype in _DTYPES and t.is_contiguous() and not (t.is_neg() or t._is_zerotensor())
+        for tensors in lists
+        for t in tensors
+    )
 
 
 def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, found_inf: Tensor | None = None,
@@ -47,16 +52,19 @@ def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float,
         _average_kernel, columns, averages, found_inf, grad_scale, float(weight), A=averages[0].dtype,
         V=values[0].dtype, OUT=out, NESTEROV=nesterov, MOVED=moved is not None, COPIES=copies is not None,
     )  # fmt: skip
+    increment_version(averages)
 
 
 def apply(params: Sequence[Tensor], updates: Tensor, scale: float, lr: float | Tensor, weight_decay: float,
           cautious: bool, found_inf: Tensor | None) -> None:  # fmt: skip
     """p <- (1 - lr weight_decay) p - lr scale update; nothing if found_inf is not 0. updates: (params, ...)."""
-    columns = [_addresses(params), _addresses(list(updates.contiguous()))]
+    updates = updates.contiguous()  # a copy has to live until the launch
+    columns = [_addresses(params), _addresses(list(updates))]
     _launch(
         _apply_kernel, columns, params, found_inf, lr if isinstance(lr, Tensor) else float(lr), float(scale),
         float(weight_decay), P=params[0].dtype, U=updates.dtype, TENSOR_LR=isinstance(lr, Tensor), CAUTIOUS=cautious,
     )  # fmt: skip
+    increment_version(params)  # so that a backward pass through the old values is an error
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -70,7 +78,7 @@ def _launch(kernel, columns, tensors, *args, **constants) -> None:
     aligned = not any(address % 16 for column in columns for address in column) and not any(n % 8 for n in numels)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     rows = _rows(tuple(x for row in zip(*columns, numels, strict=True) for x in row), device, stream)
-    chunks = _chunks(numels, block * iterations, device)
+    chunks = _chunks(numels, block * iterations, device, stream)
     constants = {k: getattr(tl, str(v).removeprefix("torch.")) if isinstance(v, torch.dtype) else v
                  for k, v in constants.items()}  # fmt: skip
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -82,15 +90,18 @@ def _launch(kernel, columns, tensors, *args, **constants) -> None:
 @functools.lru_cache(maxsize=256)
 def _rows(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """int64 (rows x columns,). In most steps all tensors are where they were, and then nothing is copied."""
-    rows = torch.tensor(numbers, dtype=torch.int64)
+    rows = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
 @functools.lru_cache(maxsize=64)
-def _chunks(numels: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """int32 (programs, 2): the tensor that a program works on, and which part of it."""
+def _chunks(numels: tuple[int, ...], size: int, device: torch.device, stream: int) -> Tensor:
+    """int32 (programs, 2): the tensor that a program works on, and which part of it.
+
+    Each stream has its own: torch may give the memory of one that is dropped to other tensors of its stream.
+    """
     parts = [(i, part) for i, n in enumerate(numels) for part in range(-(-n // size))]
-    return torch.tensor(parts, dtype=torch.int32).to(device)
+    return torch.tensor(parts, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -190,6 +190,8 @@ def test_inverse_root_of_zeros_is_a_multiple_of_the_identity():
     zeros = inverse_root(torch.zeros(1, 5, 5), 0.25, 0.01)[0]
     torch.testing.assert_close(zeros, zeros[0, 0] * torch.eye(5), rtol=1e-3, atol=1e-3)
     assert zeros[0, 0] == pytest.approx(0.01**-0.25, rel=5e-3)
+    without_ridge = inverse_root(torch.zeros(1, 5, 5), 0.5, 0.0)[0]
+    assert torch.equal(without_ridge, without_ridge[0, 0] * torch.eye(5)) and without_ridge[0, 0].isfinite()
 
 
 @pytest.mark.parametrize("p, low, steps", [*((p, 9.5e-4, s) for p, s in _ROOT_STEPS.items()), (2, 1e-6, MINIMAX)])
@@ -338,9 +340,9 @@ def test_a_convolution_is_stepped_as_a_matrix():
 def test_a_matrix_of_zero_gradients_stays():
     p = parameters([(4, 4)], torch.float32)[0]
     start = p.detach().clone()
-    for cls in (Muon, WhitenedMuon):
+    for cls, settings in ((Muon, {}), (WhitenedMuon, {}), (WhitenedMuon, {"ridge": 0.0, "exponent": 0.5})):
         p.grad = torch.zeros_like(p)
-        cls([p], lr=0.1, weight_decay=0.0).step()
+        cls([p], lr=0.1, weight_decay=0.0, **settings).step()
         assert torch.equal(p, start)
 
 
