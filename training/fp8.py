@@ -19,9 +19,9 @@ def to_fp8(model, device, emulate=False):
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
-    sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
+    sizes = {name: getattr(model.config, name) for name in ("n_embd", "mlp_hidden")}
     sizes["n_kv_head * n_embd / n_head"] = model.config.qkv_rows[1]
-    for name, size in sizes.items():  # the products sum over widths forward, over tokens in a weight's gradient
+    for name, size in sizes.items():
         if size % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -29,8 +29,18 @@ def to_fp8(model, device, emulate=False):
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
 
 
+def check_tokens(name, tokens):
+    """UserError if the setting `name` cannot serve micro-batches of `tokens`, a list: weights' gradients sum over them.
+
+    Linear layers would fail at the first such micro-batch, and the loss would stay in bf16.
+    """
+    if bad := [n for n in tokens if n % 16]:
+        few = f"{name} needs micro-batches whose tokens are a multiple of 16, one of this run has {bad[0]:,}"
+        raise UserError(f"{few}; change batch_size or block_size, or leave {name} off.")
+
+
 def check_fp8_loss(device, config, tokens):
-    """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens` with a model of `config` here."""
+    """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens`, a list, for a `config`'s model."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
@@ -38,8 +48,9 @@ def check_fp8_loss(device, config, tokens):
         if getattr(config, name) % 16:
             size = getattr(config, name)
             raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")
-    if tokens < ROWS:
-        few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {tokens:,}"
+    check_tokens("fp8_loss", tokens)
+    if min(tokens) < ROWS:
+        few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {min(tokens):,}"
         raise UserError(f"{few}; raise batch_size, or leave fp8_loss off.")
     errors = gradient_errors(config.n_embd, config.vocab_size, device)
     if not all(error < 0.1 for error in errors):  # NaN is not below either

@@ -17,7 +17,7 @@ TILE = 128, 256, 128, 8  # rows, columns, depth and warps of a tile of logits; t
 
 
 def fits_fp8(hidden, weight):
-    """Whether `fp8_gradients` can serve them: bf16 and float32 on a Hopper GPU, sizes that are multiples of 16.
+    """Whether `fp8_gradients` can serve them: bf16 and float32 on a Hopper GPU, dense, sizes of multiples of 16.
 
     Fewer than ROWS rows stay in bf16, where the kernels were not tried.
     """
@@ -27,6 +27,8 @@ def fits_fp8(hidden, weight):
         and torch.cuda.get_device_capability(hidden.device)[0] == 9
         and len(hidden) >= ROWS
         and not any(size % 16 for size in (*hidden.shape, len(weight)))
+        and hidden.is_contiguous()
+        and weight.is_contiguous()
     )
 
 

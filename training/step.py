@@ -55,10 +55,10 @@ class Batches:
         start, seen = self._start
         return max(0, seen + (step - start) * self.config.total_bs)
 
-    def tokens_at_once(self):
-        """Tokens in a training micro-batch of this rank; with block_size_schedule in the smallest."""
+    def tokens_at_once(self, sequences):
+        """Tokens in a micro-batch of a batch of `sequences` on this rank, for each stage of block_size_schedule."""
         lengths = [length for _, length in stages(self.config)]
-        return min(len(self._micro_batches(self.config.total_bs, n)[0][0]) * n for n in lengths)
+        return [len(self._micro_batches(sequences, n)[0][0]) * n for n in lengths]
 
     def close(self):
         self._prefetcher.close()

@@ -68,20 +68,35 @@ def test_refusals(corpus, tmp_path):
     with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
         main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
-    for name, size in (("n_embd", 40), ("block_size", 100)):
-        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}
-        with pytest.raises(UserError, match=f"{name} to be a multiple of 16, got {size}"):
-            to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
+    with pytest.raises(UserError, match="n_embd to be a multiple of 16, got 40"):
+        to_fp8(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=40, block_size=16, vocab_size=64)), CPU, emulate=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    [
+        (["--block_size=12", "--total_bs=4", "--batch_size=4", "--hess_bs=4"], None),
+        (["--block_size=12", "--total_bs=4", "--batch_size=4", "--hess_bs=2"], 24),
+        (["--total_bs=3", "--batch_size=1", "--hess_bs=3", "--block_size_schedule=0:16,1:12"], 12),
+    ],
+)
+def test_micro_batches_that_fp8_cannot_multiply_are_refused_before_the_first(tiny, monkeypatch, sizes, tokens):
+    """Those of a later stage and of the estimates too."""
+    monkeypatch.setattr(run_module, "to_fp8", lambda model, device: None)
+    message = f"fp8 needs micro-batches whose tokens are a multiple of 16, one of this run has {tokens}"
+    with pytest.raises(UserError, match=message) if tokens else contextlib.nullcontext():
+        main([*tiny, "--dtype=bfloat16", "--fp8=True", "--max_iters=2", "--warmup_iters=1", *sizes])
 
 
 @pytest.mark.parametrize(
     ("width", "tokens", "errors", "message"),
     [
-        (64, 8192, (0.03, 0.06), None),
-        (40, 8192, (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
-        (64, 4096, (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
-        (64, 8192, (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
-        (64, 8192, (float("nan"), 0.03), "wrong gradients here"),
+        (64, [8192], (0.03, 0.06), None),
+        (40, [8192], (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
+        (64, [9000, 8192], (0.03, 0.06), "tokens are a multiple of 16, one of this run has 9,000"),
+        (64, [8192, 4096], (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
+        (64, [8192], (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
+        (64, [8192], (float("nan"), 0.03), "wrong gradients here"),
     ],
 )
 def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch, width, tokens, errors, message):
@@ -92,14 +107,16 @@ def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch,
         check_fp8_loss(torch.device("cuda"), config, tokens)
 
 
-def test_the_smallest_micro_batch_counts_the_ranks_and_the_stages():
-    def tokens(ranks, **settings):
+def test_the_tokens_of_a_micro_batch_count_the_ranks_and_the_stages():
+    def tokens(ranks, sequences=24, **settings):
         config = AdamConfig(dataset="none", total_bs=24, block_size=64, batch_size=8, **settings)
-        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once()
+        world = SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)
+        return Batches(config, None, world).tokens_at_once(sequences)
 
-    assert tokens(1) == 8 * 64
-    assert tokens(4) == 6 * 64
-    assert tokens(1, block_size_schedule="0:48,10:64") == 8 * 48
+    assert tokens(1) == [8 * 64]
+    assert tokens(4) == [6 * 64]
+    assert tokens(1, sequences=5) == [5 * 64]
+    assert tokens(1, block_size_schedule="0:48,10:64") == [8 * 48, 8 * 64]
 
 
 @pytest.mark.gpu
