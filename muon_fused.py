@@ -26,7 +26,7 @@ def fits(*lists: Sequence[Tensor]) -> bool:
     if device == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay would copy stale addresses
         return False
     return all(
-        t.dtype in _DTYPES and t.is_contiguous() and not (t.is_neg() or t._is_zerotensor())
+        t.dtype in _DTYPES and t.is_contiguous() and not t.is_neg() and t.data_ptr()  # wrappers have no memory
         for tensors in lists
         for t in tensors
     )

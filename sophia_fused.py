@@ -87,16 +87,13 @@ def _row(tensors: list[Tensor]) -> tuple[list[int], int]:
         strides = torch.empty_like(param, device="meta").stride()  # param's own if it is dense
         if any(t.stride() != strides for t in tensors[:4]):
             return [], 0
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) or _is_lazy(t) for t in tensors):
+    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) or t.is_neg() for t in tensors):
         return [], 0
-    p, g, m, h, *counts = [t.data_ptr() for t in tensors]
+    p, g, m, h, *counts = addresses = [t.data_ptr() for t in tensors]
     numel = param.numel()
+    if numel and 0 in addresses:  # of zeros without memory, and of subclasses that wrap tensors
+        return [], 0
     return [p, g, m, h, *counts, numel, 0], 16 if not (p | g | m | h) % 16 and not numel % 8 else 1
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    """Whether its memory is missing (zeros) or has the other sign."""
-    return tensor.is_neg() or tensor._is_zerotensor()
 
 
 class PointerTable:
@@ -223,10 +220,10 @@ class Plan:
             grads = [*map(_grad, params)]
             addresses = array.array("q", map(Tensor.data_ptr, grads))
             alike = self.dtypes == [*map(_dtype, grads)] and self.shapes == [*map(_shape, grads)]
-            dense = all(map(Tensor.is_contiguous, grads)) and not any(map(_is_lazy, grads))
+            dense = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None even less
             return None
-        if not alike or not dense:
+        if not alike or not dense or 0 in addresses:
             return None
         first = 0
         for bucket in self.buckets:
