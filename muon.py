@@ -256,8 +256,9 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=_momentum_dtype(param))
             momentum = state["momentum_buffer"]
+            expected = param.shape, param.device, True
             for name, x in (("gradient", param.grad), ("momentum_buffer", momentum)):
-                if (x.shape, x.device, x.is_floating_point()) != (param.shape, param.device, True):
+                if (x.shape, x.device, x.is_floating_point()) != expected:
                     raise ValueError(
                         f"a {name} of shape {tuple(x.shape)} ({x.dtype}, {x.device}) does not fit a parameter of shape "
                         f"{tuple(param.shape)} on {param.device}: it is of another model"
@@ -437,9 +438,8 @@ def orthogonalize(
         for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
             gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             if step == 0:  # of x / norm; dividing the squares costs less
-                norm = (
-                    gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
-                )
+                squares = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x))[:, None, None]
+                norm = squares.sqrt().clamp(min=eps)
                 gram.div_(norm**2)
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal(dim1=1, dim2=2).add_(a)

@@ -172,7 +172,7 @@ def test_a_backward_pass_through_values_before_a_fused_step_is_an_error(device, 
 def test_torchs_default_device_does_not_matter():
     ends = []
     for default in ("cpu", "meta"):
-        muon_fused._rows.cache_clear()
+        muon_fused._table.cache_clear()
         muon_fused._chunks.cache_clear()
         params = [torch.nn.Parameter(p.detach().float()) for p in parameters(SHAPES)]
         set_gradients(params, 0)
