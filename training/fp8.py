@@ -6,7 +6,7 @@ to_fp8(model, torch.device("cuda"))
 import torch
 
 from training.errors import UserError
-from training.fp8_loss import ROWS, gradient_errors
+from training.fp8_loss import ROWS, gradient_errors, is_hopper
 
 
 def to_fp8(model, device, emulate=False):
@@ -41,7 +41,7 @@ def check_tokens(name, tokens):
 
 def check_fp8_loss(device, config, tokens):
     """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens`, a list, for a `config`'s model."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or not is_hopper(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
     for name in ("n_embd", "vocab_size"):

@@ -107,6 +107,15 @@ def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch,
         check_fp8_loss(torch.device("cuda"), config, tokens)
 
 
+def test_an_amd_gpu_of_hoppers_capability_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "MI300X")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, vocab_size=64)
+    with pytest.raises(UserError, match=r"fp8_loss needs a Hopper GPU .* this is MI300X"):
+        check_fp8_loss(torch.device("cuda"), config, [8192])
+
+
 def test_the_tokens_of_a_micro_batch_count_the_ranks_and_the_stages():
     def tokens(ranks, sequences=24, **settings):
         config = AdamConfig(dataset="none", total_bs=24, block_size=64, batch_size=8, **settings)
