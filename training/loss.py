@@ -28,8 +28,8 @@ class LinearLoss(torch.autograd.Function):
         if fp8:
             total, d_hidden, d_weight, rows = fp8_gradients(hidden, weight, targets)
             if len(rows):
-                more, d_hidden[rows], product = chunked_gradients(hidden[rows], weight, targets[rows], loss)
-                total, d_weight = total + more, d_weight.add_(product)
+                more, d_hidden[rows], _ = chunked_gradients(hidden[rows], weight, targets[rows], loss, d_weight)
+                total += more
         else:
             total, d_hidden, d_weight = chunked_gradients(hidden, weight, targets, loss)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -44,10 +44,11 @@ class LinearLoss(torch.autograd.Function):
         return torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden)), d_weight * scale, None, None, None
 
 
-def chunked_gradients(hidden, weight, targets, loss):
-    """The sum of the rows' losses and its gradients with respect to hidden (N, C) and weight (V, C)."""
+def chunked_gradients(hidden, weight, targets, loss, d_weight=None):
+    """The sum of the rows' losses and its gradients for hidden (N, C) and weight (V, C), added to d_weight if given."""
     narrow, chunks = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
-    total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
+    total, d_hidden = 0.0, torch.empty_like(hidden)
+    d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
     room = hidden.new_empty(-(-len(hidden) // chunks), len(weight))
     for h, t, d_h in zip(*(x.tensor_split(chunks) for x in (hidden, targets, d_hidden)), strict=True):
         logits = torch.mm(h, narrow.t(), out=room[: len(h)])
