@@ -378,9 +378,7 @@ class WhitenedMuon(Muon):
         roots = {side: batch.stacked(f"{side}_root") for side in sides}
         orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
         update = _whiten(orthogonal, roots)
-        lengths = [
-            torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=batch.dtype) for x in (orthogonal, update)
-        ]
+        lengths = [torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=batch.dtype) for x in (orthogonal, update)]
         return update * (lengths[0] / (lengths[1] + _TINY))
 
     def _update_factors(
@@ -393,7 +391,8 @@ class WhitenedMuon(Muon):
                 what = f"the loaded state lacks a {side}_factor, which begins anew. After muon_distributed.share()"
                 warnings.warn(f"{what} a rank's state_dict has only its own; give each rank those of all", stacklevel=4)
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
-            moments = _product(x, x.mT, batch.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                moments = _product(x, x.mT, batch.dtype)
             moments = moments if scale == 1 else moments * scale
             batch.average(factors, moments, 1 - group["decay"])
             known = all(f"{side}_root" in state for state in batch.states)
@@ -512,13 +511,14 @@ def _inverse_root(m: Tensor, power: int) -> Tensor:
 
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
     """P_l x P_r of (matrices, rows, columns), with roots of (matrices, blocks, width, width)."""
-    for side, root in roots.items():
-        if root.shape[1] == 1:
-            x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
-        elif side == "left":
-            x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
-        else:
-            x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
+    with torch.autocast(x.device.type, enabled=False):
+        for side, root in roots.items():
+            if root.shape[1] == 1:
+                x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
+            elif side == "left":
+                x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
+            else:
+                x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
     return x
 
 

@@ -647,6 +647,18 @@ def test_what_does_not_fit_after_a_change_is_refused(cls, change):
 
 
 @classes
+def test_a_step_in_autocast_is_the_same(cls):
+    ends = []
+    for enabled in (False, True):
+        params = parameters(dtype=torch.float32)
+        optimizer = cls(params, lr=0.1, split=SPLITS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            train(optimizer, params, 2)
+        ends.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+@classes
 def test_a_matrix_that_is_transposed_in_place_is_noticed(cls):
     """The address, the number of elements and, of a square one, the shape stay."""
     ends = []
