@@ -560,7 +560,7 @@ class _Plan:
     @staticmethod
     def _key(members: list[_Member]) -> list[Any]:
         def place(x: Tensor) -> tuple[Any, ...]:
-            return _local(x).data_ptr(), _local(x).stride(), x.dtype
+            return _local(x).data_ptr(), _local(x).stride(), x.shape, x.dtype
 
         return [(id(p), id(s), place(p), place(s["momentum_buffer"]), dtype, rows) for p, dtype, s, rows in members]
 

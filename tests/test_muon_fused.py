@@ -192,6 +192,22 @@ def test_a_gradient_from_before_its_parameter_grew_is_refused(fused):
         Muon([p], fused=fused).step()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_matrix_that_loses_columns_in_place_is_noticed(fused):
+    """Addresses, strides and numbers of rows stay."""
+    (p,), (q,) = parameters([(8, 8)], torch.float32), parameters([(8, 8)], torch.float32)
+    optimizer, other = Muon([p], fused=fused), Muon([q])
+    for step in range(3):
+        for x, of in ((p, optimizer), (q, other)):
+            if step == 1:
+                momentum = of.state[x]["momentum_buffer"]
+                x.grad, x.data = None, x.data[:, :4] if of is optimizer else x.data[:, :4].contiguous()
+                of.state[x]["momentum_buffer"] = momentum[:, :4] if of is optimizer else momentum[:, :4].contiguous()
+            set_gradients([x], step)
+            of.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_of_whitened_steps_is_refused():
     """It would never compute new roots."""
