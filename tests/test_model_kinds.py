@@ -13,10 +13,10 @@ from model import GPT, Cache, GPTConfig, cross_entropy
 from sample import generate
 from sophia import hutchinson
 from tests.test_model import randomize, tokens
-from training.curvature import hessian_vector_product
 from train_adam import AdamConfig
 from training import memory
 from training.config import load_config
+from training.curvature import hessian_vector_product
 from training.step import ModelLoss
 
 SHAPE = dict(block_size=16, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
