@@ -161,7 +161,8 @@ def load_model(init_from, out_dir, which="newest"):
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
     if checkpoint["tokenizer"] is None and init_from != "resume":
-        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's.")
+        remedy = "a Hugging Face folder says it by its tokenizer.json"
+        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's; {remedy}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"], vocab_size=rows)
     if tokenizer.vocab_size > rows:
         problem = f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}"
@@ -222,6 +223,8 @@ def _config_from_hf(family, hf, dropout):
         settings["rope_base"] = float(rope["rope_theta"])
         if family.name == "GPTNeoX":
             settings["rope_dim"] = int(width * rope.get("partial_rotary_factor", 1.0))
+            if not settings["rope_dim"]:  # for GPTConfig 0 means all
+                raise ValueError(f"the Hugging Face model has rope_parameters={rope}, which rotates nothing")
     if family.name == "Llama":
         allowed["mlp_bias"] = (hf.attention_bias,)
     for key, values in allowed.items():
@@ -234,10 +237,11 @@ def _config_from_hf(family, hf, dropout):
 
 
 @quiet()
-def to_hf(model, vocab_size=None):
+def to_hf(model, vocab_size=None, end_of_text=None):
     """A copy of a GPT as a model of transformers, in eval mode: of the family in FAMILIES that has its settings.
 
     vocab_size: cut the rows beyond it, which pad the vocabulary (50257 for GPT-2's tokenizer); None keeps them.
+    end_of_text: the token at which its `generate` stops (50256 for GPT-2's tokenizer); None: there is none.
     A model without biases gets zeros where the family has them, which is the same function.
     ValueError names the settings that no family has.
     """
@@ -250,7 +254,7 @@ def to_hf(model, vocab_size=None):
         settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in misfits)
         raise ValueError(f"Hugging Face has no such model; the nearest, {family.name}, cannot have {settings}")
     with torch.device("meta"):
-        hf_model = family.cls(family.cls.config_class(**_settings_for_hf(family, config, vocab_size)))
+        hf_model = family.cls(family.cls.config_class(**_settings_for_hf(family, config, vocab_size, end_of_text)))
     if config.position == "rope":  # its frequencies are no weights, and are still on the meta device
         base = hf_model.base_model
         base.rotary_emb = type(base.rotary_emb)(config=hf_model.config)
@@ -265,11 +269,10 @@ def to_hf(model, vocab_size=None):
     return assign(hf_model, weights, model.lm_head.weight.dtype).eval()
 
 
-def _settings_for_hf(family, config, vocab_size):
+def _settings_for_hf(family, config, vocab_size, end_of_text):
     """The arguments of the family's config."""
     settings = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.fixed
     act = "silu" if config.mlp == "swiglu" else "gelu" if config.gelu == "exact" else "gelu_new"
-    end_of_text = 50256 if vocab_size > 50256 else None  # GPT-2's; other vocabularies have none
     settings |= {"vocab_size": vocab_size, family.act: act, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     if family.name == "GPT2":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -381,20 +384,22 @@ def load_pretrained(init_from, parts=("model",)):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint.setdefault("tokenizer", _guess_tokenizer(rows, path if kind == "hf" else ""))
+    checkpoint.setdefault("tokenizer", _find_tokenizer(rows, path if kind == "hf" else ""))
     checkpoint |= {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
     return checkpoint
 
 
-def _guess_tokenizer(rows, folder):
-    """GPT-2's if a model has as many tokens, padded or not, and its folder no other tokenizer.json; else None."""
-    if not 0 <= rows - GPT2_VOCAB_SIZE < 1000:
-        return None
+def _find_tokenizer(rows, folder):
+    """What a folder's tokenizer.json is. Without one GPT-2's if a model has as many tokens, padded or not; or None."""
     path = Path(folder, "tokenizer.json")
     if not folder or not path.exists():
-        return "gpt2"
-    spec = read_tokenizer_json(path)  # GPT-NeoX's tokenizer has nearly as many tokens
-    return "gpt2" if get_tokenizer(spec).ids == json.loads(gpt2_files()[0]) else spec
+        return "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None
+    spec = read_tokenizer_json(path)
+    ids = get_tokenizer(spec).ids
+    characters = "".join(sorted(ids, key=ids.get))
+    if len(characters) == len(ids) and json.loads(spec["json"])["model"]["type"] == "WordLevel":  # of export_hf.py
+        return {"characters": characters}
+    return "gpt2" if len(ids) == GPT2_VOCAB_SIZE and ids == json.loads(gpt2_files()[0]) else spec
 
 
 @quiet()
@@ -440,9 +445,11 @@ def _read_import(path):
     args = {key: value for key, value in foreign["model_args"].items() if key in (*MODEL_SETTINGS, "vocab_size")}
     official = "scale_attn_by_inverse_layer_idx" in args  # its model has the tanh GELU, nanoGPT's the exact one
     args |= {"bias": "transformer.ln_f.bias" in weights, "gelu": "tanh" if official else "exact"}
+    ends = [weights.get(name) for name in ("transformer.wte.weight", "lm_head.weight")]
+    args["tie_embeddings"] = not all(map(torch.is_tensor, ends)) or torch.equal(*ends)  # old files have two matrices
     check_weights(weights, args, path)
     with restoring(path, "optimizer's state"):
-        optimizer = _named_states(foreign.get("optimizer"), weights, path)
+        optimizer = _named_states(foreign.get("optimizer"), weights, args["tie_embeddings"], path)
     return {
         "model": weights,
         "model_args": dataclasses.asdict(GPTConfig(**args)),
@@ -452,7 +459,7 @@ def _read_import(path):
     }
 
 
-def _named_states(optimizer, weights, path):
+def _named_states(optimizer, weights, tied, path):
     """(optimizer_name, {parameter name: state}) of an optimizer's state_dict, which knows parameters only by number.
 
     nanoGPT numbers all matrices with the embeddings, then all vectors, each in the model's order. The official
@@ -460,7 +467,7 @@ def _named_states(optimizer, weights, path):
     """
     if not optimizer or not optimizer.get("state"):
         return None
-    names = [name for name in weights if name != "lm_head.weight"]  # tied: it counts once, as wte
+    names = [name for name in weights if name != "lm_head.weight" or not tied]  # if tied, it counts once, as wte
     matrices = [name for name in names if weights[name].dim() > 1]
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     if len(optimizer["param_groups"][0]["params"]) != len(matrices):

@@ -328,7 +328,8 @@ class Run:
         """
         config = self.config
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
-        rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
+        fits = not self.corpus or (checkpoint and self.corpus.fits(rows, checkpoint.get("tokenizer")))
+        rows = rows if fits else self.corpus.model_vocab_size
         wanted = model_config(config, rows)
         if not checkpoint:
             return wanted

@@ -1,12 +1,15 @@
 """Weights from and to elsewhere: against Hugging Face's logits; an imported run goes on as it would have; bad files."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
+import export_hf
 import train_adam
 import train_sophiag
 from model import GPT, GPTConfig
@@ -36,13 +39,13 @@ def official_groups(model):
     return [[named[name] for name in named if name in linear], [named[name] for name in named if name not in linear]]
 
 
-def foreign(path, corpus, make_optimizer, groups, official, bias=True, **extra):
+def foreign(path, corpus, make_optimizer, groups, official, bias=True, tied=True, **extra):
     """A ckpt.pt as another repository writes it after STEPS steps, and what it would do in the next 5: their losses."""
     torch.manual_seed(1)
     args = {**SHAPE, "bias": bias, "dropout": 0.0}
     if official:
         args["scale_attn_by_inverse_layer_idx"] = True
-    model = GPT(GPTConfig(**args, gelu="tanh" if official else "exact"))
+    model = GPT(GPTConfig(**args, gelu="tanh" if official else "exact", tie_embeddings=tied))
     optimizer = make_optimizer([{"params": group} for group in groups(model)])
     bs = {"bs": 24 * 16} if isinstance(optimizer, SophiaG) else {}
     losses = []
@@ -84,14 +87,17 @@ SAME = ["--learning_rate=1e-2", "--decay_lr=False", "--weight_decay=0", "--grad_
 
 
 @pytest.mark.parametrize(
-    "script, make, groups, official, bias",
-    [(train_adam, adamw, nanogpts_groups, False, False), (train_adam, adamw, nanogpts_groups, False, True),
-     (train_adam, adamw, official_groups, True, True), (train_sophiag, sophiag, official_groups, True, False)],
-    ids=["nanogpt", "nanogpt with biases", "official adamw", "official sophiag"],
+    "script, make, groups, official, bias, tied",
+    [(train_adam, adamw, nanogpts_groups, False, False, True), (train_adam, adamw, nanogpts_groups, False, True, False),
+     (train_adam, adamw, official_groups, True, True, True),
+     (train_sophiag, sophiag, official_groups, True, False, True)],
+    ids=["nanogpt", "nanogpt with biases and two matrices", "official adamw", "official sophiag"],
 )  # fmt: skip
-def test_an_imported_run_goes_on_as_before(corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias):
+def test_an_imported_run_goes_on_as_before(
+    corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias, tied
+):
     path, tiny = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
-    expected = foreign(path, corpus, make, groups, official, bias)
+    expected = foreign(path, corpus, make, groups, official, bias, tied)
     more = ["--hess_interval=1000", "--rho=0.1"] if script is train_sophiag else []
     script.main([*tiny, *SAME, *more, f"--init_from=import:{path}"])
     lines = read_lines(tmp_path / "out")
@@ -107,7 +113,7 @@ def test_an_imported_run_goes_on_as_before(corpus, tmp_path, capsys, monkeypatch
     assert without != pytest.approx(expected, abs=1e-3), "the state has to matter for this to test it"
     assert f"step 5 with the state of its {config['optimizer_name']}" in capsys.readouterr().out
 
-    shape = ["--n_layer=1", "--n_head=4", "--n_embd=24", f"--bias={bias}", f"--gelu={gelu}"]
+    shape = ["--n_layer=1", "--n_head=4", "--n_embd=24", f"--bias={bias}", f"--gelu={gelu}", f"--tie_embeddings={tied}"]
     shape.append(f"--scale_attn_by_inverse_layer_idx={official}")
     script.main([*tiny, *SAME, *more, *shape, "--init_from=resume", "--max_iters=12"])
     assert [line["step"] for line in read_lines(tmp_path / "out")] == [5, 6, 7, 8, 9, 10, 11, 12]
@@ -373,6 +379,7 @@ def test_to_hf_names_what_no_family_has(settings, message):
         ("GPTNeoXConfig", {"attention_bias": False}, "attention_bias=False, GPT can only be True"),
         ("GPTNeoXConfig", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("GPTNeoXConfig", {"rotary_pct": 0.4}, "rope_dim must be even"),
+        ("GPTNeoXConfig", {"rotary_pct": 0.1}, "partial_rotary_factor': 0.1.*, which rotates nothing"),
     ],
 )
 def test_from_hf_names_the_key_of_other_families(name, settings, message):
@@ -534,6 +541,40 @@ def test_a_folder_with_another_tokenizer_of_that_size_is_not_gpt2s(gpt2_corpus, 
     assert tokenizer.vocab_size == 50277 and tokenizer.decode([7]) == "t7"
     error = "tokens of tokenizer.json"
     refused(capsys, [*tiny_words(gpt2_corpus, tmp_path / "out"), f"--init_from=hf:{tmp_path}/hf"], error)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_folder_with_a_tokenizer_of_its_own_and_padding_rows_is_used_throughout(tmp_path, capsys, name):
+    """As Qwen3 and Pythia are: fewer tokens than rows. Its export is saved in another form, and is the same again."""
+    from tokenizers import Tokenizer, models
+
+    hf, data_folder, run = tmp_path / "hf", tmp_path / "data", tmp_path / "run"
+    other_hf(name, vocab_size=80).save_pretrained(hf)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(63)} | {"</s>": 63}, unk_token="t0"))
+    words.save(str(hf / "tokenizer.json"), pretty=False)
+    write_corpus(data_folder)
+    content = (hf / "tokenizer.json").read_bytes()
+    (data_folder / "tokenizer.json").write_bytes(content)
+    spec = {"file": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest()}
+    (data_folder / "meta.json").write_text(json.dumps({"vocab_size": 64, "tokenizer": spec}))
+
+    model, tokenizer, _ = load_model(f"hf:{hf}", None)
+    assert (model.config.vocab_size, tokenizer.vocab_size, tokenizer.decode([7, 8])) == (80, 64, "t7 t8")
+    evaluated = evaluate.main([f"--init_from=hf:{hf}", f"--dataset={data_folder}", "--device=cpu", "--stride=32"])
+    assert evaluated["loss"] > 4
+    tiny = [word for word in tiny_words(data_folder, run) if not word.startswith("--n_")] + ["--warmup_iters=0"]
+    train_adam.main([*tiny, f"--init_from=hf:{hf}", "--max_iters=2"])
+    args = read_checkpoint(run / "ckpt.pt")["model_args"]
+    assert args["vocab_size"] == 80
+    shape = [f"--{key}={value}" for key, value in args.items() if key in MODEL_SETTINGS]
+    train_adam.main([*tiny, *shape, "--init_from=resume", "--max_iters=3"])
+    export_hf.main([f"--out_dir={run}", f"--to={tmp_path / 'again'}"])
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() != content
+    train_adam.main([*tiny, f"--init_from=hf:{tmp_path / 'again'}", f"--out_dir={tmp_path / 'next'}", "--max_iters=1"])
+    assert read_checkpoint(tmp_path / "next" / "ckpt.pt")["model_args"]["vocab_size"] == 64
+    Tokenizer(models.WordLevel({f"t{63 - i}": i for i in range(64)})).save(str(hf / "tokenizer.json"))
+    argv = [*tiny, f"--init_from=hf:{hf}", f"--out_dir={tmp_path / 'other'}"]
+    refused(capsys, argv, "the model reads tokens of tokenizer.json")
 
 
 def test_load_model_wants_to_know_the_tokenizer(corpus, tmp_path):
