@@ -473,6 +473,7 @@ def test_the_fine_tuning_configs(name):
 
 
 def refused(capsys, argv, message):
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         command(lambda: train_adam.main(argv))
     error = capsys.readouterr().err
