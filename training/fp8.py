@@ -19,14 +19,22 @@ def to_fp8(model, device, emulate=False):
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
-    sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
-    sizes["n_kv_head * n_embd / n_head"] = model.config.qkv_rows[1]
-    for name, size in sizes.items():  # the products sum over widths forward, over tokens in a weight's gradient
+    sizes = {name: getattr(model.config, name) for name in ("n_embd", "mlp_hidden")}
+    sizes["(n_head + 2 n_kv_head) * n_embd / n_head"] = sum(model.config.qkv_rows)
+    for name, size in sizes.items():
         if size % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
+
+
+def check_fp8_tokens(tokens):
+    """UserError if a micro-batch, of one of the sizes `tokens`, has no multiple of 16: a weight's gradient sums over
+    them."""
+    if wrong := [n for n in tokens if n % 16]:
+        few = f"fp8 needs a multiple of 16 tokens in every micro-batch, one of this run has {wrong[0]}"
+        raise UserError(f"{few}; change batch_size, hess_bs or the length of a sequence, or leave fp8 off.")
 
 
 def check_fp8_loss(device, config, tokens):

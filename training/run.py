@@ -29,7 +29,7 @@ from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
-from training.fp8 import check_fp8_loss, to_fp8
+from training.fp8 import check_fp8_loss, check_fp8_tokens, to_fp8
 from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
@@ -146,7 +146,11 @@ class Run:
         if config.batch_size == "auto":
             self._choose_batch_size(checkpoint["config"].get("batch_size", 0) if resume else None)
         if config.fp8_loss:
-            check_fp8_loss(world.device, model_config, self._batches.tokens_at_once())
+            check_fp8_loss(world.device, model_config, min(self._batches.tokens_at_once(config.total_bs)))
+        if config.fp8:
+            estimates = getattr(config, "hess_bs", config.total_bs)
+            tokens = [n for count in (config.total_bs, estimates) for n in self._batches.tokens_at_once(count)]
+            world.on_all_ranks(lambda: check_fp8_tokens(tokens))
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []

@@ -68,10 +68,29 @@ def test_refusals(corpus, tmp_path):
     with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
         main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
-    for name, size in (("n_embd", 40), ("block_size", 100)):
-        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}
-        with pytest.raises(UserError, match=f"{name} to be a multiple of 16, got {size}"):
-            to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 40, "block_size": 16, "vocab_size": 64}
+    with pytest.raises(UserError, match="n_embd to be a multiple of 16, got 40"):
+        to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
+
+
+@pytest.mark.parametrize(
+    "words, wrong",
+    [
+        (["--block_size=20", "--batch_size=4", "--hess_bs=4"], None),
+        (["--block_size=20", "--batch_size=3"], 60),
+        (["--block_size_schedule=0:3,2:16"], None),
+        (["--block_size_schedule=0:3,2:16", "--batch_size=2"], 24),  # 128 sequences of 3 tokens: 16 times 8, not 10
+        (["--hess_bs=3", "--block_size=20", "--batch_size=4"], 60),
+    ],
+)
+def test_the_tokens_of_every_micro_batch_have_to_fit_before_the_run_begins(tiny, tmp_path, monkeypatch, words, wrong):
+    """A stage that begins after hours could fail else. A GPU takes multiples of 16; the emulation takes all."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(run_module, "to_fp8", lambda model, device: to_fp8(model, device, emulate=True))
+    argv = [*tiny, "--dtype=bfloat16", "--fp8=True", "--max_iters=4", *words]
+    with pytest.raises(UserError, match=f"has {wrong}; change batch_size") if wrong else contextlib.nullcontext():
+        main(argv)
+    assert (tmp_path / "out" / "config.json").exists() == (wrong is None)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +111,14 @@ def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch,
         check_fp8_loss(torch.device("cuda"), config, tokens)
 
 
-def test_the_smallest_micro_batch_counts_the_ranks_and_the_stages():
+def test_the_size_of_a_micro_batch_counts_the_ranks_and_the_stages():
     def tokens(ranks, **settings):
         config = AdamConfig(dataset="none", total_bs=24, block_size=64, batch_size=8, **settings)
-        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once()
+        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once(24)
 
-    assert tokens(1) == 8 * 64
-    assert tokens(4) == 6 * 64
-    assert tokens(1, block_size_schedule="0:48,10:64") == 8 * 48
+    assert tokens(1) == [8 * 64]
+    assert tokens(4) == [6 * 64]
+    assert tokens(1, block_size_schedule="0:48,10:64") == [8 * 48, 8 * 64]
 
 
 @pytest.mark.gpu

@@ -163,8 +163,8 @@ def test_fp8_takes_the_blocks_linear_layers_and_names_a_width_that_does_not_fit(
     for settings, message in (
         ({"n_head": 4, "mlp_hidden": 40}, "mlp_hidden to be a multiple of 16, got 40"),
         (
-            {"n_head": 8, "n_kv_head": 1, "mlp_hidden": 48},
-            r"n_kv_head \* n_embd / n_head to be .* 16, got 8",
+            {"n_head": 16, "n_kv_head": 1, "mlp_hidden": 48},
+            r"\(n_head \+ 2 n_kv_head\) \* n_embd / n_head to be .* 16, got 72",
         ),
     ):
         with pytest.raises(UserError, match=message):
