@@ -190,9 +190,10 @@ def test_a_disk_that_takes_no_weights_keeps_no_part_of_them(tmp_path, capsys, ex
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -r requirements-eval.txt")
-def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path):
+@pytest.mark.parametrize("shape", [{}, LLAMA, LLAMA | {"qk_norm": True}, NEOX], ids=["gpt2", "llama", "qwen3", "neox"])
+def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path, shape):
     """The path of the SuperGLUE numbers in Sophia's paper: choices are compared by their likelihood after examples."""
-    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64, **LLAMA).eval()
+    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64, **shape).eval()
     export(tmp_path)
     things = {"train": [("rose", 0), ("leaf", 1), ("frog", 1), ("blood", 0)], "test": [("grass", 1), ("brick", 0)] * 4}
     for split, rows in things.items():
