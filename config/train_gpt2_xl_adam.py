@@ -1,26 +1,14 @@
 # GPT-2 with 1.5B parameters on OpenWebText with AdamW: 480 sequences of 1024 tokens a step, 100k steps (49B tokens).
 #   torchrun --standalone --nproc_per_node=8 train_adam.py config/train_gpt2_xl_adam.py
 
+from config.train_gpt2_small_adam import *
+
 out_dir = "out/gpt2_xl_adam"
-dataset = "openwebtext"
-total_bs = 480
 batch_size = 2
-block_size = 1024
 
 n_layer = 48
 n_head = 25
 n_embd = 1600
-scale_attn_by_inverse_layer_idx = True  # as in the official runs of both optimizers
 
-optimizer_name = "adamw"
 # GPT-3's rate for 1.3B parameters (arXiv:2005.14165, table 2.1); not tuned here.
 learning_rate = 2e-4
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-
-compile = True
