@@ -89,13 +89,11 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
 
     if args.source:
         files = find_files(args.source)
-        splits, kept = None, files
+        splits, found = _splits_by_name(files) if by_name else None, files
         if by_name:
-            splits, kept = _splits_by_name(files), [path for path in files if _split_of(path) != "test"]
-            kept = [*splits["train"], *splits["val"]] if splits else kept
-        if others := [path.name for path in files if path not in kept]:
+            files = sum(splits.values(), []) if splits else [path for path in found if _split_of(path) != "test"]
+        if others := sorted({path.name for path in found} - {path.name for path in files}):
             print(f"left out by their names: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}")
-        files = kept
         if not files:
             raise UserError("--source: it holds nothing but files for tests, by their names; name those for training")
         at_end = len(files) == 1 and _kind(files[0]) in TEXTS and not args.separator
