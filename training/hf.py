@@ -199,8 +199,11 @@ def from_hf(hf_model, dropout=0.0):
     if family is None:
         known = ", ".join(family.cls.__name__ for family in FAMILIES.values())
         raise ValueError(f"from_hf takes one of {known}, got a {type(hf_model).__name__}")
+    config = _config_from_hf(family, hf_model.config, dropout)
+    # Its config may say something else: transformers does not tie two matrices that a file holds and that differ.
+    config.tie_embeddings = hf_model.get_input_embeddings().weight is hf_model.get_output_embeddings().weight
     with torch.device("meta"):
-        model = GPT(_config_from_hf(family, hf_model.config, dropout))
+        model = GPT(config)
     theirs = hf_model.state_dict()
     weights = {name: torch.cat([theirs[their] for their in family.names(name)]) for name in model.state_dict()}
     weights = {name: family.arranged(name, tensor, model.config, back=True) for name, tensor in weights.items()}

@@ -1,6 +1,7 @@
 """Weights from and to elsewhere: against Hugging Face's logits; an imported run goes on as it would have; bad files."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -316,6 +317,23 @@ def test_logits_of_other_families_both_ways(tmp_path, name, settings):
     read = load_pretrained(f"hf:{tmp_path}")
     assert read["model_args"] == dataclasses.asdict(model.config)
     assert all(torch.equal(read["model"][key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", *SETTINGS])
+def test_two_matrices_in_a_file_stay_two_although_its_config_ties_them(tmp_path, name):
+    """As transformers has it, which warns of that."""
+    from transformers import AutoModelForCausalLM
+
+    make = small_hf if name == "GPT2Config" else functools.partial(other_hf, name)
+    make(tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    expected, idx = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval(), tokens(2, 32)
+    read = load_pretrained(f"hf:{tmp_path}")
+    model = GPT(GPTConfig(**read["model_args"]))
+    model.load_state_dict(read["model"])
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    torch.testing.assert_close(model(idx, idx)[0], expected(idx).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
