@@ -3,7 +3,6 @@
 Keep this file beside muon.py and pass `fused=True`. Needs Triton (`pip install triton`).
 """
 
-import array
 import contextlib
 import functools
 import os
@@ -69,10 +68,8 @@ def _launch(kernel, columns, tensors, *args, **constants) -> None:
     device, block, iterations = tensors[0].device, *LAUNCH[:2]
     numels = tuple(map(Tensor.numel, tensors))
     aligned = not any(address % 16 for column in columns for address in column) and not any(n % 8 for n in numels)
-    rows = torch.frombuffer(array.array("q", [x for row in zip(*columns, numels, strict=True) for x in row]),
-                            dtype=torch.int64)  # fmt: skip
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    rows = _rows(tuple(x for row in zip(*columns, numels, strict=True) for x in row), device, stream)
     chunks = _chunks(numels, block * iterations, device)
     constants = {k: getattr(tl, str(v).removeprefix("torch.")) if isinstance(v, torch.dtype) else v
                  for k, v in constants.items()}  # fmt: skip
@@ -80,6 +77,13 @@ def _launch(kernel, columns, tensors, *args, **constants) -> None:
         kernel[(len(chunks),)](rows, chunks, *args, **constants, ALIGNMENT=16 if aligned else 1,
                                VECTOR=8 if aligned else 1, BLOCK=block, ITERATIONS=iterations,
                                num_warps=LAUNCH[2])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int64 (rows x columns,). In most steps all tensors are where they were, and then nothing is copied."""
+    rows = torch.tensor(numbers, dtype=torch.int64)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
 @functools.lru_cache(maxsize=64)

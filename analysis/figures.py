@@ -274,6 +274,45 @@ def draw_final_losses(groups, out, labels):
     return save(figure, out)
 
 
+def draw_speedups(by_horizon, by_size, literature, prefix):
+    """Draw speed-ups over AdamW in steps, with 95% intervals: against training horizon, and against model size.
+
+    by_horizon: {optimizer's name: [(steps, speed-up, low, high, beyond)]}; beyond is 1 or -1 for a point that is only a
+    lower or an upper bound and gets an arrow, else 0. by_size: the same with the number of parameters for steps.
+    literature: {label: [(parameters, speed-up)]}.
+    """
+    figure, panels = new_figure(1, 2, width=13, height=5)
+    for axes, curves in zip(panels, (by_horizon, by_size), strict=True):
+        for i, (name, points) in enumerate(curves.items()):
+            colour, apart = COLOURS[1 + list(by_horizon).index(name)], 1.04 ** (i - (len(curves) - 1) / 2)
+            for x, value, low, high, beyond in points:
+                style = {"fmt": "o", "fillstyle": "none" if beyond else "full", "capsize": 4, "color": colour}
+                error = [[value - low], [high - value]] if low < high else None
+                axes.errorbar(x * apart, value, error, **style)
+                if beyond:
+                    arrow = {"arrowstyle": "->", "color": colour}
+                    axes.annotate("", (x * apart, value + 0.12 * beyond), (x * apart, value), arrowprops=arrow)
+            where, values = zip(*[(x * apart, value) for x, value, *_ in points], strict=True)
+            axes.plot(where, values, color=colour, label=readable(name), linewidth=1.5 if axes is panels[0] else 0)
+        axes.axhline(1, color=COLOURS[0], linewidth=1.5, label="AdamW")
+        axes.set(ylim=(0.6, 2.35), ylabel="AdamW's steps for the same loss / own steps")
+    ticks = sorted({x for points in by_horizon.values() for x, *_ in points})
+    log_ticks(panels[0], ticks)
+    panels[0].set(xlim=(ticks[0] / 1.15, ticks[-1] * 1.15))
+    panels[0].set_xlabel("training steps of the complete schedule (log scale)")
+    panels[0].legend(frameon=False, loc="upper right")
+    for (label, points), style in zip(literature.items(), ("s--", "*"), strict=True):
+        panels[1].plot(*zip(*points, strict=True), style, color="gray", markersize=9, label=label)
+    panels[1].plot([], [], "o", color="black", fillstyle="none", label="arrow: a bound")
+    largest = max(x for points in literature.values() for x, _ in points)
+    sizes = sorted({x for points in by_size.values() for x, *_ in points} | {largest})  # 130M has no room beside 124M
+    log_ticks(panels[1], sizes, [size_name(size) for size in sizes])
+    handles, labels = panels[1].get_legend_handles_labels()
+    panels[1].legend(handles[-3:], labels[-3:], frameon=False, loc="upper right")
+    panels[1].set(xlim=(sizes[0] / 1.4, sizes[-1] * 1.4), xlabel="parameters (log scale)")
+    return save(figure, prefix)
+
+
 def draw_scaling(groups, prefix, unit):
     """Draw final loss against model size for each optimizer, with a fitted power law from three sizes on."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter

@@ -29,6 +29,11 @@ def verdict(ours, baseline):
     return p, f"no difference shown with n = {len(ours)} and {len(baseline)}"
 
 
+def p_text(p):
+    """'0.0143', '6e-05'; '' without a test."""
+    return "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+
+
 def is_baseline(group, groups, parameters):
     """Whether `group` is finished, of the baseline's optimizer and of this model size."""
     return group.finished and group.optimizer == groups[0].optimizer and group.parameters == parameters

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from analysis.runs import SMOOTHING, loss_unit, unclean
-from analysis.stats import ALPHA, baseline_horizons, baseline_needs, baseline_of, step_cost, verdict
+from analysis.stats import ALPHA, baseline_horizons, baseline_needs, baseline_of, p_text, step_cost, verdict
 from training.terminal import printable
 
 WIDE = 2.5  # a larger factor between two horizons of the baseline is named beside speed-ups
@@ -47,9 +47,8 @@ def loss_rows(groups):
         else:
             p, words = verdict(group.losses, baseline.losses)
             difference = f"{group.losses.mean() - baseline.losses.mean():+.4f}"
-        p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
         sizes = f"{len(group.runs)}", f"{group.mean('step'):,.0f}", f"{group.mean('tokens'):,.0f}"
-        own = dict(zip(HEADS, (group.label, *sizes, loss, difference, p, words), strict=True)) | {
+        own = dict(zip(HEADS, (group.label, *sizes, loss, difference, p_text(p), words), strict=True)) | {
             "seconds": "shared",
             "tokens/s": "",
         }

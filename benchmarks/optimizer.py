@@ -36,10 +36,15 @@ def gpt2_shapes(name):
 def optimizer_contenders(args):
     """{name: function of parameters that builds the optimizer}, with decayed and undecayed groups as in training."""
 
+    def divided(params):
+        """The hidden matrices; and embeddings, norms."""
+        matrices = [p for p in params[2:] if p.dim() > 1]
+        return matrices, params[:2] + [p for p in params[2:] if p.dim() == 1]
+
     def with_groups(cls, **settings):
         def build(params):
-            groups = [{"params": [p for p in params[2:] if p.dim() > 1]}]
-            groups += [{"params": params[:2] + [p for p in params[2:] if p.dim() == 1], "weight_decay": 0.0}]
+            matrices, others = divided(params)
+            groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
             return cls(groups, lr=1e-6, weight_decay=0.1, **settings)
 
         return build
@@ -48,8 +53,7 @@ def optimizer_contenders(args):
         """For the hidden matrices, and fused AdamW for the rest."""
 
         def build(params):
-            matrices = [p for p in params[2:] if p.dim() > 1]
-            others = params[:2] + [p for p in params[2:] if p.dim() == 1]
+            matrices, others = divided(params)
             split = {} if cls is torch.optim.Muon else {"split": [3, 1, 1, 1] * (len(matrices) // 4)}
             muon = cls(matrices, lr=1e-6, weight_decay=0.1, **split, **settings)
             return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, lr=1e-6, fused=True))
@@ -63,7 +67,8 @@ def optimizer_contenders(args):
         contenders["muon_fused"] = beside_adamw(Muon, fused=True)
         contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
         contenders["whitened_muon_fused"] = beside_adamw(WhitenedMuon, fused=True)
-        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, max_width=768)
+        blocks = {"max_width": 768, "interval": 2}
+        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, **blocks)
         contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
     else:
         contenders = {"sophia": with_groups(sophia.SophiaG)}
@@ -141,14 +146,14 @@ def measure_times(report, model, contenders, args):
 
         return run
 
-    def clip_then_step(optimizer):
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-
-    def clipped_step(optimizer):
-        optimizer.max_grad_norm = 1.0
-        optimizer.step()
-        optimizer.max_grad_norm = None
+    def clip_and_step(optimizer):
+        if hasattr(optimizer, "max_grad_norm"):
+            optimizer.max_grad_norm = 1.0
+            optimizer.step()
+            optimizer.max_grad_norm = None
+        else:
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
 
     finite = torch.zeros((), device=args.device)
 
@@ -157,31 +162,21 @@ def measure_times(report, model, contenders, args):
         with amp_scaling(optimizer, None, finite):
             optimizer.update_hessian()
 
-    source, target = torch.randn(count, device=args.device), torch.empty(count, device=args.device)
-    copy_name, results = "floor", {}
+    source, target, results = torch.randn(count, device=args.device), torch.empty(count, device=args.device), {}
     estimating = {n: o for n, o in optimizers.items() if hasattr(o, "update_hessian")}
-    metrics = {
-        "update_hessian_ms": {n: functools.partial(as_in_training, o) for n, o in estimating.items()},
-        "update_hessian_checked_ms": {n: o.update_hessian for n, o in estimating.items()},
-        "step_ms": {n: functools.partial(o.step) for n, o in optimizers.items()},
-        "clip_step_ms": {
-            n: functools.partial(clipped_step if hasattr(o, "max_grad_norm") else clip_then_step, o)
-            for n, o in optimizers.items()
-        },
+    metrics = {  # what is timed, whose, and the bytes a parameter that it moves at least
+        "step_ms": (lambda optimizer: optimizer.step(), optimizers, 24),
+        "clip_step_ms": (clip_and_step, optimizers, 28),
+        "update_hessian_ms": (as_in_training, estimating, 12),
+        "update_hessian_checked_ms": (lambda optimizer: optimizer.update_hessian(), estimating, 12),
     }
-    for metric, calls in metrics.items():
-        functions = {n: with_gradients(call) for n, call in calls.items()}
-        functions[copy_name] = lambda: target.copy_(source)
+    for metric, (call, of, _) in metrics.items():
+        functions = {n: with_gradients(functools.partial(call, optimizer)) for n, optimizer in of.items()}
+        functions["floor"] = lambda: target.copy_(source)
         failed = functools.partial(lambda name, error, metric: report.error(name, model, metric, error), metric=metric)
         results[metric] = alternate(functions, args.rounds, args.calls, args.device, failed)
-    copy_ms = statistics.median(r[copy_name] for r in results.values())
+    copy_ms = statistics.median(times["floor"] for times in results.values())
     report.add("floor", model, "copy_gb_per_s", 8e-6 * count / copy_ms, "GB/s")
-    for metric, bytes_per_parameter in (
-        ("step_ms", 24),
-        ("clip_step_ms", 28),
-        ("update_hessian_ms", 12),
-        ("update_hessian_checked_ms", 12),
-    ):
-        for name, value in results[metric].items():
-            value = copy_ms * bytes_per_parameter / 8 if name == copy_name else value
+    for metric, (_, _, bytes_per_parameter) in metrics.items():
+        for name, value in (results[metric] | {"floor": copy_ms * bytes_per_parameter / 8}).items():
             report.add(name, model, metric, value, "ms")

@@ -250,6 +250,7 @@ def own_settings(device):
         found["ours_fp8"] = {"fp8": True}
     if capability[0] == 9:
         found["ours_fp8_loss"] = {"fp8_loss": True}
+        found["ours_fp8_both"] = {"fp8": True, "fp8_loss": True}
     return found
 
 
@@ -267,7 +268,7 @@ def speed(report, model, args):
         for name in contenders:
             report.add(name, model, "micro_batch", sizes[name], "sequences")
         compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
-    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss"):
+    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"):
         for metric in ("tokens_per_second", "peak_gib"):
             ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
             if ours and peers:
@@ -282,18 +283,21 @@ def curvature(report, model, args):
 def muon(report, model, args):
     """The extra time of Muon, whitened Muon and torch's Muon over AdamW's, as a share of AdamW's time.
 
-    A step has 128 sequences. A turn of 10 steps has one computation of the inverse roots.
+    A step has 128 sequences. Whitened Muon computes its roots every 10 steps; with `_blocks` it whitens in blocks as
+    wide as the model, and computes the roots every 2 steps.
     """
-    over_adamw(report, model, args, ("muon", "whitened_muon", "torch_muon"), 128, "muon_overhead")
+    blocks = [f"--whiten_max_width={model_shape(model)['n_embd']}", "--whiten_interval=2"]
+    over_adamw(report, model, args, ("muon", "whitened_muon", "whitened_muon_blocks", "torch_muon"), 128,
+               "muon_overhead", {"whitened_muon_blocks": ("whitened_muon", blocks)})  # fmt: skip
 
 
-def over_adamw(report, model, args, optimizers, total_bs, metric):
+def over_adamw(report, model, args, names, total_bs, metric, variants=None):
+    """names: of optimizers, or of `variants`: {name: (optimizer, more settings)}."""
     micro = min(MICRO_BATCH[model], total_bs)
-    argv = settings(model, args, micro, total_bs=total_bs)
-    makers = {
-        f"ours_{name}": partial(Ours, argv, args.folder / f"{metric}_{model}_{name}", name)
-        for name in ("adamw", *optimizers)
-    }
+    argv, makers = settings(model, args, micro, total_bs=total_bs), {}
+    for name in ("adamw", *names):
+        optimizer, more = (variants or {}).get(name, (name, []))
+        makers[f"ours_{name}"] = partial(Ours, argv + more, args.folder / f"{metric}_{model}_{name}", optimizer)
     with started(report, model, makers, args) as contenders:
         steps = {**vars(args), "steps": 10}  # one estimate in each turn
         tokens = total_bs * args.block_size

@@ -14,11 +14,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis.figures import draw_final_losses
+from analysis.figures import draw_final_losses, draw_speedups
 from analysis.runs import group, read_run, read_sweep, unclean
-from analysis.stats import verdict
-from analysis.tables import markdown, speed_rows
+from analysis.stats import baseline_needs, p_text, step_cost, verdict
+from analysis.tables import markdown, with_interval
 from benchmarks.report import GPT2_SIZES, markdown_table
 from experiments.claims.claims import draw_claims
 from model import GPTConfig
@@ -51,6 +53,15 @@ MAIN = ("adamw", "sophiag", "sophiah", "soap", "muon", "sophiag_spectral")  # th
 FASTER = ("sophiag", "sophiah", "sophiag_adamw", "sophiag_eigenbasis_fresh", "soap", "muon", "sophiag_spectral")
 HORIZONS = (780, 1560, 5200)
 OTHER_HORIZONS = (3120, 7800)  # of the baseline, for speed-ups
+ELSEWHERE = [  # rows of beside_literature
+    ("arXiv:2509.02046", "0.1B", "20 to 160", "", "1.4"),
+    ("arXiv:2509.02046", "1.2B", "20 to 160", "", "1.1"),
+    ("public track, FineWeb", "162M", "11", "1.73 = 5,625 / 3,250", "2.09 = 5,625 / 2,690"),
+]
+LITERATURE = {  # label in the figure: [(parameters, speed-up)]
+    "best of arXiv:2509.02046": [(130e6, 1.4), (1.2e9, 1.1)],
+    "public track: Adam 5,625, Muon 3,250 steps": [(162e6, 5625 / 3250)],
+}
 
 
 # ----- reading
@@ -94,8 +105,7 @@ def against(one, baseline):
     if one is None or baseline is None or one is baseline:
         return "", "", ""
     p, words = verdict(one.losses, baseline.losses)
-    p = "" if p is None else f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
-    return f"{one.losses.mean() - baseline.losses.mean():+.3f}", p, words.split(" with n")[0].split(": ")[-1]
+    return f"{one.losses.mean() - baseline.losses.mean():+.3f}", p_text(p), words.split(" with n")[0].split(": ")[-1]
 
 
 def table(head, rows, left=(0,)):
@@ -139,23 +149,53 @@ def verdicts(baseline, names):
     return table((f"against {NAMES[baseline]}", *(f"{steps:,} steps" for steps in HORIZONS)), rows, left=(0, 1, 2, 3))
 
 
+@cache
+def speedup(name, steps, baseline="adamw", key="step"):
+    """([speed-up over the baseline, low, high], the range that its runs cover); None if not run, or why it is unknown.
+
+    key: steps or seconds. Low and high are those of the 95% interval.
+    """
+    if (one := horizon("30m_python", name, steps)) is None:
+        return None
+    others = [horizon("30m_python", baseline, other) for other in sorted((*HORIZONS, *OTHER_HORIZONS))]
+    others = [other for other in others if other]
+    ratio, why = step_cost(one, others, key)
+    needs = baseline_needs([other.steps for other in others], [other.losses for other in others], one.losses)
+    return why or ([n * ratio for n in needs], [other.steps * ratio for other in others])
+
+
+def speedup_cell(*what):
+    """'1.94 [1.88, 2.01]'; '< 1.00' where all three are out of range."""
+    found = speedup(*what) or ""
+    return found if isinstance(found, str) else re.sub(r"(.*) \[\1, \1\]", r"\1", with_interval(*found, "{:.2f}"))
+
+
 def speedups(baseline, names):
     """Speed-ups over the baseline, in steps and in seconds."""
-    groups, cells = [], {}
-    for name in (baseline, *names):
-        for steps in (*HORIZONS, *OTHER_HORIZONS):
-            if (one := horizon("30m_python", name, steps)) is not None:
-                one.label = name
-                groups.append(one)
-    for name, steps, _, in_steps, _, _, in_seconds in list(speed_rows(groups))[1:]:
-        cells[name, steps] = [re.sub(r"(\S+ \S+) \[\1, \1\]", r"\1", cell) for cell in (in_steps, in_seconds)]
-    horizons, rows = [f"{steps:,}" for steps in HORIZONS], []
+    rows, costs = [], [(key, steps) for key in ("step", "seconds") for steps in HORIZONS]
     for name in names:
-        mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one.label in (name, baseline))
-        own = [cells.get((name, steps), ("", "")) for steps in horizons]
-        rows.append((NAMES[name] + mark, *(steps for steps, _ in own), *(seconds for _, seconds in own)))
-    head = [f"{steps} steps, in {cost}" for cost in ("steps", "seconds") for steps in horizons]
+        groups = [
+            horizon("30m_python", one, steps) for one in (name, baseline) for steps in (*HORIZONS, *OTHER_HORIZONS)
+        ]
+        mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one)
+        rows.append((NAMES[name] + mark, *(speedup_cell(name, steps, baseline, key) for key, steps in costs)))
+    head = [f"{steps:,} steps, in {key.removesuffix('s')}s" for key, steps in costs]
     return table((f"over {NAMES[baseline]}", *head), rows)
+
+
+def beside_literature():
+    """Speed-ups of Muon and of the best optimizer, here and elsewhere."""
+    rows = []
+    for steps in HORIZONS:
+        cells = [speedup_cell(name, steps) for name in ("muon", "sophiag_spectral")]
+        tokens = steps * 65536 / horizon("30m_python", "muon", steps).parameters
+        rows.append(("here, Python source", "30M", f"{tokens:.1f}", *cells))
+    bounds = speedups_by_size()
+    for i, (size, tokens) in enumerate((("30M", 1560 * 65536 / 29.9e6), ("124M", 2300 * 131072 / 123.6e6)), 1):
+        cells = [f"at least {bounds[NAMES[name]][i][1]:.2f}" for name in ("muon", "sophiag_spectral")]
+        rows.append(("the same, read off in mid-run", size, f"{tokens:.1f}", *cells))
+    head = ("source", "parameters", "tokens a parameter", "Muon", "best optimizer")
+    return table(head, [*rows, *ELSEWHERE], left=(0,))
 
 
 def results_large_batches():
@@ -267,9 +307,11 @@ TABLES = {
     "verdicts-adamw": lambda: verdicts("adamw", list(NAMES)[1:]),
     "verdicts-muon": lambda: verdicts("muon", ("sophiag_eigenbasis", *FASTER[3:5], "sophiag_spectral")),
     "speedups": lambda: speedups("adamw", FASTER),
+    "speedups-elsewhere": beside_literature,
     "speedups-muon": lambda: speedups("muon", ["sophiag_spectral"]),
     "settings": settings,
     "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
+    "speed-fp8-loss": lambda: markdown_table(ROOT / "assets/bench/fp8_loss.json"),
     "speed-optimizer": lambda: markdown_table(ROOT / "assets/bench/optimizer.json"),
     "speed-muon-training": lambda: markdown_table(ROOT / "assets/bench/muon_train.json"),
     "speed-muon-optimizer": lambda: markdown_table(ROOT / "assets/bench/muon_optimizer.json"),
@@ -290,6 +332,48 @@ def draw_main(prefix):
     draw_final_losses(main_groups(), prefix, names)
 
 
+def point(name, steps):
+    """(speed-up, low, high, beyond) as draw_speedups takes them."""
+    found, (least, *_, most) = speedup(name, steps)
+    return *np.clip(found, least, most).round(4).tolist(), int(found[0] > most) - int(found[0] < least)
+
+
+def mid_run_bound(one, adamw):
+    """A lower bound of the speed-up: the steps of the run over the step at which it reaches AdamW's final loss.
+
+    The loss is read off between evaluations of a run whose learning rate has not decayed yet. None if it never does.
+    """
+    lines = [run.evaluations for run in one.runs]
+    losses = np.mean([[line["val/loss"] for line in own] for own in lines], axis=0)
+    if losses.min() > (target := adamw.losses.mean()):
+        return None
+    return round(one.steps / float(np.interp(-target, -losses, [line["step"] for line in lines[0]])), 4)
+
+
+def speedups_by_horizon():
+    return {
+        NAMES[name]: [(steps, *point(name, steps)) for steps in HORIZONS if speedup(name, steps)] for name in MAIN[1:]
+    }
+
+
+def speedups_by_size():
+    """At 30M the speed-up at 1,560 steps. At 30M and 124M the bounds of runs whose tokens a parameter are similar."""
+    found, large = {}, {name: one for (name, *_), one in groups_of("124m_python").items()}
+    for name in [name for name in MAIN[1:] if name in large]:
+        pairs = [
+            (horizon("30m_python", name, 1560), horizon("30m_python", "adamw", 1560)),
+            (large[name], large["adamw"]),
+        ]
+        bounds = [(one.parameters, *[mid_run_bound(one, adamw)] * 3, 1) for one, adamw in pairs]
+        found[NAMES[name]] = [(bounds[0][0], *point(name, 1560)), *bounds]
+    return found
+
+
+def draw_paper_claims(prefix):
+    python, attention = ({key[:2]: one for key, one in groups_of(name).items()} for name in ("30m_python", "30m_attn"))
+    draw_claims(prefix, python, attention, [read_run(path) for path in EXPERIMENTS.glob("30m_rho_beta2/runs/*")])
+
+
 def drawn_in_claims():
     names = "30m_python", "30m_attn", "30m_rho_beta2"
     return [path.read_text() for name in names for path in sorted(EXPERIMENTS.glob(f"{name}/runs/*/{METRICS}"))]
@@ -297,7 +381,11 @@ def drawn_in_claims():
 
 FIGURES = {  # in assets/: how it is drawn, and the data that it shows
     "final_losses": (draw_main, lambda: [one.losses.tolist() for one in main_groups()]),
-    "claims": (draw_claims, drawn_in_claims),
+    "speedups": (
+        lambda prefix: draw_speedups(speedups_by_horizon(), speedups_by_size(), LITERATURE, prefix),
+        lambda: [speedups_by_horizon(), speedups_by_size(), LITERATURE],
+    ),
+    "claims": (draw_paper_claims, drawn_in_claims),
 }
 
 
@@ -339,8 +427,8 @@ def rewritten(path):
     return BLOCK.sub(block, path.read_text(encoding="utf-8"))
 
 
-def documents(root=ROOT):
-    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+def documents():
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def differing(paths):

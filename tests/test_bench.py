@@ -204,12 +204,18 @@ def logged_losses(out_dir):
 
 @pytest.mark.parametrize(
     ("capability", "names"),
-    [((8, 0), {"ours"}), ((8, 9), {"ours", "ours_fp8"}), ((9, 0), {"ours", "ours_fp8", "ours_fp8_loss"})],
+    [
+        ((8, 0), {"ours"}),
+        ((8, 9), {"ours", "ours_fp8"}),
+        ((9, 0), {"ours", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"}),
+    ],
 )
 def test_each_fp8_setting_has_a_row_of_its_name_where_the_gpu_has_it(monkeypatch, capability, names):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = train.own_settings("cuda")
     assert found.keys() == names and train.own_settings("cpu").keys() == {"ours"}
+    both = found.pop("ours_fp8_both", None)
+    assert both in (None, {"fp8": True, "fp8_loss": True})
     assert all(more == {name.removeprefix("ours_"): True} for name, more in found.items() if name != "ours")
 
 

@@ -14,6 +14,7 @@ import compare
 import sweep
 import train_adam
 import train_sophiag
+from analysis.figures import new_figure
 from analysis.runs import check_comparable, group, label, read_run
 from experiments import best, collect, results
 from experiments.claims import claims
@@ -28,6 +29,8 @@ FOLDERS = sorted(path for path in EXPERIMENTS.glob("*/") if path.name != "__pyca
 STATES = sorted(EXPERIMENTS.glob("*/sweep*.json"))
 WITH_RUNS = [folder for folder in FOLDERS if (folder / "runs").exists()]
 OPTIONS = {"30m_python": [["--steps=780"], ["--steps=1560"], ["--steps=5200"], ["--steps=7800", "--only=adamw"]]}
+OPTIONS["30m_official"] = [["--official=official_sophia.py"]]
+OPTIONS["30m_llama"] = [[], ["--rates=0.002,0.002,0.008,0.008", "--held_out=3,4,5"]]
 AGAIN = ["--held_out=6,7,8,9,10", "--only=adamw,muon,sophiag_spectral"]
 OPTIONS["30m_python"] += [["--steps=780", *AGAIN], ["--steps=1560", *AGAIN]]
 NOT_RUN = {f"{name}_5200_seed{seed}" for name in ("sophiag_adamw", "nadamw", "soap") for seed in (3, 4, 5)}
@@ -211,7 +214,7 @@ def test_best_of_takes_the_lowest_loss_and_refuses_an_unfinished_tuning(tmp_path
 def test_tables_and_figures_are_up_to_date():
     results.main(["--check"])
     named = {name for path in results.documents() for _, name, *_ in results.BLOCK.findall(path.read_text())}
-    assert named >= results.TABLES.keys() - {"speed-data"}
+    assert named == results.TABLES.keys()
 
 
 def test_a_changed_number_in_a_table_is_noticed_and_mended(tmp_path):
@@ -248,21 +251,38 @@ def test_a_run_without_a_clean_commit_marks_its_cell():
 
 
 def test_claims_are_drawn_from_the_runs(tmp_path):
-    claims.draw_claims(tmp_path / "claims")
+    results.draw_paper_claims(tmp_path / "claims")
     assert (tmp_path / "claims.png").exists()
-    groups = claims.groups_of("30m_python")
-    assert {name for name, steps in groups if steps == 780} == set(claims.NAMES)
     last = read_lines(EXPERIMENTS / "30m_python/runs/adamw_780_seed3")[-2]
-    assert 100 * last["train/clip_rate"] in claims.clipped(groups["adamw", 780])
+    assert 100 * last["train/clip_rate"] in claims.clipped(results.horizon("30m_python", "adamw", 780))
     state = read(EXPERIMENTS / "30m_rho_beta2/sweep.json")
     found = {(run["swept"]["rho"], run["swept"]["beta2"]): run["loss"] for run in state["runs"]}
-    _, (axes,) = claims.new_figure(1, 1)
-    claims.draw_sensitivity(axes, groups, claims.runs_of("30m_rho_beta2"))
+    _, (axes,) = new_figure(1, 1)
+    adamw = {("adamw", 780): results.horizon("30m_python", "adamw", 780)}
+    claims.draw_sensitivity(axes, adamw, [read_run(path) for path in EXPERIMENTS.glob("30m_rho_beta2/runs/*")])
     drawn = {}
     for line in axes.get_lines()[1:]:
         beta2 = float(line.get_label().removeprefix("beta2 "))
         drawn |= {(rho, beta2): loss for rho, loss in zip(*line.get_data(), strict=True)}
     assert drawn == found and len(found) == 16
+
+
+def test_the_figure_of_speedups_has_the_numbers_of_the_table():
+    points = results.speedups_by_horizon()
+    table = results.speedups("adamw", ("muon",))
+    for _, value, low, high, beyond in points["Muon"][:2]:
+        assert f" {value:.2f} [{low:.2f}, {high:.2f}] " in table and not beyond
+    assert points["Sophia-G"][0][1:] == (1.0, 1.0, 1.0, -1)  # below the range of AdamW's runs
+    assert points["spectral step"][2][1:] == (1.5, pytest.approx(1.445, abs=1e-3), 1.5, 1)  # above it
+
+
+def test_a_bound_in_mid_run_is_read_off_between_evaluations(tmp_path):
+    runs = {loss: group([read_run(write_run(tmp_path / f"{loss}", val={0: 4.0, 50: 3.0, 100: loss}))])[0]
+            for loss in (1.0, 2.0, 0.5)}  # fmt: skip
+    assert results.mid_run_bound(runs[1.0], runs[2.0]) == pytest.approx(100 / 75, abs=1e-4)
+    assert results.mid_run_bound(runs[1.0], runs[0.5]) is None
+    for interpolated, *bounds in results.speedups_by_size().values():
+        assert len(bounds) == 2 and bounds[0][1] < interpolated[1]  # 30M, 124M
 
 
 # ----- collect.py

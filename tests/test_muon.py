@@ -22,7 +22,7 @@ def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
 def set_gradients(params, step):
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
 
 
 def newton_schulz(x):

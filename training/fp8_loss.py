@@ -39,8 +39,8 @@ def fp8_gradients(hidden, weight, targets):
     hidden and weight are rounded to e4m3 with one scale each. One product computes the logits x and stores
     2^5 exp(x - r) in e5m2, in both layouts that the gradients' products need. r is the log-sum-exp of the label and the
     first SAMPLE classes. The loss has the sum over all classes, in float32. The label's entry, the largest of a row's
-    gradient, is added in float32. On a CPU the tests find relative errors of the gradients under 6% against float64.
-    On a GPU none were measured.
+    gradient, is added in float32. The tests find relative errors of the gradients under 6% against float64, on an H200
+    with GPT-2's sizes and on a CPU.
     """
     kernels, (n_rows, width), n_classes = _kernels(), hidden.shape, len(weight)
     largest = (torch.linalg.vector_norm(x, float("inf")).float() for x in (hidden, weight))
@@ -89,10 +89,13 @@ def fp8_gradients(hidden, weight, targets):
 
 
 def gradient_errors(width, n_classes, device, n_rows=ROWS):
-    """Relative errors of d_hidden and d_weight against bf16, for random numbers: a check of the kernels on this GPU."""
+    """Relative errors of d_hidden and d_weight against bf16, for random numbers: a check of the kernels on this GPU.
+
+    The logits have a standard deviation of 3, so that the labels' entries do not hide the rest of the gradient.
+    """
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(n_rows, width, generator=generator, device=device).bfloat16()
-    weight = torch.randn(n_classes, width, generator=generator, device=device) / width**0.5
+    weight = torch.randn(n_classes, width, generator=generator, device=device) * 3 / width**0.5
     targets = torch.randint(n_classes, (n_rows,), generator=generator, device=device)
     _, d_hidden, d_weight, rows = fp8_gradients(hidden, weight, targets)
     kept = torch.ones(n_rows, device=device).index_fill(0, rows, 0)

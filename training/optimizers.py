@@ -81,8 +81,8 @@ def _beside_adamw(cls, config, groups, device, betas, **settings):
     matrices = [group for group in groups if group["name"] == "matrices"]
     others = [group for group in groups if group["name"] != "matrices"]
     steps = MINIMAX if config.muon_steps == "minimax" else JORDAN
-    optimizer = cls(matrices, cautious=config.cautious_decay, ns_coefficients=steps, **settings)
-    return OptimizerContainer(muon=optimizer, adamw=_aux_adamw(config, others, betas, device))
+    settings |= {"cautious": config.cautious_decay, "ns_coefficients": steps, "fused": device.type == "cuda"}
+    return OptimizerContainer(muon=cls(matrices, **settings), adamw=_aux_adamw(config, others, betas, device))
 
 
 def _aux_adamw(config, groups, betas, device):

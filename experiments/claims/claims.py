@@ -3,37 +3,21 @@
     python experiments/results.py        # draws assets/claims.png when its data changed
 
 The share of clipped steps, scale_attn_by_inverse_layer_idx, how sensitive Sophia-G (AdamW for the embeddings) is to rho
-and beta2, the share of the hidden matrices that it leaves unclipped, Sophia-H against Sophia-G, the cost of curvature.
+and beta2, and the share of the matrices in the blocks that it leaves unclipped.
 """
-
-import json
-from pathlib import Path
 
 import numpy as np
 
-from analysis.figures import COLOURS, log_ticks, means_and_errors, new_figure
-from analysis.runs import group, read_run
+from analysis.figures import COLOURS, log_ticks, new_figure
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "adamw": "AdamW",
     "sophiag": "Sophia-G",
-    "sophiag+adamw": "Sophia-G, AdamW\nfor embeddings",
-    "sophiag+eigenbasis+adamw": "the same, in\nthe eigenbasis",
+    "sophiag_adamw": "Sophia-G, AdamW\nfor embeddings",
+    "sophiag_eigenbasis": "the same, in\nthe eigenbasis",
     "sophiah": "Sophia-H",
 }
-LATER = "sophiag_adamw_beta2", "sophiag_eigenbasis_fresh", "sophiag_spectral"  # after the first tunings
 COLOUR = dict(zip(NAMES, COLOURS, strict=False))
-
-
-def runs_of(name):
-    folders = sorted((ROOT / "experiments" / name / "runs").iterdir())
-    return [read_run(folder) for folder in folders if not folder.name.startswith(LATER)]
-
-
-def groups_of(name):
-    """{(optimizer, steps): its group of seeds} of those in NAMES, with the equal tunings' settings."""
-    return {(one.optimizer, one.steps): one for one in group(runs_of(name)) if one.optimizer in NAMES}
 
 
 def clipped(one):
@@ -51,9 +35,10 @@ def draw_clipped(axes, python):
             alpha = 0.35 + 0.65 * lengths.index(length) / (len(lengths) - 1)
             axes.bar(place, np.mean(values), 0.75 / len(lengths), color=COLOUR[optimizer], alpha=alpha)
             axes.plot(np.full(len(values), place), values, ".", color="black", markersize=4)
-            axes.text(place, max(values), f"{length:,}", ha="center", va="bottom", fontsize=7)
+            axes.text(place, max(values) + 0.4, f"{length:,}", ha="center", va="bottom", fontsize=8, rotation=90)
     axes.set_xticks(range(len(NAMES)), NAMES.values(), fontsize=8)
     axes.axhline(10, color="gray", linewidth=1, linestyle="--")
+    axes.margins(y=0.15)
     axes.set(ylabel="steps with a clipped gradient (%)", title="Clipped steps, by number of steps")
     note = "the paper: AdamW above the dashed line,\nSophia under 1%"
     axes.text(0.01, 0.97, note, transform=axes.transAxes, va="top", fontsize=8, color="gray")
@@ -81,7 +66,7 @@ def draw_sensitivity(axes, python, runs):
     axes.axhline(adamw.losses.mean(), color=COLOUR["adamw"], linewidth=1, label="AdamW, mean and 95% interval")
     for i, beta2 in enumerate(betas):
         losses, alpha = [points[rho, beta2] for rho in rhos], 0.4 + 0.6 * i / (len(betas) - 1)
-        style = {"color": COLOUR["sophiag+adamw"], "alpha": alpha, "label": f"beta2 {beta2:g}"}
+        style = {"color": COLOUR["sophiag_adamw"], "alpha": alpha, "label": f"beta2 {beta2:g}"}
         axes.plot(rhos, losses, marker="osD^"[i % 4], **style)
     axes.set(xlabel="rho", ylabel="final val/loss (nats)")
     log_ticks(axes, rhos, [f"{rho:g}" for rho in rhos])
@@ -99,42 +84,11 @@ def draw_win_rates(axes, runs):
     axes.set_title("Win rate of the hidden matrices, beta2 0.99, the same runs", fontsize=10)
 
 
-def draw_estimators(axes, python):
-    ticks = sorted({length for _, length in python})
-    for name in ("adamw", "sophiag", "sophiah"):
-        lengths = [length for length in ticks if (name, length) in python]
-        own = [python[name, length] for length in lengths]
-        style = {"fmt": "o-", "capsize": 4, "color": COLOUR[name], "label": NAMES[name]}
-        axes.errorbar(lengths, *means_and_errors(own), **style)
-    axes.set(xlabel="training steps of the complete schedule", ylabel="final val/loss (nats)")
-    log_ticks(axes, ticks)
-    axes.set_title("Sophia-H against Sophia-G, mean and 95% interval")
-    axes.legend(frameon=False)
-
-
-def draw_cost(axes, rows):
-    speeds = (row for row in rows if (row["model"], row["metric"]) == ("124M", "tokens_per_second"))
-    speed = {row["contender"]: row["value"] for row in speeds}
-    cost = {name: 100 * (speed["ours_adamw"] / speed[f"ours_{name}"] - 1) for name in ("sophiag", "sophiah")}
-    for i, (name, percent) in enumerate(cost.items()):
-        axes.bar(i, percent, 0.6, color=COLOUR[name])
-        axes.text(i, percent, f"{percent:.2f}%", ha="center", va="bottom")
-    axes.axhline(5, color="gray", linewidth=1, linestyle="--")
-    axes.text(0.01, 5.1, "the paper: about 5%", transform=axes.get_yaxis_transform(), fontsize=8, color="gray")
-    axes.set_xticks(range(len(cost)), [NAMES[name] for name in cost])
-    axes.set(ylabel="time of a step over AdamW's (%)", xlim=(-0.8, len(cost) - 0.2))
-    axes.set_title("Cost of curvature, 124M, one H200")
-
-
-def draw_claims(prefix):
-    """Draw PREFIX.png."""
-    python, attention, sensitivity = groups_of("30m_python"), groups_of("30m_attn"), runs_of("30m_rho_beta2")
-    bench = json.loads((ROOT / "assets/bench/train.json").read_text(encoding="utf-8"))
-    figure, panels = new_figure(2, 3, width=19, height=4.4)
-    draw_clipped(panels[0], python)
+def draw_claims(prefix, python, attention, sensitivity):
+    """Draw PREFIX.png. python, attention: {(optimizer, steps): group} of 30m_python and 30m_attn; the other: runs."""
+    figure, panels = new_figure(2, 2, width=14, height=4.6)
+    draw_clipped(panels[0], {key: one for key, one in python.items() if key[0] in NAMES})
     draw_attention(panels[1], python, attention)
-    draw_cost(panels[2], bench["rows"])
-    draw_sensitivity(panels[3], python, sensitivity)
-    draw_win_rates(panels[4], sensitivity)
-    draw_estimators(panels[5], python)
+    draw_sensitivity(panels[2], python, sensitivity)
+    draw_win_rates(panels[3], sensitivity)
     figure.savefig(f"{prefix}.png", dpi=150)

@@ -97,10 +97,11 @@ def test_loss_and_gradients_are_those_of_float64_up_to_the_rounding_of_fp8(devic
 def test_the_check_of_the_kernels_finds_what_is_wrong(device, monkeypatch):
     width, classes, rows = (768, 50304, 8192) if device == "cuda" else (32, 304, 176)
     errors = module.gradient_errors(width, classes, device, rows)
-    assert max(errors) < 0.1
+    assert max(errors) < 0.06
     transposed = module._transposed
     monkeypatch.setattr(module, "_transposed", lambda x: transposed(x).view(torch.uint8).flip(0).view(x.dtype))
-    assert max(module.gradient_errors(width, classes, device, rows)) > 0.1
+    errors = module.gradient_errors(width, classes, device, rows)
+    assert max(errors) > 0.2
 
 
 def hard(device):
