@@ -23,7 +23,7 @@ from model import EMBEDDINGS, GPT, GPTConfig
 from training.checkpoint import MANIFEST, load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
-from training.foreign import Checkpoint, check_weights, load_tensors, restoring
+from training.foreign import Checkpoint, check_weights, load_tensors, read_json, restoring
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer, gpt2_files, read_tokenizer_json
 
@@ -407,14 +407,14 @@ def _find_tokenizer(rows, folder):
 
 @quiet()
 def _read_folder(path):
-    from transformers import AutoConfig
+    """The GPT of a Hugging Face folder. No code in it is run; transformers' AutoConfig would offer that."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if not (Path(path) / "config.json").exists():
         raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
     try:
-        model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+        model_type = read_json(Path(path) / "config.json").get("model_type")
         if model_type not in FAMILIES:
             known = ", ".join(map(repr, FAMILIES))
             raise ValueError(f"{path} holds a model with model_type={model_type!r}, only {known} can be read")

@@ -544,9 +544,29 @@ def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     refused(capsys, argv, "model_type='mixtral', only 'gpt2', 'llama', 'qwen3', 'gpt_neox' can be read")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     refused(capsys, argv, "cannot be read")
+    for text in ("[]", "{", '{"model_type": []}'):
+        (folder / "config.json").write_text(text)
+        refused(capsys, argv, "init_from = 'hf:")
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"
     refused(capsys, [*tiny, "--init_from=hf:"], allowed)
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+def test_code_in_a_folder_is_neither_run_nor_offered(tiny, tmp_path, capsys, monkeypatch, model_type):
+    """Whoever answers transformers' question with y runs it."""
+    folder = tmp_path / "hf"
+    other_hf("LlamaConfig").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    if model_type == "llama":
+        assert load_pretrained(f"hf:{folder}")["model_args"]["norm"] == "rmsnorm"
+    else:
+        refused(capsys, [*tiny, f"--init_from=hf:{folder}"], "model_type='own', only 'gpt2'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_another_tokenizer_of_that_size_is_not_gpt2s(gpt2_corpus, tmp_path, capsys):
