@@ -91,7 +91,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
         files = find_files(args.source)
         splits, found = _splits_by_name(files) if by_name else None, files
         if by_name:
-            files = sum(splits.values(), []) if splits else [path for path in found if _split_of(path) != "test"]
+            files = list(itertools.chain(*splits.values())) if splits else [p for p in found if _split_of(p) != "test"]
         if others := sorted({path.name for path in found} - {path.name for path in files}):
             print(f"left out by their names: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}")
         if not files:
