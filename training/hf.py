@@ -173,7 +173,7 @@ def load_model(init_from, out_dir, which="newest"):
 
 
 @quiet()
-def from_pretrained(name, dropout=0.0):
+def from_pretrained(name):
     """The GPT with OpenAI's weights. transformers downloads them at the first use, then reads its cache.
 
     ValueError for an unknown name, and where the weights can neither be found nor downloaded.
@@ -183,14 +183,14 @@ def from_pretrained(name, dropout=0.0):
     from transformers import GPT2LMHeadModel
 
     try:
-        return from_hf(GPT2LMHeadModel.from_pretrained(name), dropout)
+        return from_hf(GPT2LMHeadModel.from_pretrained(name))
     except OSError as error:
         missing = f"the weights of {name} are neither in Hugging Face's cache (HF_HOME) nor downloadable now"
         raise ValueError(f"{missing}: run this once with access to huggingface.co") from error
 
 
 @quiet()
-def from_hf(hf_model, dropout=0.0):
+def from_hf(hf_model):
     """A GPT with float32 copies of the weights of a model of transformers, whose class is one of FAMILIES.
 
     ValueError names the key of hf_model's config that GPT cannot be.
@@ -199,7 +199,7 @@ def from_hf(hf_model, dropout=0.0):
     if family is None:
         known = ", ".join(family.cls.__name__ for family in FAMILIES.values())
         raise ValueError(f"from_hf takes one of {known}, got a {type(hf_model).__name__}")
-    config = _config_from_hf(family, hf_model.config, dropout)
+    config = _config_from_hf(family, hf_model.config)
     # Its config may say something else: transformers does not tie two matrices that a file holds and that differ.
     config.tie_embeddings = hf_model.get_input_embeddings().weight is hf_model.get_output_embeddings().weight
     with torch.device("meta"):
@@ -210,10 +210,10 @@ def from_hf(hf_model, dropout=0.0):
     return assign(model, weights, torch.float32)
 
 
-def _config_from_hf(family, hf, dropout):
+def _config_from_hf(family, hf):
     """The GPTConfig of a config of transformers."""
     settings = family.kind | {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
-    settings |= {"dropout": dropout, "bias": family.kind.get("bias", getattr(hf, "attention_bias", True))}
+    settings["bias"] = family.kind.get("bias", getattr(hf, "attention_bias", True))
     activations = {"silu": {}} if family.kind["mlp"] == "swiglu" else {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
                                                                      "gelu": "exact"}  # fmt: skip
     allowed = {family.act: tuple(activations), "quantization_config": (None,)}
