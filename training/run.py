@@ -156,6 +156,8 @@ class Run:
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
         with restoring(origin, "counters"):
             self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
+        if "block_size_schedule" in self._changed:  # the steps before are of no stage of this schedule
+            self._train_step.start_stage(self.step)
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or (resume and checkpoint.get("shared_device") is True)
@@ -474,6 +476,7 @@ class Run:
                 return
             metrics = {}
             stage_ends = step in stage_starts or (bool(stage_starts) and step == config.max_iters)
+            stage_ends &= step > self.step or "block_size_schedule" not in self._changed
             if step % config.eval_interval == 0 or stage_ends or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
                     metrics |= self.evaluate()
