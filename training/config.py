@@ -48,8 +48,14 @@ def setting(default, help, **limits):
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+class Given:
+    """Holds the names of the settings that the command line gave; a slot, which is not in vars() of a config."""
+
+    __slots__ = ("given",)
+
+
 @dataclass
-class TrainConfig:
+class TrainConfig(Given):
     """The settings of every training run. Their names are nanoGPT's and the official Sophia repository's."""
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
@@ -283,6 +289,7 @@ def load_config(cls, argv=None):
             values[field.name] = _parse(field, text)
             on_command_line.add(field.name)
     config = cls(**with_current_values(cls, values))
+    config.given = on_command_line
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()

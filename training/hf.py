@@ -333,8 +333,9 @@ def start_from(config):
         weights[positions] = weights[positions][:block_size]
     args["block_size"] = block_size
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = {key: value for key in MODEL_SETTINGS if (value := getattr(config, key)) not in (args[key], defaults[key])}
-    checkpoint["unused"] = ", ".join(f"{key} = {value!r}" for key, value in given.items())
+    differing = {key: value for key in MODEL_SETTINGS if (value := getattr(config, key)) != args[key]}
+    given = [key for key, value in differing.items() if value != defaults[key] or key in getattr(config, "given", ())]
+    checkpoint["unused"] = ", ".join(f"{key} = {differing[key]!r}" for key in given)
     for key in MODEL_SETTINGS:
         setattr(config, key, args[key])
     shape = ", ".join(f"{key} = {args[key]}" for key in MODEL_SETTINGS)
