@@ -24,7 +24,7 @@ from training.metrics import CONFIG, METRICS, STATE, read_metrics
 from training.tracking import write_atomically
 
 EXPERIMENTS = Path(__file__).resolve().parent
-LINES = 64  # of a run's metrics
+LINES = 48  # of a run's metrics
 KEYS = (
     "step", "tokens", "epoch", "flops", "seconds", "train/loss", "val/loss", "val/accuracy", "lr", "grad_norm",
     "train/clip_rate", "stage/length", "stage/clip_rate", "train/win_rate", "train/win_rate/matrices",

@@ -49,6 +49,7 @@ NAMES = {  # an optimizer's label in sweep.json -> its name in tables
     "lion": "Lion",
     "nadamw": "NAdamW, AdamW's settings",
 }
+LLAMA = {name: NAMES[name] for name in ("adamw", "sophiag_adamw", "muon")} | {"whitened_muon": "whitened Muon"}
 MAIN = ("adamw", "sophiag", "sophiah", "soap", "muon", "sophiag_spectral")  # the rows and curves of the README
 FASTER = ("sophiag", "sophiah", "sophiag_adamw", "sophiag_eigenbasis_fresh", "soap", "muon", "sophiag_spectral")
 HORIZONS = (780, 1560, 5200)
@@ -217,8 +218,20 @@ def results_large_batches():
 
 def results_books():
     """Books: held-out seeds, verdicts against AdamW."""
-    groups = {name: one for name in NAMES if (one := horizon("30m_books", name, 390)) is not None}
-    rows = [(NAMES[name], loss_cell(one), *against(one, groups["adamw"])) for name, one in groups.items()]
+    groups = {NAMES[name]: one for name in NAMES if (one := horizon("30m_books", name, 390)) is not None}
+    return beside_adamw(groups)
+
+
+def results_llama():
+    """Llama-like model: the same."""
+    folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed?")) for name in LLAMA}
+    groups = {LLAMA[name]: group([*map(read_run, runs)])[0] for name, runs in folders.items() if runs}
+    return beside_adamw(groups)
+
+
+def beside_adamw(groups):
+    """A row for each of {name: group}, with its verdict against AdamW."""
+    rows = [(name, loss_cell(one), *against(one, groups["AdamW"])) for name, one in groups.items()]
     return table(("optimizer", "final val/loss", "to AdamW", "p", "verdict"), rows, left=(0, 4))
 
 
@@ -303,6 +316,7 @@ TABLES = {
     "results-30m": results_30m,
     "results-large-batches": results_large_batches,
     "results-books": results_books,
+    "results-llama": results_llama,
     "results-124m": results_124m,
     "verdicts-adamw": lambda: verdicts("adamw", list(NAMES)[1:]),
     "verdicts-muon": lambda: verdicts("muon", ("sophiag_eigenbasis", *FASTER[3:5], "sophiag_spectral")),

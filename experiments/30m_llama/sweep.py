@@ -9,8 +9,11 @@ from experiments.best import best_of, sweep_of
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2}
 
 
-def sweep(steps=780, held_out="1", rates=""):
-    """steps: the training horizon; held_out: the seeds; rates: of each optimizer one learning rate, or three."""
+def sweep(steps=780, held_out="1", rates="", only=""):
+    """steps: the training horizon; held_out: the seeds; rates: of each optimizer one learning rate, or three values.
+
+    only: some of the optimizers.
+    """
     further = best_of("30m_further", steps)  # with 25 more runs of tuning than 30m_tuning
     whitening = sweep_of("30m_whitening")
     whitened = whitening["settings"] | whitening["variants"]["both"]
@@ -26,4 +29,5 @@ def sweep(steps=780, held_out="1", rates=""):
         rate = settings["learning_rate"]
         settings["learning_rate"] = given[i] if given else [rate / 2, rate, rate * 2]
     common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")], **LLAMA}
-    return {"common": common, "optimizers": optimizers}
+    names = only.split(",") if only else optimizers
+    return {"common": common, "optimizers": {name: optimizers[name] for name in names}}

@@ -6,8 +6,11 @@ max_iters and the seed are swept, so that labels hold them.
 from experiments.best import best_of
 
 
-def sweep(official="", steps=1560, held_out="3,4,5"):
-    """official: the official sophia.py; without it, all but its own runs. steps: training horizon; held_out: seeds."""
+def sweep(official="", steps=1560, held_out="3,4,5", only=""):
+    """official: the official sophia.py; without it, all but its own runs. steps: training horizon; held_out: seeds.
+
+    only: some of the variants.
+    """
     tuned = best_of("30m_tuning", steps, only=("sophiag",))["sophiag"]
     plain = tuned | {"bias_correction": False}
     habits = plain | {"script": "experiments/30m_official/official.py"}
@@ -15,4 +18,5 @@ def sweep(official="", steps=1560, held_out="3,4,5"):
     if official:
         optimizers = {"official": habits | {"official": official}} | optimizers
     common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")]}
-    return {"common": common, "optimizers": optimizers}
+    names = only.split(",") if only else optimizers
+    return {"common": common, "optimizers": {name: optimizers[name] for name in names}}
