@@ -399,9 +399,9 @@ def _find_tokenizer(rows, folder):
     if not folder or not path.exists():
         return "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None
     spec = read_tokenizer_json(path)
-    ids = get_tokenizer(spec).ids
-    characters = "".join(sorted(ids, key=ids.get))
-    if len(characters) == len(ids) and json.loads(spec["json"])["model"]["type"] == "WordLevel":  # of export_hf.py
+    tokenizer = get_tokenizer(spec)
+    ids, characters = tokenizer.ids, "".join(sorted(tokenizer.ids, key=tokenizer.ids.get))
+    if len(characters) == len(ids) == tokenizer.vocab_size and json.loads(spec["json"])["model"]["type"] == "WordLevel":
         return {"characters": characters}
     return "gpt2" if len(ids) == GPT2_VOCAB_SIZE and ids == json.loads(gpt2_files()[0]) else spec
 
