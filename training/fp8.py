@@ -19,7 +19,7 @@ def to_fp8(model, device, emulate=False):
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
-    sizes = {name: getattr(model.config, name) for name in ("n_embd", "mlp_hidden")}
+    sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
     sizes["(n_head + 2 n_kv_head) * n_embd / n_head"] = sum(model.config.qkv_rows)
     for name, size in sizes.items():
         if size % 16:

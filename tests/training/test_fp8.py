@@ -68,19 +68,18 @@ def test_refusals(corpus, tmp_path):
     with pytest.raises(UserError, match="sophiah differentiates twice, and fp8 cannot be"):
         main([*argv, "--optimizer_name=sophiah", "--fp8=True"])
     assert not (tmp_path / "out" / "config.json").exists()
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 40, "block_size": 16, "vocab_size": 64}
-    with pytest.raises(UserError, match="n_embd to be a multiple of 16, got 40"):
-        to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
+    for name, size in (("n_embd", 40), ("block_size", 100)):
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, name: size}
+        with pytest.raises(UserError, match=f"{name} to be a multiple of 16, got {size}"):
+            to_fp8(GPT(GPTConfig(**shape)), CPU, emulate=True)
 
 
 @pytest.mark.parametrize(
     "words, wrong",
     [
-        (["--block_size=20", "--batch_size=4", "--hess_bs=4"], None),
-        (["--block_size=20", "--batch_size=3"], 60),
         (["--block_size_schedule=0:3,2:16"], None),
         (["--block_size_schedule=0:3,2:16", "--batch_size=2"], 24),  # 128 sequences of 3 tokens: 16 times 8, not 10
-        (["--hess_bs=3", "--block_size=20", "--batch_size=4"], 60),
+        (["--block_size_schedule=0:3,2:16", "--hess_bs=15", "--batch_size=4"], 60),  # of 80: 4 times 20, not 21
     ],
 )
 def test_the_tokens_of_every_micro_batch_have_to_fit_before_the_run_begins(tiny, tmp_path, monkeypatch, words, wrong):
