@@ -123,7 +123,6 @@ FAMILIES = {
         "GPTNeoX",
         {"norm": "layernorm", "position": "rope", "mlp": "gelu", "qk_norm": False},
         SHAPE | {"norm_eps": "layer_norm_eps", "parallel_block": "use_parallel_residual"},
-        {"attention_bias": True},
         blocks="gpt_neox.layers",
         modules={
             "transformer.wte": "gpt_neox.embed_in", "transformer.ln_f": "gpt_neox.final_layer_norm",
@@ -193,7 +192,8 @@ def from_pretrained(name):
 def from_hf(hf_model):
     """A GPT with float32 copies of the weights of a model of transformers, whose class is one of FAMILIES.
 
-    ValueError names the key of hf_model's config that GPT cannot be.
+    Where only some of its layers have biases, the others get zeros, which is the same function. ValueError names the
+    key of hf_model's config that GPT cannot be.
     """
     family = next((family for family in FAMILIES.values() if isinstance(hf_model, family.cls)), None)
     if family is None:
@@ -204,16 +204,17 @@ def from_hf(hf_model):
     config.tie_embeddings = hf_model.get_input_embeddings().weight is hf_model.get_output_embeddings().weight
     with torch.device("meta"):
         model = GPT(config)
-    theirs = hf_model.state_dict()
-    weights = {name: torch.cat([theirs[their] for their in family.names(name)]) for name in model.state_dict()}
-    weights = {name: family.arranged(name, tensor, model.config, back=True) for name, tensor in weights.items()}
+    theirs, weights = hf_model.state_dict(), {}
+    for name, tensor in model.state_dict().items():
+        parts = [theirs[their] for their in family.names(name) if their in theirs] or [torch.zeros(tensor.shape)]
+        weights[name] = family.arranged(name, torch.cat(parts), config, back=True)
     return assign(model, weights, torch.float32)
 
 
 def _config_from_hf(family, hf):
     """The GPTConfig of a config of transformers."""
     settings = family.kind | {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
-    settings["bias"] = family.kind.get("bias", getattr(hf, "attention_bias", True))
+    settings["bias"] = family.kind.get("bias", family.name != "Llama" or hf.attention_bias or hf.mlp_bias)
     activations = {"silu": {}} if family.kind["mlp"] == "swiglu" else {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
                                                                      "gelu": "exact"}  # fmt: skip
     allowed = {family.act: tuple(activations), "quantization_config": (None,)}
@@ -228,8 +229,6 @@ def _config_from_hf(family, hf):
             settings["rope_dim"] = int(width * rope.get("partial_rotary_factor", 1.0))
             if not settings["rope_dim"]:  # for GPTConfig 0 means all
                 raise ValueError(f"the Hugging Face model has rope_parameters={rope}, which rotates nothing")
-    if family.name == "Llama":
-        allowed["mlp_bias"] = (hf.attention_bias,)
     for key, values in allowed.items():
         if (value := getattr(hf, key, None)) not in values:
             expected = " or ".join(repr(value) for value in values if value is not None) or None

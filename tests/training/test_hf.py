@@ -283,9 +283,12 @@ SETTINGS = {
 VARIANTS = [
     ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": None, "rms_norm_eps": 1e-4}),
     ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0, "intermediate_size": 40}),
+    ("LlamaConfig", {"attention_bias": True}),
+    ("LlamaConfig", {"mlp_bias": True}),
     ("Qwen3Config", {}),
     ("Qwen3Config", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    ("GPTNeoXConfig", {"attention_bias": False}),
     ("GPTNeoXConfig", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
     ("GPTNeoXConfig", {"tie_word_embeddings": True, "layer_norm_eps": 1e-3, "rotary_emb_base": 100}),
 ]
@@ -387,13 +390,11 @@ def test_to_hf_names_what_no_family_has(settings, message):
     "name, settings, message",
     [
         ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters=.*'linear'"),
-        ("LlamaConfig", {"attention_bias": True}, "mlp_bias=False, GPT can only be True"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "hidden_act='gelu', GPT can only be 'silu'"),
         ("LlamaConfig", {"head_dim": 16}, "head_dim=16, GPT can only be 8"),
         ("Qwen3Config", {"head_dim": 16}, "head_dim=16"),
         ("Qwen3Config", {"attention_bias": True}, "attention_bias=True, GPT can only be False"),
         ("Qwen3Config", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True|layer_types="),
-        ("GPTNeoXConfig", {"attention_bias": False}, "attention_bias=False, GPT can only be True"),
         ("GPTNeoXConfig", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("GPTNeoXConfig", {"rotary_pct": 0.4}, "rope_dim must be even"),
         ("GPTNeoXConfig", {"rotary_pct": 0.1}, "partial_rotary_factor': 0.1.*, which rotates nothing"),
