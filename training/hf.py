@@ -398,7 +398,10 @@ def _find_tokenizer(rows, folder):
     if not folder or not path.exists():
         return "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None
     spec = read_tokenizer_json(path)
-    tokenizer = get_tokenizer(spec)
+    try:
+        tokenizer = get_tokenizer(spec)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; replace or remove it.") from None
     ids, characters = tokenizer.ids, "".join(sorted(tokenizer.ids, key=tokenizer.ids.get))
     if len(characters) == len(ids) == tokenizer.vocab_size and json.loads(spec["json"])["model"]["type"] == "WordLevel":
         return {"characters": characters}
@@ -414,18 +417,28 @@ def _read_folder(path):
     if not (Path(path) / "config.json").exists():
         raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
     try:
-        model_type = read_json(Path(path) / "config.json").get("model_type")
+        config = read_json(Path(path) / "config.json")
+        model_type = config.get("model_type")
         if model_type not in FAMILIES:
             known = ", ".join(map(repr, FAMILIES))
             raise ValueError(f"{path} holds a model with model_type={model_type!r}, only {known} can be read")
-        cls = FAMILIES[model_type].cls
-        hf_model, info = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        family = FAMILIES[model_type]
+        if (layers := config.get(key := family.keys["n_layer"], 0)) > 10_000:  # transformers would build them all first
+            raise ValueError(f"{path} has {key}={layers!r} in its config.json, more than 10,000; is it damaged?")
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        hf_model, info = family.cls.from_pretrained(path, **options)
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything there
-        raise ValueError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise ValueError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:300] or type(error).__name__})"
+        ) from None
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks weights, {min(info['missing_keys'])} among them")
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        shapes = f"{key} is {tuple(found)}, its config.json says {tuple(wanted)}"
+        raise ValueError(f"{path} has weights of other shapes: {shapes}; copy both files again")
     extra = [key for key in info["unexpected_keys"] if not key.endswith(".masked_bias")]  # GPT-2's constant, once saved
     if extra:
         raise ValueError(f"{path} has weights that its config.json does not describe, {min(extra)} among them")

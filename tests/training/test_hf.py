@@ -552,6 +552,22 @@ def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"intermediate_size": 80}, "mlp.down_proj.weight is (32, 64), its config.json says (32, 80); copy both"),
+        ({"num_attention_heads": 5}, "The hidden size (32) is not a multiple of the number of attention heads (5)"),
+        ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers=1000000000 in its config.json, more than 10,000"),
+    ],
+)
+def test_a_config_that_is_not_of_its_weights_is_named(tiny, tmp_path, capsys, settings, message):
+    other_hf("LlamaConfig").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    refused(capsys, [*tiny, f"--init_from=hf:{tmp_path}"], message)
+
+
 @pytest.mark.parametrize("model_type", ["own", "llama"])
 def test_code_in_a_folder_is_neither_run_nor_offered(tiny, tmp_path, capsys, monkeypatch, model_type):
     """Whoever answers transformers' question with y runs it."""
