@@ -430,9 +430,8 @@ def _read_folder(path):
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything there
-        raise ValueError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:300] or type(error).__name__})"
-        ) from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason})") from None
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks weights, {min(info['missing_keys'])} among them")
     if info["mismatched_keys"]:
