@@ -19,8 +19,8 @@ def to_fp8(model, device, emulate=False):
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
-    sizes = {name: getattr(model.config, name) for name in ("n_embd", "mlp_hidden")}
-    sizes["n_kv_head * n_embd / n_head"] = model.config.qkv_rows[1]
+    sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
+    sizes["(n_head + 2 n_kv_head) * n_embd / n_head"] = sum(model.config.qkv_rows)
     for name, size in sizes.items():
         if size % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
@@ -29,18 +29,16 @@ def to_fp8(model, device, emulate=False):
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
 
 
-def check_tokens(name, tokens):
-    """UserError if the setting `name` cannot serve micro-batches of `tokens`, a list: weights' gradients sum over them.
-
-    Linear layers would fail at the first such micro-batch, and the loss would stay in bf16.
-    """
-    if bad := [n for n in tokens if n % 16]:
-        few = f"{name} needs micro-batches whose tokens are a multiple of 16, one of this run has {bad[0]:,}"
-        raise UserError(f"{few}; change batch_size or block_size, or leave {name} off.")
+def check_fp8_tokens(tokens, name="fp8"):
+    """UserError if a micro-batch, of one of the sizes `tokens`, has no multiple of 16: a weight's gradient sums over
+    them."""
+    if wrong := [n for n in tokens if n % 16]:
+        few = f"{name} needs a multiple of 16 tokens in every micro-batch, one of this run has {wrong[0]}"
+        raise UserError(f"{few}; change batch_size, hess_bs or the length of a sequence, or leave {name} off.")
 
 
 def check_fp8_loss(device, config, tokens):
-    """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens`, a list, for a `config`'s model."""
+    """UserError where training/fp8_loss.py cannot serve micro-batches of the sizes `tokens` with a `config`'s model."""
     if device.type != "cuda" or not is_hopper(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
@@ -48,7 +46,7 @@ def check_fp8_loss(device, config, tokens):
         if getattr(config, name) % 16:
             size = getattr(config, name)
             raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")
-    check_tokens("fp8_loss", tokens)
+    check_fp8_tokens(tokens, "fp8_loss")  # the loss of others would stay in bf16
     if min(tokens) < ROWS:
         few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {min(tokens):,}"
         raise UserError(f"{few}; raise batch_size, or leave fp8_loss off.")

@@ -56,9 +56,8 @@ class Batches:
         return max(0, seen + (step - start) * self.config.total_bs)
 
     def tokens_at_once(self, sequences):
-        """Tokens in a micro-batch of a batch of `sequences` on this rank, for each stage of block_size_schedule."""
-        lengths = [length for _, length in stages(self.config)]
-        return [len(self._micro_batches(sequences, n)[0][0]) * n for n in lengths]
+        """Tokens in a micro-batch of this rank, of a batch of so many full sequences; one number for each stage."""
+        return [len(self._micro_batches(sequences, length)[0][0]) * length for _, length in stages(self.config)]
 
     def close(self):
         self._prefetcher.close()
