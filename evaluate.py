@@ -103,8 +103,8 @@ def summed_loss(logits, targets):
 def total_nats(model, tokens, stride, batch_size):
     """The sum of -log p over all `tokens` but the first."""
     model.eval()
-    device, T = model.lm_head.weight.device, model.config.block_size
-    n = len(tokens) - 1  # to be predicted
+    device, n = model.lm_head.weight.device, len(tokens) - 1  # to be predicted
+    T = min(model.config.block_size, n)  # models from elsewhere may have windows of 100,000 tokens
     starts = range(0, max(n - T + stride, 1), stride)  # the last window is the first that reaches the end
     total = 0.0
     for first in tqdm(range(0, len(starts), batch_size), unit="batch", disable=None, file=sys.stderr):

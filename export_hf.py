@@ -62,7 +62,7 @@ def export(model, tokenizer, folder):
 
     disable_progress_bar()
     try:
-        hf_model = to_hf(model, tokenizer.vocab_size)
+        hf_model = to_hf(model, tokenizer.vocab_size, tokenizer.eot)
     except ValueError as error:
         raise UserError(f"{error}; sample.py and evaluate.py read the checkpoint itself.") from None
     hf_model.generation_config.pad_token_id = tokenizer.eot  # a batch of prompts needs one, and GPT-2 has none

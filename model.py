@@ -54,8 +54,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Put the numbers of this model where 0 stands for the default. ValueError for a model that cannot be."""
         self.n_kv_head = self.n_kv_head or self.n_head
-        default = -(-8 * self.n_embd // 192) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
-        self.mlp_hidden = self.mlp_hidden or default
+        self.mlp_hidden = self.mlp_hidden or (-(-self.n_embd // 24) * 64 if self.mlp == "swiglu" else 4 * self.n_embd)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -152,9 +151,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
         self.resid_dropout = nn.Dropout(config.dropout)
         self.grouped, self.dropout = config.n_kv_head < config.n_head, config.dropout
-        self.scale = self.head_dim**-0.5
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer_idx + 1
+        self.scale = self.head_dim**-0.5 / (layer_idx + 1 if config.scale_attn_by_inverse_layer_idx else 1)
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C). With a cache: all tokens so far while it is empty, then one token at a time."""
@@ -165,14 +162,11 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H); k, v: n_kv_head for H
-        causal = True
+        causal = cache is None or not cache.length  # else a single new token, which sees all others
         if cache is not None:
             k, v = cache.append(k, v)
-            causal = k.size(2) == T  # a single new token sees all others
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
-        )
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=self.scale, enable_gqa=self.grouped)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -253,11 +247,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         else:
             self.lm_head.to_empty(device=device)
-        if device.type != "meta":
-            self.init_weights()
-
-    def init_weights(self) -> None:
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters() if device.type != "meta" else ():
             self.init_weight(name, p)
 
     def init_weight(self, name: str, p: Tensor) -> None:
@@ -289,15 +279,16 @@ class GPT(nn.Module):
         seen, T, rope = caches[0].length if caches else 0, idx.size(1), None
         if (T if self.config.position == "rope" else seen + T) > self.config.block_size:
             raise ValueError(f"{seen + T} tokens are more than the model's block_size={self.config.block_size}")
+        if seen and T > 1:
+            raise ValueError(f"after its first tokens a cache takes one at a time, got {T}")
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[seen : seen + T]
         else:
             exact = torch.promote_types(x.dtype, torch.float32)
             rope = rope_angles(self.config, torch.arange(seen, seen + T, device=x.device, dtype=exact))
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = self.transformer.drop(x).to(dtype)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:

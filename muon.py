@@ -256,11 +256,13 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=_momentum_dtype(param))
             momentum = state["momentum_buffer"]
-            if (momentum.shape, momentum.device, momentum.is_floating_point()) != (param.shape, param.device, True):
-                raise ValueError(
-                    f"a momentum_buffer of shape {tuple(momentum.shape)} ({momentum.dtype}, {momentum.device}) does not"
-                    f" fit a parameter of shape {tuple(param.shape)} on {param.device}: the state is of another model"
-                )
+            expected = param.shape, param.device, True
+            for name, x in (("gradient", param.grad), ("momentum_buffer", momentum)):
+                if (x.shape, x.device, x.is_floating_point()) != expected:
+                    raise ValueError(
+                        f"a {name} of shape {tuple(x.shape)} ({x.dtype}, {x.device}) does not fit a parameter of shape "
+                        f"{tuple(param.shape)} on {param.device}: it is of another model"
+                    )
             if hasattr(param, "device_mesh") and not (self._share and hasattr(momentum, "device_mesh")):
                 raise RuntimeError(
                     f"{type(self).__name__} steps sharded parameters (DTensor) only after muon_distributed.share(), "
@@ -361,6 +363,8 @@ class WhitenedMuon(Muon):
             batch.release()
 
     def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
+        if moved.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("WhitenedMuon does not go into a CUDA graph: the host decides when roots are computed")
         if group["source"] == "gradient":
             self._update_factors(grads, batch, group, roots=group["step"] % group["interval"] == 0)
         sides = _sides(group)
@@ -374,9 +378,7 @@ class WhitenedMuon(Muon):
         roots = {side: batch.stacked(f"{side}_root") for side in sides}
         orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
         update = _whiten(orthogonal, roots)
-        lengths = [
-            torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=batch.dtype) for x in (orthogonal, update)
-        ]
+        lengths = [torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=batch.dtype) for x in (orthogonal, update)]
         return update * (lengths[0] / (lengths[1] + _TINY))
 
     def _update_factors(
@@ -389,7 +391,8 @@ class WhitenedMuon(Muon):
                 what = f"the loaded state lacks a {side}_factor, which begins anew. After muon_distributed.share()"
                 warnings.warn(f"{what} a rank's state_dict has only its own; give each rank those of all", stacklevel=4)
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
-            moments = _product(x, x.mT, batch.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                moments = _product(x, x.mT, batch.dtype)
             moments = moments if scale == 1 else moments * scale
             batch.average(factors, moments, 1 - group["decay"])
             known = all(f"{side}_root" in state for state in batch.states)
@@ -434,14 +437,13 @@ def orthogonalize(
         for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
             gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             if step == 0:  # of x / norm; dividing the squares costs less
-                norm = (
-                    gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x)).sqrt().clamp(min=eps)[:, None, None]
-                )
-                gram = (gram / norm**2).to(x.dtype)
+                squares = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x))[:, None, None]
+                norm = squares.sqrt().clamp(min=eps)
+                gram.div_(norm**2)
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal(dim1=1, dim2=2).add_(a)
             if step == 0:
-                polynomial = (polynomial / norm).to(x.dtype)
+                polynomial.div_(norm)
             x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x.to(matrices.dtype).view(matrices.shape)
 
@@ -469,12 +471,12 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     """
     scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_TINY)
+    norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_FLOOR)  # of zeros without a ridge it is 0
     m = (scaled / norm).flatten(0, -3)
     dtype = torch.float16 if m.is_cuda and m.dtype == torch.float32 else m.dtype
     with torch.autocast(m.device.type, enabled=False):
         square = m.to(dtype) @ m.to(dtype)
-    bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_TINY)
+    bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_FLOOR)
     m = m / bound
     m.diagonal(dim1=-2, dim2=-1).add_(_FLOOR)
     if (power := round(1 / exponent) if exponent else 0) in _ROOT_STEPS and power * exponent == 1:
@@ -509,13 +511,14 @@ def _inverse_root(m: Tensor, power: int) -> Tensor:
 
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
     """P_l x P_r of (matrices, rows, columns), with roots of (matrices, blocks, width, width)."""
-    for side, root in roots.items():
-        if root.shape[1] == 1:
-            x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
-        elif side == "left":
-            x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
-        else:
-            x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
+    with torch.autocast(x.device.type, enabled=False):
+        for side, root in roots.items():
+            if root.shape[1] == 1:
+                x = torch.bmm(root[:, 0], x) if side == "left" else torch.bmm(x, root[:, 0])
+            elif side == "left":
+                x = (root @ x.unflatten(1, (root.shape[1], -1))).flatten(1, 2)
+            else:
+                x = (x.unflatten(2, (root.shape[1], -1)).transpose(1, 2) @ root).transpose(1, 2).flatten(2)
     return x
 
 
@@ -557,7 +560,7 @@ class _Plan:
     @staticmethod
     def _key(members: list[_Member]) -> list[Any]:
         def place(x: Tensor) -> tuple[Any, ...]:
-            return _local(x).data_ptr(), _local(x).stride(), x.dtype
+            return _local(x).data_ptr(), _local(x).stride(), x.shape, x.dtype
 
         return [(id(p), id(s), place(p), place(s["momentum_buffer"]), dtype, rows) for p, dtype, s, rows in members]
 

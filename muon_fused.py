@@ -7,24 +7,32 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 LAUNCH = (1024, 4, 4)  # elements a program works on at a time, how many times, warps
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def fits(*lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels can take these tensors. On a CPU they run in Triton's interpreter."""
+    """Whether the kernels can take lists of tensors of one dtype each. On a CPU they run in Triton's interpreter."""
     device = lists[0][0].device.type
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     if device == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay would copy stale addresses
         return False
-    return all(t.dtype in _DTYPES and t.is_contiguous() and not t.is_neg() for tensors in lists for t in tensors)
+    return all(
+        tensors[0].dtype in _DTYPES
+        and all(map(Tensor.is_contiguous, tensors))
+        and all(map(Tensor.data_ptr, tensors))  # zeros without memory and subclasses that wrap tensors have none
+        and not any(map(Tensor.is_neg, tensors))
+        for tensors in lists
+    )
 
 
 def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, found_inf: Tensor | None = None,
@@ -35,62 +43,76 @@ def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float,
     averages, values: tensors of one dtype each, in pairs of as many elements. found_inf, grad_scale: scalars on their
     device. moved, copies: (tensors, ...), take a + weight (v - a) of the new a (a itself without nesterov), and v.
     """
-    nothing = [0] * len(averages)
-    columns = [
-        _addresses(averages),
-        _addresses(values),
-        nothing if moved is None else _addresses(list(moved)),
-        nothing if copies is None else _addresses(list(copies)),
-    ]
+    nothing = (0,) * len(averages)
+    columns = [_addresses(averages), _addresses(values)]
+    columns += [nothing if stack is None else _addresses(stack) for stack in (moved, copies)]
     out = averages[0].dtype if moved is None else moved.dtype
     _launch(
-        _average_kernel, columns, averages, found_inf, grad_scale, float(weight), A=averages[0].dtype,
-        V=values[0].dtype, OUT=out, NESTEROV=nesterov, MOVED=moved is not None, COPIES=copies is not None,
+        _average_kernel, columns, averages, found_inf, grad_scale, float(weight), A=_type(averages[0].dtype),
+        V=_type(values[0].dtype), OUT=_type(out), NESTEROV=nesterov, MOVED=moved is not None, COPIES=copies is not None,
     )  # fmt: skip
+    increment_version(averages)
 
 
 def apply(params: Sequence[Tensor], updates: Tensor, scale: float, lr: float | Tensor, weight_decay: float,
           cautious: bool, found_inf: Tensor | None) -> None:  # fmt: skip
     """p <- (1 - lr weight_decay) p - lr scale update; nothing if found_inf is not 0. updates: (params, ...)."""
-    columns = [_addresses(params), _addresses(list(updates.contiguous()))]
+    updates = updates.contiguous()  # a copy has to live until the launch
+    columns = [_addresses(params), _addresses(updates)]
     _launch(
         _apply_kernel, columns, params, found_inf, lr if isinstance(lr, Tensor) else float(lr), float(scale),
-        float(weight_decay), P=params[0].dtype, U=updates.dtype, TENSOR_LR=isinstance(lr, Tensor), CAUTIOUS=cautious,
+        float(weight_decay), P=_type(params[0].dtype), U=_type(updates.dtype), TENSOR_LR=isinstance(lr, Tensor),
+        CAUTIOUS=cautious,
     )  # fmt: skip
+    increment_version(params)  # so that a backward pass through the old values is an error
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [*map(Tensor.data_ptr, tensors)]
+def _addresses(tensors: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
+    """Those of tensors, or of the parts of one along its first dimension."""
+    if isinstance(tensors, Tensor):
+        first, size = tensors.data_ptr(), tensors.nbytes
+        return (*range(first, first + size, size // tensors.shape[0]),)
+    return (*map(Tensor.data_ptr, tensors),)
+
+
+@functools.cache
+def _type(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _launch(kernel, columns, tensors, *args, **constants) -> None:
     """Run a kernel whose rows are the columns' addresses and the number of elements of each of `tensors`."""
-    device, block, iterations = tensors[0].device, *LAUNCH[:2]
-    numels = tuple(map(Tensor.numel, tensors))
-    aligned = not any(address % 16 for column in columns for address in column) and not any(n % 8 for n in numels)
+    device, (block, iterations, warps) = tensors[0].device, LAUNCH
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    rows = _rows(tuple(x for row in zip(*columns, numels, strict=True) for x in row), device, stream)
-    chunks = _chunks(numels, block * iterations, device)
-    constants = {k: getattr(tl, str(v).removeprefix("torch.")) if isinstance(v, torch.dtype) else v
-                 for k, v in constants.items()}  # fmt: skip
+    columns = (*columns, (*map(Tensor.numel, tensors),))
+    rows, chunks, aligned = _table(columns, block * iterations, device, stream)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(len(chunks),)](rows, chunks, *args, **constants, ALIGNMENT=16 if aligned else 1,
-                               VECTOR=8 if aligned else 1, BLOCK=block, ITERATIONS=iterations,
-                               num_warps=LAUNCH[2])  # fmt: skip
+        kernel[(chunks.shape[0],)](rows, chunks, *args, **constants, ALIGNMENT=16 if aligned else 1,
+                                   VECTOR=8 if aligned else 1, BLOCK=block, ITERATIONS=iterations,
+                                   num_warps=warps)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _rows(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """int64 (rows x columns,). In most steps all tensors are where they were, and then nothing is copied."""
-    rows = torch.tensor(numbers, dtype=torch.int64)
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+def _table(columns: tuple[tuple[int, ...], ...], size: int, device: torch.device, stream: int) -> Any:
+    """The columns row by row, int64; the chunks of `size` elements; whether addresses and numbers of elements are even.
+
+    In most steps all tensors are where they were, and then nothing is copied.
+    """
+    *addresses, numels = columns
+    aligned = not any(x % 16 for column in addresses for x in column) and not any(n % 8 for n in numels)
+    rows = torch.tensor([*zip(*columns, strict=True)], dtype=torch.int64, device="cpu")
+    rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    return rows, _chunks(numels, size, device, stream), aligned
 
 
 @functools.lru_cache(maxsize=64)
-def _chunks(numels: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """int32 (programs, 2): the tensor that a program works on, and which part of it."""
+def _chunks(numels: tuple[int, ...], size: int, device: torch.device, stream: int) -> Tensor:
+    """int32 (programs, 2): the tensor that a program works on, and which part of it.
+
+    Each stream has its own: torch may give the memory of one that is dropped to other tensors of its stream.
+    """
     parts = [(i, part) for i, n in enumerate(numels) for part in range(-(-n // size))]
-    return torch.tensor(parts, dtype=torch.int32).to(device)
+    return torch.tensor(parts, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 # Elements a program works on at a time, how many times, warps: by `bench.py optimizer --tune` of commit 2d97060.
 LAUNCH = {"step": (1024, 1, 4), "hessian": (2048, 1, 4), "square": (1024, 8, 4), "sums": (4096, 2, 8)}
@@ -88,8 +89,10 @@ def _row(tensors: list[Tensor]) -> tuple[list[int], int]:
             return [], 0
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) or t.is_neg() for t in tensors):
         return [], 0
-    p, g, m, h, *counts = [t.data_ptr() for t in tensors]
+    p, g, m, h, *counts = addresses = [t.data_ptr() for t in tensors]
     numel = param.numel()
+    if numel and 0 in addresses:  # of zeros without memory, and of subclasses that wrap tensors
+        return [], 0
     return [p, g, m, h, *counts, numel, 0], 16 if not (p | g | m | h) % 16 and not numel % 8 else 1
 
 
@@ -146,9 +149,9 @@ class PointerTable:
 
     def _chunks(self, block: int, iterations: int, device: torch.device) -> Tensor:
         assert self.numels is not None
-        parts = torch.tensor([max(1, -(-n // (block * iterations))) for n in self.numels])
-        tensor = torch.arange(len(parts)).repeat_interleave(parts)
-        part = torch.arange(len(tensor)) - (parts.cumsum(0) - parts)[tensor]
+        parts = torch.tensor([max(1, -(-n // (block * iterations))) for n in self.numels], device="cpu")
+        tensor = torch.arange(len(parts), device="cpu").repeat_interleave(parts)
+        part = torch.arange(len(tensor), device="cpu") - (parts.cumsum(0) - parts)[tensor]
         return torch.stack([tensor, part], dim=1).to(device, torch.int32)
 
     def launch(self, name: str, bucket: Any, *args: Any, outputs: int = 0, **constants: bool) -> Tensor | None:
@@ -189,7 +192,7 @@ class Plan:
         used = set(map(id, self.params))
         self.idle = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in used]
         for bucket in buckets:
-            bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians = [], [], [], []
+            bucket.grads = []
 
     def _look(self, optimizer: Any) -> tuple[list[Any], list[Any], list[Tensor]]:
         """What has to stay equal, what has to stay the same objects, and the tensors that must not move."""
@@ -217,10 +220,10 @@ class Plan:
             grads = [*map(_grad, params)]
             addresses = array.array("q", map(Tensor.data_ptr, grads))
             alike = self.dtypes == [*map(_dtype, grads)] and self.shapes == [*map(_shape, grads)]
-            dense = all(map(Tensor.is_contiguous, grads))
+            dense = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None even less
             return None
-        if not alike or not dense:
+        if not alike or not dense or 0 in addresses:
             return None
         first = 0
         for bucket in self.buckets:
@@ -245,6 +248,7 @@ def step(bucket: Any, *, lr: Any, beta1: float, beta2: float, rho: float, eps: f
         TENSOR_LR=isinstance(lr, Tensor), FLOOR=eps is not None, MAXIMIZE=bool(maximize),
         CORRECT=bool(bucket.group["bias_correction"]), NESTEROV=bool(nesterov),
     )  # fmt: skip
+    increment_version([*bucket.params, *bucket.exp_avgs])  # a backward pass through the old values is an error
 
 
 def hessian(bucket: Any, *, beta2: float, scale: float, multiplier: Tensor | None, squared: bool,
@@ -252,6 +256,7 @@ def hessian(bucket: Any, *, beta2: float, scale: float, multiplier: Tensor | Non
     """As sophia._hessian."""
     args = (multiplier, skip, float(1 - beta2), float(scale))
     bucket.table.launch("hessian", bucket, *args, SQUARED=squared, CORRECT=bool(bucket.group["bias_correction"]))
+    increment_version(bucket.hessians)
 
 
 def square(bucket: Any) -> Tensor:

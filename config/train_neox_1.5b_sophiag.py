@@ -3,20 +3,12 @@
 #   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
 #   torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_neox_1.5b_sophiag.py
 
-out_dir = "out/neox_1.5b_sophiag"
-dataset = "pile"
-total_bs = 2048
-batch_size = 8
-block_size = 2048
+from pathlib import Path
+from runpy import run_path
 
-n_layer = 48
-n_head = 24
-n_embd = 1536
-bias = True
-position = "rope"
-rope_dim = 16  # a quarter of each head
-parallel_block = True
-tie_embeddings = False
+globals().update(run_path(Path(__file__).with_name("train_neox_1.5b_adam.py")))  # a dot forbids an import
+
+out_dir = "out/neox_1.5b_sophiag"
 
 optimizer_name = "sophiag"
 # Learning rate, weight decay and rho of the authors' 1.5B run (github.com/Liuhong99/Sophia, issue 15); not tuned here.
@@ -26,13 +18,3 @@ beta1 = 0.965
 beta2 = 0.99
 rho = 0.04
 hess_interval = 10
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-# min_lr is learning_rate / 20 where it is not given
-
-eval_interval = 1000
-log_interval = 10
-fsdp = True
-compile = True

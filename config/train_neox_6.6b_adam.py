@@ -1,38 +1,21 @@
 # GPT-NeoX (arXiv:2204.06745) with 6.86B parameters on the Pile with AdamW, in the shape of the Sophia paper's last
-# version: 2048 sequences of 2048 tokens a step, 100k steps. With one
-# embedding matrix for both ends, instead of GPT-NeoX's two, it would be 6.65B, the paper's 6.6B.
+# version: 2048 sequences of 2048 tokens a step, 100k steps. With one embedding matrix for both ends, instead of
+# GPT-NeoX's two, it would be 6.65B, the paper's 6.6B.
 #   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
 #   torchrun --standalone --nproc_per_node=8 train_adam.py config/train_neox_6.6b_adam.py
 
+from pathlib import Path
+from runpy import run_path
+
+globals().update(run_path(Path(__file__).with_name("train_neox_1.5b_adam.py")))  # a dot forbids an import
+
 out_dir = "out/neox_6.6b_adam"
-dataset = "pile"
-total_bs = 2048
 batch_size = 4
-block_size = 2048
 
 n_layer = 32
 n_head = 32
 n_embd = 4096
-bias = True
-position = "rope"
 rope_dim = 32  # a quarter of each head
-parallel_block = True
-tie_embeddings = False
 
-optimizer_name = "adamw"
-# Learning rate and weight decay of levanter's config of this shape; not tuned here.
-learning_rate = 1.2e-4
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-# min_lr is learning_rate / 20 where it is not given
-
-eval_interval = 1000
-log_interval = 10
-fsdp = True
+# Learning rate and weight decay stay: levanter's config of this shape has the same. Not tuned here.
 activation_checkpointing = True
-compile = True

@@ -89,8 +89,13 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
 
     if args.source:
         files = find_files(args.source)
-        splits = _splits_by_name(files) if by_name else None
-        files = [path for path in files if not by_name or _split_of(path) != "test"]
+        splits, found = _splits_by_name(files) if by_name else None, files
+        if by_name:
+            files = list(itertools.chain(*splits.values())) if splits else [p for p in found if _split_of(p) != "test"]
+        if others := sorted({path.name for path in found} - {path.name for path in files}):
+            print(f"left out by their names: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}")
+        if not files:
+            raise UserError("--source: it holds nothing but files for tests, by their names; name those for training")
         at_end = len(files) == 1 and _kind(files[0]) in TEXTS and not args.separator
         if at_end:
             fraction = args.val_fraction or VAL_OF_ONE_TEXT
@@ -113,14 +118,18 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
             return ((split, text) for split, paths in splits.items() for text in read(paths))
         return split_at_end(again, fraction) if at_end else split_by_hash(read(files), fraction)
 
+    if splits and args.val_fraction is not None:
+        raise UserError("--val_fraction has no effect: the files are given, or named, as train or val; leave it out")
     if corpus.is_prepared(args, source):
         return
     spec = _spec(args.tokenizer, documents)
     try:
         try:
             corpus.write(args, documents(), spec, source, max_tokens)
-        except corpus.EmptySplit:
-            if not args.source or splits or at_end:
+        except corpus.EmptySplit as error:
+            if splits:
+                raise UserError(f"{str(error).partition(':')[0]}: its files hold no text; name others") from error
+            if not args.source or at_end:
                 raise
             at_end, fraction = True, args.val_fraction or VAL_OF_ONE_TEXT
             print(f"too few documents to hold out some by a hash: val.bin is the last {fraction:.3g} of the text")
@@ -158,16 +167,22 @@ def _tokenizer_file(tokenizer):
 
 def _split_of(path):
     """ "train", "val" or "test" by the name of a file or, where that has none of them, of its folder; else None."""
-    name, folder = path.name.lower(), path.parent.name.lower()
-    for word, split in (("train", "train"), ("valid", "val"), ("test", "test")):
-        if word in name:
-            return split
-    return {"train": "train", "validation": "val", "valid": "val", "test": "test"}.get(folder)
+    found = re.search("(?<![a-z])(train|valid|test)", path.name.lower())  # neither "constraints" nor "latest"
+    splits = {"train": "train", "validation": "val", "valid": "val", "test": "test"}
+    return splits.get(found[1] if found else path.parent.name.lower())
 
 
 def _splits_by_name(files):
-    """{"train": files, "val": files} by their names; None where one of them would be empty."""
+    """{"train": files, "val": files} by their names; None where one of them would be empty.
+
+    UserError where two have the same name, but for its ending: they are two versions of one corpus.
+    """
     splits = {split: [path for path in files if _split_of(path) == split] for split in ("train", "val")}
+    for paths in splits.values():
+        first = {_bare(path).stem: path for path in reversed(paths)}
+        if second := next((path for path in paths if path not in first.values()), None):
+            both = f"{first[_bare(second).stem]} and {second}"
+            raise UserError(f"--source: {both} are two versions of one file; name the folder of one of them")
     return splits if all(splits.values()) else None
 
 
@@ -362,9 +377,14 @@ def texts_of(part, name):
         yield from batch["text"]
 
 
+def _bare(path):
+    """The file's name without the suffix of a compression."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name)
+
+
 def _kind(path):
     """Its suffix without that of a compression; WikiText's own names (wiki.train.tokens, wiki.train.raw) are texts."""
-    path = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
+    path = _bare(path)
     return ".txt" if re.fullmatch(r"wiki\.\w+\.(tokens|raw)", path.name.lower()) else path.suffix.lower()
 
 

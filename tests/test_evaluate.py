@@ -130,3 +130,14 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, characters, settings, messa
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert message.format(folder=tmp_path) in printed.err
+
+
+def test_a_window_far_longer_than_the_split_costs_no_more_than_the_split():
+    from model import GPT, GPTConfig
+
+    tokens, losses = np.arange(40, dtype="<u2") % 8, []
+    for block_size in (39, 10**9):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=block_size, vocab_size=8, n_layer=1, n_head=1, n_embd=4, position="rope"))
+        losses.append(evaluate.total_nats(model, tokens, block_size // 2, batch_size=3))
+    assert losses[0] == losses[1] > 0

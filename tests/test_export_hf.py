@@ -16,6 +16,7 @@ from sample import generate
 from tests.conftest import ROOT
 from tests.test_sample import CHARACTERS, write_run
 from training.errors import command
+from training.hf import load_model
 from training.tokenizer import get_tokenizer
 
 TEXTS = [
@@ -44,6 +45,7 @@ def export(tmp_path, *argv):
 
 
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1, "bias": False, "tie_embeddings": False}
+NEOX = {"position": "rope", "rope_dim": 4, "parallel_block": True}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,9 @@ LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1,
         {"gelu": "exact"},
         LLAMA,
         LLAMA | {"qk_norm": True, "tie_embeddings": True},
-        {"position": "rope", "rope_dim": 4, "parallel_block": True},
+        NEOX,
+        NEOX | {"tie_embeddings": False, "n_head": 1, "n_embd": 15, "rope_dim": 6},
+        LLAMA | {"n_head": 3, "n_embd": 18, "bias": True},
     ],
 )
 def test_logits_and_files(tmp_path, capsys, shape):
@@ -71,7 +75,7 @@ def test_logits_and_files(tmp_path, capsys, shape):
     assert [generation[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [50256] * 3
 
 
-@pytest.mark.parametrize("shape", [{}, LLAMA])
+@pytest.mark.parametrize("shape", [{}, LLAMA, NEOX])
 def test_its_greedy_text_is_ours(tmp_path, shape):
     model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, **shape).eval()
     hf_model, hf_tokenizer = export(tmp_path)
@@ -111,6 +115,22 @@ def test_a_run_on_characters(tmp_path):
     torch.testing.assert_close(hf_model(ids).logits, model(ids, ids)[0], atol=1e-4, rtol=0)
     with pytest.raises(Exception, match=r"(?i)unk"):
         hf_tokenizer("€")
+    again, tokenizer, _ = load_model(f"hf:{tmp_path}/hf", None)
+    assert tokenizer.spec == {"characters": CHARACTERS} and torch.equal(again(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("end", ["</s>", "none of them"])
+def test_generation_ends_at_the_end_of_text_of_the_runs_tokenizer(tmp_path, end):
+    """Not at GPT-2's, which is an ordinary token of any other vocabulary that is as large."""
+    vocabulary = {f"t{i}": i for i in range(50300) if i != 7} | {end: 7}
+    text = json.dumps({"version": "1.0", "added_tokens": [], "model": {
+        "type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}})  # fmt: skip
+    write_run(tmp_path / "run", 50300, {"file": "tokenizer.json", "sha256": "0", "json": text}, **LLAMA)
+    hf_model, hf_tokenizer = export(tmp_path)
+    expected = 7 if end == "</s>" else None
+    generation = hf_model.generation_config
+    found = [generation.bos_token_id, generation.eos_token_id, generation.pad_token_id, hf_model.config.eos_token_id]
+    assert found == [expected] * 4 and hf_tokenizer.eos_token_id == expected
 
 
 @pytest.mark.parametrize(
@@ -170,9 +190,10 @@ def test_a_disk_that_takes_no_weights_keeps_no_part_of_them(tmp_path, capsys, ex
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -r requirements-eval.txt")
-def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path):
+@pytest.mark.parametrize("shape", [{}, LLAMA, LLAMA | {"qk_norm": True}, NEOX], ids=["gpt2", "llama", "qwen3", "neox"])
+def test_lm_eval_runs_few_shot_on_an_exported_model(tmp_path, shape):
     """The path of the SuperGLUE numbers in Sophia's paper: choices are compared by their likelihood after examples."""
-    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64, **LLAMA).eval()
+    model = write_run(tmp_path / "run", 50304, "gpt2", spread=5.0, block_size=64, **shape).eval()
     export(tmp_path)
     things = {"train": [("rose", 0), ("leaf", 1), ("frog", 1), ("blood", 0)], "test": [("grass", 1), ("brick", 0)] * 4}
     for split, rows in things.items():

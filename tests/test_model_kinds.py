@@ -9,12 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, cross_entropy
+from model import GPT, Cache, GPTConfig, cross_entropy
 from sample import generate
 from sophia import hutchinson
 from tests.test_model import randomize, tokens
+from train_adam import AdamConfig
+from training import memory
+from training.config import load_config
 from training.curvature import hessian_vector_product
-from training.memory import count_parameters
 from training.step import ModelLoss
 
 SHAPE = dict(block_size=16, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
@@ -221,6 +223,16 @@ def test_rope_reads_no_more_than_block_size_at_once():
         small("llama")(tokens(1, 17))
 
 
+@kinds
+def test_a_cache_takes_one_token_at_a_time_after_the_first(kind):
+    """Two would see each other, and what comes after them."""
+    model = small(kind)
+    caches = [Cache(16) for _ in range(2)]
+    model(tokens(1, 3), caches=caches)
+    with pytest.raises(ValueError, match="takes one at a time, got 2"):
+        model(tokens(1, 2), caches=caches)
+
+
 # ----- counting
 
 
@@ -252,10 +264,16 @@ def test_flops_per_token_is_what_torch_counts(kind):
     assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() - without_products)
 
 
-@kinds
-def test_the_formula_for_memory_counts_the_parameters(kind):
-    model = GPT(GPTConfig(**SHAPE | {"n_embd": 256} | KINDS[kind]))
-    assert count_parameters(model.config) == model.num_params(non_embedding=False)
+def test_the_formula_for_memory_takes_each_block_of_a_fused_matrix_as_one():
+    """Whitening factors of a Llama-like layer: query, two of n_kv_head, c_proj, gate, values, and the MLP's c_proj."""
+    small = [f"--{key}={value}" for key, value in (SHAPE | LLAMA | {"mlp_hidden": 48}).items() if key != "vocab_size"]
+    config = load_config(AdamConfig, [*small, "--optimizer_name=whitened_muon"])
+    shapes = 2 * [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    matrices = sum(rows * columns for rows, columns in shapes)
+    parameters = matrices + 97 * 32 + 5 * 32
+    assert memory.sizes(config, 97) == (parameters, matrices)
+    factors = sum(rows**2 + columns**2 for rows, columns in shapes)
+    assert memory.state_bytes(config, 1, 97) == 16 * parameters - 4 * matrices + 6 * factors
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,8 @@ def test_inverse_root_of_zeros_is_a_multiple_of_the_identity():
     zeros = inverse_root(torch.zeros(1, 5, 5), 0.25, 0.01)[0]
     torch.testing.assert_close(zeros, zeros[0, 0] * torch.eye(5), rtol=1e-3, atol=1e-3)
     assert zeros[0, 0] == pytest.approx(0.01**-0.25, rel=5e-3)
+    without_ridge = inverse_root(torch.zeros(1, 5, 5), 0.5, 0.0)[0]
+    assert torch.equal(without_ridge, without_ridge[0, 0] * torch.eye(5)) and without_ridge[0, 0].isfinite()
 
 
 @pytest.mark.parametrize("p, low, steps", [*((p, 9.5e-4, s) for p, s in _ROOT_STEPS.items()), (2, 1e-6, MINIMAX)])
@@ -338,9 +340,9 @@ def test_a_convolution_is_stepped_as_a_matrix():
 def test_a_matrix_of_zero_gradients_stays():
     p = parameters([(4, 4)], torch.float32)[0]
     start = p.detach().clone()
-    for cls in (Muon, WhitenedMuon):
+    for cls, settings in ((Muon, {}), (WhitenedMuon, {}), (WhitenedMuon, {"ridge": 0.0, "exponent": 0.5})):
         p.grad = torch.zeros_like(p)
-        cls([p], lr=0.1, weight_decay=0.0).step()
+        cls([p], lr=0.1, weight_decay=0.0, **settings).step()
         assert torch.equal(p, start)
 
 
@@ -642,6 +644,18 @@ def test_what_does_not_fit_after_a_change_is_refused(cls, change):
     messages = {"vector": "steps matrices", "rows": "split = 3 does not divide the rows"}
     with pytest.raises(ValueError, match=messages.get(change, "does not fit a parameter of shape")):
         optimizer.step()
+
+
+@classes
+def test_a_step_in_autocast_is_the_same(cls):
+    ends = []
+    for enabled in (False, True):
+        params = parameters(dtype=torch.float32)
+        optimizer = cls(params, lr=0.1, split=SPLITS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            train(optimizer, params, 2)
+        ends.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
 
 
 @classes

@@ -125,7 +125,7 @@ def test_fused_without_its_file_says_what_to_copy(monkeypatch):
 
 
 @devices
-@pytest.mark.parametrize("change", ["negated gradient", "transposed in place", "float16"])
+@pytest.mark.parametrize("change", ["negated gradient", "gradient without memory", "transposed in place", "float16"])
 def test_tensors_that_the_kernels_cannot_take_as_they_are_take_the_same_steps(device, change):
     ends = []
     for fused in (True, False):
@@ -136,6 +136,8 @@ def test_tensors_that_the_kernels_cannot_take_as_they_are_take_the_same_steps(de
             set_gradients(params, step)
             if change == "negated gradient":
                 params[0].grad = torch._neg_view(params[0].grad)
+            if change == "gradient without memory" and step == 2:
+                params[0].grad = torch._efficientzerotensor((8, 8), device=device)
             if change == "transposed in place" and step == 1:
                 params[0].data = params[0].data.t()
             optimizer.step()
@@ -144,3 +146,73 @@ def test_tensors_that_the_kernels_cannot_take_as_they_are_take_the_same_steps(de
         torch.testing.assert_close(
             p, q, rtol=1e-2 if device == "cuda" else 1e-5, atol=1e-2 if device == "cuda" else 1e-5
         )
+
+
+@devices
+def test_updates_of_blocks_of_width_1_are_those_of_float64(device):
+    """Their strides are a transpose's."""
+    exact, _ = run(WhitenedMuon, torch.float64, "cpu", max_width=1)
+    ours, _ = run(WhitenedMuon, torch.float32, device, fused=True, max_width=1)
+    for p, q, s in zip(ours, exact, parameters(SHAPES), strict=True):
+        moved, expected = p.detach().cpu().double() - s, q.detach() - s
+        assert (moved - expected).norm() < (2e-5 if device == "cpu" else 0.1) * expected.norm()
+
+
+@devices
+@pytest.mark.parametrize("cls", [Muon, WhitenedMuon])
+def test_a_backward_pass_through_values_before_a_fused_step_is_an_error(device, cls):
+    p = torch.nn.Parameter(torch.ones(8, 8, device=device))
+    output = torch.ones(1, 8, device=device, requires_grad=True) @ p
+    p.grad = torch.eye(8, device=device)
+    cls([p], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_torchs_default_device_does_not_matter():
+    ends = []
+    for default in ("cpu", "meta"):
+        muon_fused._table.cache_clear()
+        muon_fused._chunks.cache_clear()
+        params = [torch.nn.Parameter(p.detach().float()) for p in parameters(SHAPES)]
+        set_gradients(params, 0)
+        with torch.device(default):
+            Muon(params, lr=0.1, fused=True).step()
+        ends.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_from_before_its_parameter_grew_is_refused(fused):
+    """The kernels would read beside it."""
+    (p,) = parameters([(8, 8)], torch.float32)
+    p.grad = torch.ones_like(p)
+    p.data = torch.ones(16, 8)
+    with pytest.raises(ValueError, match=r"a gradient of shape \(8, 8\) .* does not fit"):
+        Muon([p], fused=fused).step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_matrix_that_loses_columns_in_place_is_noticed(fused):
+    """Addresses, strides and numbers of rows stay."""
+    (p,), (q,) = parameters([(8, 8)], torch.float32), parameters([(8, 8)], torch.float32)
+    optimizer, other = Muon([p], fused=fused), Muon([q])
+    for step in range(3):
+        for x, of in ((p, optimizer), (q, other)):
+            if step == 1:
+                momentum = of.state[x]["momentum_buffer"]
+                x.grad, x.data = None, x.data[:, :4] if of is optimizer else x.data[:, :4].contiguous()
+                of.state[x]["momentum_buffer"] = momentum[:, :4] if of is optimizer else momentum[:, :4].contiguous()
+            set_gradients([x], step)
+            of.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_whitened_steps_is_refused():
+    """It would never compute new roots."""
+    (p,) = (torch.nn.Parameter(p.detach().float().cuda()) for p in parameters([(8, 8)]))
+    p.grad, optimizer = torch.ones_like(p), WhitenedMuon([p])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="does not go into a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

@@ -133,10 +133,35 @@ def test_a_state_that_goes_to_other_memory_and_back_counts_on(implementation):
 @implementations
 def test_a_lazily_negated_gradient_has_its_sign(implementation):
     p = matrix()
-    before = p.detach().clone()
-    p.grad = torch._neg_view(torch.ones(6, 6))
-    SophiaG([p], lr=0.1, weight_decay=0.0, **implementation).step()
-    torch.testing.assert_close(p.detach(), before + 0.1)
+    before, optimizer = p.detach().clone(), SophiaG([p], lr=0.1, betas=(0.5, 0.99), weight_decay=0.0, **implementation)
+    negated = torch._neg_view(torch.ones(6, 6))
+    for gradient in (negated, torch.full((6, 6), 1.5), negated):  # the last one meets a plan
+        p.grad = gradient
+        optimizer.step()
+        before -= 0.1 * gradient.sign()
+        torch.testing.assert_close(p.detach(), before)
+
+
+@implementations
+def test_a_gradient_of_zeros_without_memory_leaves_the_momentum_to_decay(implementation):
+    p = matrix()
+    optimizer = SophiaG([p], betas=(0.5, 0.99), **implementation)
+    for gradient in (torch.ones(6, 6), torch.ones(6, 6), torch._efficientzerotensor((6, 6))):
+        p.grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((6, 6), 0.375))
+
+
+@implementations
+def test_a_backward_pass_through_values_before_a_step_is_an_error(implementation):
+    p = matrix()
+    optimizer = SophiaG([p], **implementation)
+    for _ in range(3):  # the later ones use the plan of the first
+        output = torch.ones(1, 6, requires_grad=True) @ p
+        p.grad = torch.ones(6, 6)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
 
 
 def test_a_model_of_another_dtype_goes_on():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from training.errors import UserError
 from training.foreign import read_bytes
-from training.schedule import SCHEDULES, TO_ZERO, stages
+from training.schedule import SCHEDULES, TO_ZERO, learning_rate, period, stages
 from training.terminal import warn
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
@@ -48,8 +48,14 @@ def setting(default, help, **limits):
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+class Given:
+    """Holds the names of the settings that the command line gave; a slot, which is not in vars() of a config."""
+
+    __slots__ = ("given",)
+
+
 @dataclass
-class TrainConfig:
+class TrainConfig(Given):
     """The settings of every training run. Their names are nanoGPT's and the official Sophia repository's."""
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
@@ -199,6 +205,12 @@ class TrainConfig:
             raise UserError(f"{beyond}; shorten the warm-up, or train for more steps.")
         if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.restart_iters is None:
             raise UserError("lr_schedule = 'cosine_restarts' needs --restart_iters, the steps of the first period.")
+        if self.decay_lr and self.lr_schedule == "cosine_restarts" and self.lr_decay_iters > self.warmup_iters:
+            start, length = period(self.lr_decay_iters - 1, self)
+            if self.lr_decay_iters < (end := round(start + length)):
+                cut = f"lr_decay_iters = {self.lr_decay_iters} cuts off the last period of cosine_restarts"
+                rate = f"at a learning rate of {learning_rate(self.lr_decay_iters - 1, self):.3g}"
+                _warn_once(f"{cut}, {rate}; complete periods end at steps {start:.0f} and {end}.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
@@ -277,6 +289,7 @@ def load_config(cls, argv=None):
             values[field.name] = _parse(field, text)
             on_command_line.add(field.name)
     config = cls(**with_current_values(cls, values))
+    config.given = on_command_line
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()

@@ -27,7 +27,7 @@ from training.errors import UserError
 from training.foreign import is_plain_name, read_json
 from training.terminal import warn
 from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
-from training.tokenizer import check_spec, describe, read_tokenizer_json
+from training.tokenizer import check_spec, describe, read_tokenizer_json, same
 from training.tokenizer import identity as tokenizer_identity
 from training.tracking import write_atomically
 
@@ -88,14 +88,15 @@ class TokenDataset:
         """The rows of the model's embedding: the vocabulary, GPT-2's padded."""
         return PADDED_GPT2_VOCAB_SIZE if self.vocab_size == GPT2_VOCAB_SIZE else self.vocab_size
 
-    def fits(self, rows):
-        """Whether a model that was trained elsewhere, with `rows` rows in its embedding, can read this corpus."""
-        gpt2 = self.tokenizer == "gpt2" and rows >= GPT2_VOCAB_SIZE  # padded or not
-        return gpt2 or rows in (self.vocab_size, self.model_vocab_size)
+    def fits(self, rows, theirs):
+        """Whether a model with `rows` rows in its embedding, which reads ids of the tokenizer `theirs`, has enough."""
+        least = GPT2_VOCAB_SIZE if self.tokenizer == "gpt2" else self.vocab_size
+        padded = theirs is not None and rows >= least and same(theirs, self.tokenizer)
+        return padded or rows in (self.vocab_size, self.model_vocab_size)
 
     def check_tokenizer(self, theirs, origin):
         """UserError where the model of `origin` reads ids of another tokenizer, `theirs` (None: nobody knows it)."""
-        if theirs is not None and tokenizer_identity(theirs) != tokenizer_identity(self.tokenizer):
+        if theirs is not None and not same(theirs, self.tokenizer):
             of, ours = describe(theirs), describe(self.tokenizer)
             add = "" if self.tokenizer else f"name the tokenizer in {self.folder / 'meta.json'}, or "
             problem = f"the model reads {of} and {self.folder} holds {f'other {ours}' if ours == of else ours}"

@@ -6,7 +6,7 @@ to_fp8(model, torch.device("cuda"))
 import torch
 
 from training.errors import UserError
-from training.fp8_loss import ROWS, gradient_errors
+from training.fp8_loss import ROWS, gradient_errors, is_hopper
 
 
 def to_fp8(model, device, emulate=False):
@@ -20,8 +20,8 @@ def to_fp8(model, device, emulate=False):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8 needs an NVIDIA GPU with FP8 products (H100, L40S), this is {name}; leave it off.")
     sizes = {name: getattr(model.config, name) for name in ("n_embd", "block_size", "mlp_hidden")}
-    sizes["n_kv_head * n_embd / n_head"] = model.config.qkv_rows[1]
-    for name, size in sizes.items():  # the products sum over widths forward, over tokens in a weight's gradient
+    sizes["(n_head + 2 n_kv_head) * n_embd / n_head"] = sum(model.config.qkv_rows)
+    for name, size in sizes.items():
         if size % 16:
             raise UserError(f"fp8 needs {name} to be a multiple of 16, got {size}; change it, or leave fp8 off.")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -29,17 +29,26 @@ def to_fp8(model, device, emulate=False):
     convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate))
 
 
+def check_fp8_tokens(tokens, name="fp8"):
+    """UserError if a micro-batch, of one of the sizes `tokens`, has no multiple of 16: a weight's gradient sums over
+    them."""
+    if wrong := [n for n in tokens if n % 16]:
+        few = f"{name} needs a multiple of 16 tokens in every micro-batch, one of this run has {wrong[0]}"
+        raise UserError(f"{few}; change batch_size, hess_bs or the length of a sequence, or leave {name} off.")
+
+
 def check_fp8_loss(device, config, tokens):
-    """UserError where training/fp8_loss.py cannot serve micro-batches of `tokens` with a model of `config` here."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    """UserError where training/fp8_loss.py cannot serve micro-batches of the sizes `tokens` with a `config`'s model."""
+    if device.type != "cuda" or not is_hopper(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")
     for name in ("n_embd", "vocab_size"):
         if getattr(config, name) % 16:
             size = getattr(config, name)
             raise UserError(f"fp8_loss needs {name} to be a multiple of 16, got {size}; change it, or leave it off.")
-    if tokens < ROWS:
-        few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {tokens:,}"
+    check_fp8_tokens(tokens, "fp8_loss")  # the loss of others would stay in bf16
+    if min(tokens) < ROWS:
+        few = f"fp8_loss needs {ROWS:,} tokens or more in a micro-batch, the smallest of this run has {min(tokens):,}"
         raise UserError(f"{few}; raise batch_size, or leave fp8_loss off.")
     errors = gradient_errors(config.n_embd, config.vocab_size, device)
     if not all(error < 0.1 for error in errors):  # NaN is not below either

@@ -16,17 +16,24 @@ ROWS = 8192  # hidden states in a chunk, at least
 TILE = 128, 256, 128, 8  # rows, columns, depth and warps of a tile of logits; the best of six on an H200
 
 
+def is_hopper(device):
+    """Whether a device of type "cuda" is one; an AMD GPU may have the same capability."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fits_fp8(hidden, weight):
-    """Whether `fp8_gradients` can serve them: bf16 and float32 on a Hopper GPU, sizes that are multiples of 16.
+    """Whether `fp8_gradients` can serve them: bf16 and float32 on a Hopper GPU, dense, sizes of multiples of 16.
 
     Fewer than ROWS rows stay in bf16, where the kernels were not tried.
     """
     return (
         hidden.is_cuda
         and (hidden.dtype, type(weight.data), weight.dtype) == (torch.bfloat16, torch.Tensor, torch.float32)
-        and torch.cuda.get_device_capability(hidden.device)[0] == 9
+        and is_hopper(hidden.device)
         and len(hidden) >= ROWS
         and not any(size % 16 for size in (*hidden.shape, len(weight)))
+        and hidden.is_contiguous()
+        and weight.is_contiguous()
     )
 
 

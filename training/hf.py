@@ -23,7 +23,7 @@ from model import EMBEDDINGS, GPT, GPTConfig
 from training.checkpoint import MANIFEST, load_checkpoint, read_checkpoint
 from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
-from training.foreign import Checkpoint, check_weights, load_tensors, restoring
+from training.foreign import Checkpoint, check_weights, load_tensors, read_json, restoring
 from training.optimizers import optimizer_of_state
 from training.tokenizer import get_tokenizer, gpt2_files, read_tokenizer_json
 
@@ -123,7 +123,6 @@ FAMILIES = {
         "GPTNeoX",
         {"norm": "layernorm", "position": "rope", "mlp": "gelu", "qk_norm": False},
         SHAPE | {"norm_eps": "layer_norm_eps", "parallel_block": "use_parallel_residual"},
-        {"attention_bias": True},
         blocks="gpt_neox.layers",
         modules={
             "transformer.wte": "gpt_neox.embed_in", "transformer.ln_f": "gpt_neox.final_layer_norm",
@@ -161,7 +160,8 @@ def load_model(init_from, out_dir, which="newest"):
         checkpoint, origin = load_pretrained(init_from), init_from
     rows = checkpoint["model_args"]["vocab_size"]
     if checkpoint["tokenizer"] is None and init_from != "resume":
-        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's.")
+        remedy = "a Hugging Face folder says it by its tokenizer.json"
+        raise UserError(f"{origin}: it does not say what its {rows} tokens are, and they are not GPT-2's; {remedy}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"], vocab_size=rows)
     if tokenizer.vocab_size > rows:
         problem = f"{origin}: its model has {rows} tokens and its tokenizer {tokenizer.vocab_size}"
@@ -172,7 +172,7 @@ def load_model(init_from, out_dir, which="newest"):
 
 
 @quiet()
-def from_pretrained(name, dropout=0.0):
+def from_pretrained(name):
     """The GPT with OpenAI's weights. transformers downloads them at the first use, then reads its cache.
 
     ValueError for an unknown name, and where the weights can neither be found nor downloaded.
@@ -182,34 +182,39 @@ def from_pretrained(name, dropout=0.0):
     from transformers import GPT2LMHeadModel
 
     try:
-        return from_hf(GPT2LMHeadModel.from_pretrained(name), dropout)
+        return from_hf(GPT2LMHeadModel.from_pretrained(name))
     except OSError as error:
         missing = f"the weights of {name} are neither in Hugging Face's cache (HF_HOME) nor downloadable now"
         raise ValueError(f"{missing}: run this once with access to huggingface.co") from error
 
 
 @quiet()
-def from_hf(hf_model, dropout=0.0):
+def from_hf(hf_model):
     """A GPT with float32 copies of the weights of a model of transformers, whose class is one of FAMILIES.
 
-    ValueError names the key of hf_model's config that GPT cannot be.
+    Where only some of its layers have biases, the others get zeros, which is the same function. ValueError names the
+    key of hf_model's config that GPT cannot be.
     """
     family = next((family for family in FAMILIES.values() if isinstance(hf_model, family.cls)), None)
     if family is None:
         known = ", ".join(family.cls.__name__ for family in FAMILIES.values())
         raise ValueError(f"from_hf takes one of {known}, got a {type(hf_model).__name__}")
+    config = _config_from_hf(family, hf_model.config)
+    # Its config may say something else: transformers does not tie two matrices that a file holds and that differ.
+    config.tie_embeddings = hf_model.get_input_embeddings().weight is hf_model.get_output_embeddings().weight
     with torch.device("meta"):
-        model = GPT(_config_from_hf(family, hf_model.config, dropout))
-    theirs = hf_model.state_dict()
-    weights = {name: torch.cat([theirs[their] for their in family.names(name)]) for name in model.state_dict()}
-    weights = {name: family.arranged(name, tensor, model.config, back=True) for name, tensor in weights.items()}
+        model = GPT(config)
+    theirs, weights = hf_model.state_dict(), {}
+    for name, tensor in model.state_dict().items():
+        parts = [theirs[their] for their in family.names(name) if their in theirs] or [torch.zeros(tensor.shape)]
+        weights[name] = family.arranged(name, torch.cat(parts), config, back=True)
     return assign(model, weights, torch.float32)
 
 
-def _config_from_hf(family, hf, dropout):
+def _config_from_hf(family, hf):
     """The GPTConfig of a config of transformers."""
     settings = family.kind | {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
-    settings |= {"dropout": dropout, "bias": family.kind.get("bias", getattr(hf, "attention_bias", True))}
+    settings["bias"] = family.kind.get("bias", family.name != "Llama" or hf.attention_bias or hf.mlp_bias)
     activations = {"silu": {}} if family.kind["mlp"] == "swiglu" else {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
                                                                      "gelu": "exact"}  # fmt: skip
     allowed = {family.act: tuple(activations), "quantization_config": (None,)}
@@ -222,8 +227,8 @@ def _config_from_hf(family, hf, dropout):
         settings["rope_base"] = float(rope["rope_theta"])
         if family.name == "GPTNeoX":
             settings["rope_dim"] = int(width * rope.get("partial_rotary_factor", 1.0))
-    if family.name == "Llama":
-        allowed["mlp_bias"] = (hf.attention_bias,)
+            if not settings["rope_dim"]:  # for GPTConfig 0 means all
+                raise ValueError(f"the Hugging Face model has rope_parameters={rope}, which rotates nothing")
     for key, values in allowed.items():
         if (value := getattr(hf, key, None)) not in values:
             expected = " or ".join(repr(value) for value in values if value is not None) or None
@@ -234,10 +239,11 @@ def _config_from_hf(family, hf, dropout):
 
 
 @quiet()
-def to_hf(model, vocab_size=None):
+def to_hf(model, vocab_size=None, end_of_text=None):
     """A copy of a GPT as a model of transformers, in eval mode: of the family in FAMILIES that has its settings.
 
     vocab_size: cut the rows beyond it, which pad the vocabulary (50257 for GPT-2's tokenizer); None keeps them.
+    end_of_text: the token at which its `generate` stops (50256 for GPT-2's tokenizer); None: there is none.
     A model without biases gets zeros where the family has them, which is the same function.
     ValueError names the settings that no family has.
     """
@@ -250,7 +256,7 @@ def to_hf(model, vocab_size=None):
         settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in misfits)
         raise ValueError(f"Hugging Face has no such model; the nearest, {family.name}, cannot have {settings}")
     with torch.device("meta"):
-        hf_model = family.cls(family.cls.config_class(**_settings_for_hf(family, config, vocab_size)))
+        hf_model = family.cls(family.cls.config_class(**_settings_for_hf(family, config, vocab_size, end_of_text)))
     if config.position == "rope":  # its frequencies are no weights, and are still on the meta device
         base = hf_model.base_model
         base.rotary_emb = type(base.rotary_emb)(config=hf_model.config)
@@ -265,11 +271,10 @@ def to_hf(model, vocab_size=None):
     return assign(hf_model, weights, model.lm_head.weight.dtype).eval()
 
 
-def _settings_for_hf(family, config, vocab_size):
+def _settings_for_hf(family, config, vocab_size, end_of_text):
     """The arguments of the family's config."""
     settings = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.fixed
     act = "silu" if config.mlp == "swiglu" else "gelu" if config.gelu == "exact" else "gelu_new"
-    end_of_text = 50256 if vocab_size > 50256 else None  # GPT-2's; other vocabularies have none
     settings |= {"vocab_size": vocab_size, family.act: act, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     if family.name == "GPT2":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -327,8 +332,9 @@ def start_from(config):
         weights[positions] = weights[positions][:block_size]
     args["block_size"] = block_size
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = {key: value for key in MODEL_SETTINGS if (value := getattr(config, key)) not in (args[key], defaults[key])}
-    checkpoint["unused"] = ", ".join(f"{key} = {value!r}" for key, value in given.items())
+    differing = {key: value for key in MODEL_SETTINGS if (value := getattr(config, key)) != args[key]}
+    given = [key for key, value in differing.items() if value != defaults[key] or key in getattr(config, "given", ())]
+    checkpoint["unused"] = ", ".join(f"{key} = {differing[key]!r}" for key in given)
     for key in MODEL_SETTINGS:
         setattr(config, key, args[key])
     shape = ", ".join(f"{key} = {args[key]}" for key in MODEL_SETTINGS)
@@ -381,43 +387,57 @@ def load_pretrained(init_from, parts=("model",)):
             raise UserError(f"init_from = {init_from!r}: {str(error).splitlines()[0]}.") from None
         checkpoint |= {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
     rows = checkpoint["model_args"]["vocab_size"]
-    checkpoint.setdefault("tokenizer", _guess_tokenizer(rows, path if kind == "hf" else ""))
+    checkpoint.setdefault("tokenizer", _find_tokenizer(rows, path if kind == "hf" else ""))
     checkpoint |= {"best_val_loss": float("inf"), "seconds": 0.0, "wandb_id": None}
     return checkpoint
 
 
-def _guess_tokenizer(rows, folder):
-    """GPT-2's if a model has as many tokens, padded or not, and its folder no other tokenizer.json; else None."""
-    if not 0 <= rows - GPT2_VOCAB_SIZE < 1000:
-        return None
+def _find_tokenizer(rows, folder):
+    """What a folder's tokenizer.json is. Without one GPT-2's if a model has as many tokens, padded or not; or None."""
     path = Path(folder, "tokenizer.json")
     if not folder or not path.exists():
-        return "gpt2"
-    spec = read_tokenizer_json(path)  # GPT-NeoX's tokenizer has nearly as many tokens
-    return "gpt2" if get_tokenizer(spec).ids == json.loads(gpt2_files()[0]) else spec
+        return "gpt2" if 0 <= rows - GPT2_VOCAB_SIZE < 1000 else None
+    spec = read_tokenizer_json(path)
+    try:
+        tokenizer = get_tokenizer(spec)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; replace or remove it.") from None
+    ids, characters = tokenizer.ids, "".join(sorted(tokenizer.ids, key=tokenizer.ids.get))
+    if len(characters) == len(ids) == tokenizer.vocab_size and json.loads(spec["json"])["model"]["type"] == "WordLevel":
+        return {"characters": characters}
+    return "gpt2" if len(ids) == GPT2_VOCAB_SIZE and ids == json.loads(gpt2_files()[0]) else spec
 
 
 @quiet()
 def _read_folder(path):
-    from transformers import AutoConfig
+    """The GPT of a Hugging Face folder. No code in it is run; transformers' AutoConfig would offer that."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if not (Path(path) / "config.json").exists():
         raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
     try:
-        model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+        config = read_json(Path(path) / "config.json")
+        model_type = config.get("model_type")
         if model_type not in FAMILIES:
             known = ", ".join(map(repr, FAMILIES))
             raise ValueError(f"{path} holds a model with model_type={model_type!r}, only {known} can be read")
-        cls = FAMILIES[model_type].cls
-        hf_model, info = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        family = FAMILIES[model_type]
+        if (layers := config.get(key := family.keys["n_layer"], 0)) > 10_000:  # transformers would build them all first
+            raise ValueError(f"{path} has {key}={layers!r} in its config.json, more than 10,000; is it damaged?")
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        hf_model, info = family.cls.from_pretrained(path, **options)
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything there
-        raise ValueError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason})") from None
     if info["missing_keys"]:
         raise ValueError(f"{path} lacks weights, {min(info['missing_keys'])} among them")
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        shapes = f"{key} is {tuple(found)}, its config.json says {tuple(wanted)}"
+        raise ValueError(f"{path} has weights of other shapes: {shapes}; copy both files again")
     extra = [key for key in info["unexpected_keys"] if not key.endswith(".masked_bias")]  # GPT-2's constant, once saved
     if extra:
         raise ValueError(f"{path} has weights that its config.json does not describe, {min(extra)} among them")
@@ -440,9 +460,11 @@ def _read_import(path):
     args = {key: value for key, value in foreign["model_args"].items() if key in (*MODEL_SETTINGS, "vocab_size")}
     official = "scale_attn_by_inverse_layer_idx" in args  # its model has the tanh GELU, nanoGPT's the exact one
     args |= {"bias": "transformer.ln_f.bias" in weights, "gelu": "tanh" if official else "exact"}
+    ends = [weights.get(name) for name in ("transformer.wte.weight", "lm_head.weight")]
+    args["tie_embeddings"] = not all(map(torch.is_tensor, ends)) or torch.equal(*ends)  # old files have two matrices
     check_weights(weights, args, path)
     with restoring(path, "optimizer's state"):
-        optimizer = _named_states(foreign.get("optimizer"), weights, path)
+        optimizer = _named_states(foreign.get("optimizer"), weights, args["tie_embeddings"], path)
     return {
         "model": weights,
         "model_args": dataclasses.asdict(GPTConfig(**args)),
@@ -452,7 +474,7 @@ def _read_import(path):
     }
 
 
-def _named_states(optimizer, weights, path):
+def _named_states(optimizer, weights, tied, path):
     """(optimizer_name, {parameter name: state}) of an optimizer's state_dict, which knows parameters only by number.
 
     nanoGPT numbers all matrices with the embeddings, then all vectors, each in the model's order. The official
@@ -460,7 +482,7 @@ def _named_states(optimizer, weights, path):
     """
     if not optimizer or not optimizer.get("state"):
         return None
-    names = [name for name in weights if name != "lm_head.weight"]  # tied: it counts once, as wte
+    names = [name for name in weights if name != "lm_head.weight" or not tied]  # if tied, it counts once, as wte
     matrices = [name for name in names if weights[name].dim() > 1]
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     if len(optimizer["param_groups"][0]["params"]) != len(matrices):

@@ -17,8 +17,8 @@ class LinearLoss(torch.autograd.Function):
     """loss(hidden @ weight.T, targets), a scalar, for a `loss` that is a mean over all rows of the logits.
 
     Every row has a target; there is no ignore_index. The forward pass computes the gradients too, chunk by chunk,
-    while a chunk's logits exist. The gradient of the weight is summed in the weight's precision. fp8: the products of
-    cross_entropy are those of `fp8_gradients`.
+    while a chunk's logits exist. So it can be differentiated once. The gradient of the weight is summed in the weight's
+    precision. fp8: the products of cross_entropy are those of `fp8_gradients`.
     """
 
     ELEMENTS = 2**30  # logits in a chunk, at most
@@ -28,8 +28,8 @@ class LinearLoss(torch.autograd.Function):
         if fp8:
             total, d_hidden, d_weight, rows = fp8_gradients(hidden, weight, targets)
             if len(rows):
-                more, d_hidden[rows], product = chunked_gradients(hidden[rows], weight, targets[rows], loss)
-                total, d_weight = total + more, d_weight.add_(product)
+                more, d_hidden[rows], _ = chunked_gradients(hidden[rows], weight, targets[rows], loss, d_weight)
+                total += more
         else:
             total, d_hidden, d_weight = chunked_gradients(hidden, weight, targets, loss)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -37,15 +37,18 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError("LinearLoss can be differentiated once; use the model's own loss for create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         scale = (grad_output / len(d_hidden)).view(1, 1)  # CUDA would round a 0-dimensional tensor to hidden's dtype
         return torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden)), d_weight * scale, None, None, None
 
 
-def chunked_gradients(hidden, weight, targets, loss):
-    """The sum of the rows' losses and its gradients with respect to hidden (N, C) and weight (V, C)."""
+def chunked_gradients(hidden, weight, targets, loss, d_weight=None):
+    """The sum of the rows' losses and its gradients for hidden (N, C) and weight (V, C), added to d_weight if given."""
     narrow, chunks = weight.to(hidden.dtype), -(-len(hidden) * len(weight) // LinearLoss.ELEMENTS)
-    total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
+    total, d_hidden = 0.0, torch.empty_like(hidden)
+    d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
     room = hidden.new_empty(-(-len(hidden) // chunks), len(weight))
     for h, t, d_h in zip(*(x.tensor_split(chunks) for x in (hidden, targets, d_hidden)), strict=True):
         logits = torch.mm(h, narrow.t(), out=room[: len(h)])
@@ -131,7 +134,9 @@ def _kernel():
                 likely = tl.maximum(likely, tl.max(tl.where(weights > 0, at, 0)))
                 below += tl.sum(sums)
             target = tl.minimum(label, likely)  # by rounding, the sums may end below the total
-        tl.store(losses + row, log_total / LOG2_E - tl.load(base + target).to(tl.float32))
+        known = (target >= 0) & (target < columns)  # another label makes the loss NaN
+        own = tl.load(base + target, mask=known, other=float("nan")).to(tl.float32)
+        tl.store(losses + row, log_total / LOG2_E - own)
         tl.debug_barrier()  # the target's logit is read before its gradient overwrites it
         for first in range(0, columns, LANES * EACH):
             at = first + tile

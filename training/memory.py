@@ -10,29 +10,12 @@ import os
 
 import torch
 
-from model import GPTConfig
+from model import GPT, GPTConfig
 from muon import _blocks
 from training.config import model_config
 from training.exchange import MUON_TRIPS
 
 FREE = 0.1  # share of the memory that is left to the libraries and to fragmentation
-
-
-def count_parameters(model):
-    """Parameters of a GPT with this GPTConfig, without building it."""
-    rows = model.vocab_size * (1 if model.tie_embeddings else 2)
-    rows += model.block_size if model.position == "learned" else 0
-    norm = model.n_embd * (2 if model.bias and model.norm == "layernorm" else 1)
-    block = sum(rows * columns + model.bias * rows for rows, columns in _block_matrices(model))
-    block += 2 * norm + 2 * model.head_dim * model.qk_norm
-    return rows * model.n_embd + model.n_layer * block + norm
-
-
-def _block_matrices(model):
-    """(rows, columns) of the matrices of a block."""
-    width, hidden = model.n_embd, model.mlp_hidden
-    into = [(hidden, width)] * (2 if model.mlp == "swiglu" else 1)
-    return [*((rows, width) for rows in model.qkv_rows), (width, width), *into, (width, hidden)]
 
 
 def micro_batch_sizes(total_bs, ranks):
@@ -62,7 +45,6 @@ def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
     A sharded rank that accumulates gradients over several micro-batches keeps what fsdp_keep says until the last. Muon
     has one moment of a matrix, and its share of the whitening factors (float32) and roots (bfloat16).
     """
-    model = model_config(config, vocab_size)
     parameters, matrices = sizes(config, vocab_size)
     muon = config.optimizer_name in MUON_TRIPS
     shards = (config.fsdp_shard or ranks) if config.fsdp else 1
@@ -72,17 +54,31 @@ def state_bytes(config, ranks, vocab_size=GPTConfig.vocab_size):
         state += 2 * parameters
     if muon and config.optimizer_name != "muon":
         squares = {"input": slice(1, 2), "output": slice(0, 1), "both": slice(2)}[config.whiten_sides]
-        widths = [width for shape in _block_matrices(model) for width in shape[squares]]
+        widths = [width for shape in _hidden_matrices(_model(config, vocab_size)) for width in shape[squares]]
         blocks = [_blocks(width, config.whiten_max_width) for width in widths]
-        factors = model.n_layer * sum(n * (width // n) ** 2 for n, width in zip(blocks, widths, strict=True))
+        factors = sum(n * (width // n) ** 2 for n, width in zip(blocks, widths, strict=True))
         state += 6 * factors / (shards if config.fsdp else ranks)
     return state
 
 
 def sizes(config, vocab_size=GPTConfig.vocab_size):
     """(numbers in the model's parameters, those in its hidden matrices)."""
-    model = model_config(config, vocab_size)
-    return count_parameters(model), model.n_layer * sum(map(math.prod, _block_matrices(model)))
+    model = _model(config, vocab_size)
+    return model.num_params(non_embedding=False), sum(map(math.prod, _hidden_matrices(model)))
+
+
+def _model(config, vocab_size):
+    """The model of a run with this config, without memory."""
+    with torch.device("meta"):
+        return GPT(model_config(config, vocab_size))
+
+
+def _hidden_matrices(model):
+    """(rows, columns) of the matrices of all blocks; query, key and value are three, SwiGLU's gate and values two."""
+    group = model.parameter_groups(0.0)[0]
+    for p, split in zip(group["params"], group["split"], strict=True):
+        rows = split if isinstance(split, tuple) else (len(p) // split,) * split
+        yield from ((count, p.size(1)) for count in rows)
 
 
 def largest(sizes, fits, guess):

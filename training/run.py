@@ -29,7 +29,7 @@ from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
 from training.foreign import restoring
-from training.fp8 import check_fp8_loss, to_fp8
+from training.fp8 import check_fp8_loss, check_fp8_tokens, to_fp8
 from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
 from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
@@ -147,12 +147,19 @@ class Run:
         if config.batch_size == "auto":
             self._choose_batch_size(checkpoint["config"].get("batch_size", 0) if resume else None)
         if config.fp8_loss:
-            check_fp8_loss(world.device, model_config, self._batches.tokens_at_once())
+            tokens = self._batches.tokens_at_once(config.total_bs)
+            world.on_all_ranks(lambda: check_fp8_loss(world.device, model_config, tokens))
+        if config.fp8:
+            estimates = getattr(config, "hess_bs", config.total_bs)
+            tokens = [n for count in (config.total_bs, estimates) for n in self._batches.tokens_at_once(count)]
+            world.on_all_ranks(lambda: check_fp8_tokens(tokens))
         self._changed = self._changes(checkpoint) if resume else {}
         self._history = list(checkpoint.get("history", [])) if resume else []
         self._history += [{"step": self.step, "changed": self._changed}] if self._changed else []
         with restoring(origin, "counters"):
             self._train_step.load_state_dict(checkpoint if resume else {"step": self.step})
+        if "block_size_schedule" in self._changed:  # the steps before are of no stage of this schedule
+            self._train_step.start_stage(self.step)
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or (resume and checkpoint.get("shared_device") is True)
@@ -329,7 +336,8 @@ class Run:
         """
         config = self.config
         rows = checkpoint["model_args"]["vocab_size"] if checkpoint else 0
-        rows = rows if not self.corpus or self.corpus.fits(rows) else self.corpus.model_vocab_size
+        fits = not self.corpus or (checkpoint and self.corpus.fits(rows, checkpoint.get("tokenizer")))
+        rows = rows if fits else self.corpus.model_vocab_size
         wanted = model_config(config, rows)
         if not checkpoint:
             return wanted
@@ -470,6 +478,7 @@ class Run:
                 return
             metrics = {}
             stage_ends = step in stage_starts or (bool(stage_starts) and step == config.max_iters)
+            stage_ends &= step > self.step or "block_size_schedule" not in self._changed
             if step % config.eval_interval == 0 or stage_ends or step >= config.max_iters or config.eval_only:
                 with self._clock.paused():
                     metrics |= self.evaluate()

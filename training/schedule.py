@@ -41,15 +41,21 @@ def learning_rate(step, config):
         start = max(start, config.lr_decay_iters * (1 - config.wsd_decay))
         length = config.lr_decay_iters - start
     elif config.lr_schedule == "cosine_restarts":
-        length = config.restart_iters
-        while step >= start + length:
-            start, length = start + length, length * config.restart_multiplier
+        start, length = period(step, config)
     progress = max(0.0, (step - start) / length) if length else 0.0
     if config.lr_schedule in TO_ZERO:
         left = 1 - (math.sqrt(progress) if config.lr_schedule == "wsd_sqrt" else progress)
     else:
         left = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def period(step, config):
+    """(first step, number of steps) of the period of cosine_restarts that `step`, after the warm-up, is in."""
+    start, length = config.warmup_iters, config.restart_iters
+    while step >= start + length:
+        start, length = start + length, length * config.restart_multiplier
+    return start, length
 
 
 def sequence_length(step, config):

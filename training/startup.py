@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend
 
+from training.fp8_loss import is_hopper
 from training.lock import fcntl
 
 KERNELS = {
@@ -52,8 +53,7 @@ def attention_line(config, dtype, device):
         grouped = config.n_kv_head < config.n_head
         kind = torch._fused_sdp_choice(q, k, v, dropout_p=config.dropout, is_causal=True, enable_gqa=grouped)
         kernel, version = KERNELS[SDPBackend(kind).name], torch.backends.cudnn.version() or 0
-        is_hopper = not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
-        if kernel == "FlashAttention-2" and is_hopper:
+        if kernel == "FlashAttention-2" and is_hopper(device):
             old = f" (torch prefers cuDNN from {PREFERRED} on, this is {version})" if version < PREFERRED else ""
             kernel += f"{old}; {COST}"
         return f"attention: {kernel}"

@@ -55,10 +55,9 @@ class Batches:
         start, seen = self._start
         return max(0, seen + (step - start) * self.config.total_bs)
 
-    def tokens_at_once(self):
-        """Tokens in a training micro-batch of this rank; with block_size_schedule in the smallest."""
-        lengths = [length for _, length in stages(self.config)]
-        return min(len(self._micro_batches(self.config.total_bs, n)[0][0]) * n for n in lengths)
+    def tokens_at_once(self, sequences):
+        """Tokens in a micro-batch of this rank, of a batch of so many full sequences; one number for each stage."""
+        return [len(self._micro_batches(sequences, length)[0][0]) * length for _, length in stages(self.config)]
 
     def close(self):
         self._prefetcher.close()

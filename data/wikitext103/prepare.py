@@ -5,8 +5,8 @@
 
 PATH is the folder of an unpacked wikitext-103-v1.zip (wiki.train.tokens, ...) or wikitext-103-raw-v1.zip
 (wiki.train.raw, ...), or parquet files of the hub. The lines from one article's title (" = Title = ") to the next
-become one document. A file belongs to the split "train" or "valid" that its name or its folder's name contains; "test"
-is left out. If "train" or "valid" is missing, a hash of each document decides, with --val_fraction.
+become one document. A file belongs to the split "train" or "valid" that is in its name or its folder's name; "test" and
+all other files are left out. If "train" or "valid" is missing, a hash of each document decides, with --val_fraction.
 """
 
 import io
@@ -19,7 +19,7 @@ from data import corpus, sources
 from training.errors import command
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
-TITLE = re.compile(r"^ = [^=\n].* = $", re.MULTILINE)
+TITLE = re.compile(r"^ = [^=\n].* = \r?$", re.MULTILINE)
 
 
 def articles(texts):

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -189,6 +190,56 @@ def test_wikitext_files_are_split_by_their_names(tmp_path, names):
     found = read_corpus(tmp_path / "out")[1]
     texts = {split: [text for text in texts if text.strip()] for split, texts in found.items()}
     assert texts == {"train": ARTICLES, "val": ARTICLES[1:]}
+
+
+TITLED = {"wiki.train.tokens": LINES, "wiki.valid.tokens": LINES[8:]}
+
+
+def wikitext_from(tmp_path, files, *options, newline="\n"):
+    """What the script prints that reads these files of lines, {path: lines}."""
+    for name, lines in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join((line or " \n").replace("\n", newline) for line in lines), newline="")
+    return prepare("wikitext103", "--source", tmp_path / "in", "--out_dir", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    "files, options, message",
+    [
+        ({"wiki.test.tokens": LINES}, (), "it holds nothing but files for tests, by their names"),
+        (TITLED | {"wiki.train.tokens": []}, (), "came into train.bin: its files hold no text"),
+        (TITLED | {"wiki.valid.tokens": ["\n"]}, (), "came into val.bin: its files hold no text"),
+        (TITLED, ("--val_fraction", 0.2), "--val_fraction has no effect: the files are given, or named"),
+        (
+            TITLED | {"wiki.train.raw": LINES},
+            (),
+            "wiki.train.raw and .*in/wiki.train.tokens are two versions of one",
+        ),
+        (
+            {f"wikitext-{size}/{name}": lines for size in (2, 103) for name, lines in TITLED.items()},
+            (),
+            "in/wikitext-103/wiki.train.tokens and .*in/wikitext-2/wiki.train.tokens are two versions",
+        ),
+    ],
+)
+def test_wikitext_folders_that_are_not_one_corpus_are_refused(tmp_path, files, options, message):
+    result = wikitext_from(tmp_path, files, *options)
+    assert result.returncode == 2 and re.search(message, result.stderr) and result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_wikitext_says_which_files_it_leaves_out(tmp_path):
+    result = wikitext_from(tmp_path, TITLED | {"constraints.txt": ["never"], "latest.md": ["never"]})
+    assert "left out by their names: constraints.txt, latest.md\n" in result.stdout
+    assert "never" not in str(read_corpus(tmp_path / "out")[1])
+
+
+def test_wikitext_articles_in_files_of_windows(tmp_path):
+    result = wikitext_from(tmp_path, TITLED, newline="\r\n")
+    assert result.returncode == 0, result.stderr
+    texts = [text for text in read_corpus(tmp_path / "out")[1]["train"] if text.strip()]
+    assert texts == [article.replace("\n", "\r\n") for article in ARTICLES]
 
 
 @pytest.mark.parametrize("name", ["wikitext103", "openwebtext", "fineweb", "tinystories"])

@@ -75,13 +75,32 @@ def test_refusals(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words, wrong",
+    [
+        (["--block_size_schedule=0:3,2:16"], None),
+        (["--block_size_schedule=0:3,2:16", "--batch_size=2"], 24),  # 128 sequences of 3 tokens: 16 times 8, not 10
+        (["--block_size_schedule=0:3,2:16", "--hess_bs=15", "--batch_size=4"], 60),  # of 80: 4 times 20, not 21
+    ],
+)
+def test_the_tokens_of_every_micro_batch_have_to_fit_before_the_run_begins(tiny, tmp_path, monkeypatch, words, wrong):
+    """A stage that begins after hours could fail else. A GPU takes multiples of 16; the emulation takes all."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(run_module, "to_fp8", lambda model, device: to_fp8(model, device, emulate=True))
+    argv = [*tiny, "--dtype=bfloat16", "--fp8=True", "--max_iters=4", *words]
+    with pytest.raises(UserError, match=f"has {wrong}; change batch_size") if wrong else contextlib.nullcontext():
+        main(argv)
+    assert (tmp_path / "out" / "config.json").exists() == (wrong is None)
+
+
+@pytest.mark.parametrize(
     ("width", "tokens", "errors", "message"),
     [
-        (64, 8192, (0.03, 0.06), None),
-        (40, 8192, (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
-        (64, 4096, (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
-        (64, 8192, (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
-        (64, 8192, (float("nan"), 0.03), "wrong gradients here"),
+        (64, [8192], (0.03, 0.06), None),
+        (40, [8192], (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
+        (64, [9000, 8192], (0.03, 0.06), "fp8_loss needs a multiple of 16 tokens .* has 9000"),
+        (64, [8192, 4096], (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
+        (64, [8192], (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
+        (64, [8192], (float("nan"), 0.03), "wrong gradients here"),
     ],
 )
 def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch, width, tokens, errors, message):
@@ -92,14 +111,23 @@ def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch,
         check_fp8_loss(torch.device("cuda"), config, tokens)
 
 
-def test_the_smallest_micro_batch_counts_the_ranks_and_the_stages():
+def test_an_amd_gpu_of_hoppers_capability_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "MI300X")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, vocab_size=64)
+    with pytest.raises(UserError, match=r"fp8_loss needs a Hopper GPU .* this is MI300X"):
+        check_fp8_loss(torch.device("cuda"), config, [8192])
+
+
+def test_the_size_of_a_micro_batch_counts_the_ranks_and_the_stages():
     def tokens(ranks, **settings):
         config = AdamConfig(dataset="none", total_bs=24, block_size=64, batch_size=8, **settings)
-        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once()
+        return Batches(config, None, SimpleNamespace(share=lambda n: range(n // ranks), size=ranks)).tokens_at_once(24)
 
-    assert tokens(1) == 8 * 64
-    assert tokens(4) == 6 * 64
-    assert tokens(1, block_size_schedule="0:48,10:64") == 8 * 48
+    assert tokens(1) == [8 * 64]
+    assert tokens(4) == [6 * 64]
+    assert tokens(1, block_size_schedule="0:48,10:64") == [8 * 48, 8 * 64]
 
 
 @pytest.mark.gpu

@@ -1,12 +1,16 @@
 """Weights from and to elsewhere: against Hugging Face's logits; an imported run goes on as it would have; bad files."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
+import export_hf
 import train_adam
 import train_sophiag
 from model import GPT, GPTConfig
@@ -36,13 +40,13 @@ def official_groups(model):
     return [[named[name] for name in named if name in linear], [named[name] for name in named if name not in linear]]
 
 
-def foreign(path, corpus, make_optimizer, groups, official, bias=True, **extra):
+def foreign(path, corpus, make_optimizer, groups, official, bias=True, tied=True, **extra):
     """A ckpt.pt as another repository writes it after STEPS steps, and what it would do in the next 5: their losses."""
     torch.manual_seed(1)
     args = {**SHAPE, "bias": bias, "dropout": 0.0}
     if official:
         args["scale_attn_by_inverse_layer_idx"] = True
-    model = GPT(GPTConfig(**args, gelu="tanh" if official else "exact"))
+    model = GPT(GPTConfig(**args, gelu="tanh" if official else "exact", tie_embeddings=tied))
     optimizer = make_optimizer([{"params": group} for group in groups(model)])
     bs = {"bs": 24 * 16} if isinstance(optimizer, SophiaG) else {}
     losses = []
@@ -84,14 +88,17 @@ SAME = ["--learning_rate=1e-2", "--decay_lr=False", "--weight_decay=0", "--grad_
 
 
 @pytest.mark.parametrize(
-    "script, make, groups, official, bias",
-    [(train_adam, adamw, nanogpts_groups, False, False), (train_adam, adamw, nanogpts_groups, False, True),
-     (train_adam, adamw, official_groups, True, True), (train_sophiag, sophiag, official_groups, True, False)],
-    ids=["nanogpt", "nanogpt with biases", "official adamw", "official sophiag"],
+    "script, make, groups, official, bias, tied",
+    [(train_adam, adamw, nanogpts_groups, False, False, True), (train_adam, adamw, nanogpts_groups, False, True, False),
+     (train_adam, adamw, official_groups, True, True, True),
+     (train_sophiag, sophiag, official_groups, True, False, True)],
+    ids=["nanogpt", "nanogpt with biases and two matrices", "official adamw", "official sophiag"],
 )  # fmt: skip
-def test_an_imported_run_goes_on_as_before(corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias):
+def test_an_imported_run_goes_on_as_before(
+    corpus, tmp_path, capsys, monkeypatch, script, make, groups, official, bias, tied
+):
     path, tiny = tmp_path / "ckpt.pt", tiny_words(corpus, tmp_path / "out")
-    expected = foreign(path, corpus, make, groups, official, bias)
+    expected = foreign(path, corpus, make, groups, official, bias, tied)
     more = ["--hess_interval=1000", "--rho=0.1"] if script is train_sophiag else []
     script.main([*tiny, *SAME, *more, f"--init_from=import:{path}"])
     lines = read_lines(tmp_path / "out")
@@ -107,7 +114,7 @@ def test_an_imported_run_goes_on_as_before(corpus, tmp_path, capsys, monkeypatch
     assert without != pytest.approx(expected, abs=1e-3), "the state has to matter for this to test it"
     assert f"step 5 with the state of its {config['optimizer_name']}" in capsys.readouterr().out
 
-    shape = ["--n_layer=1", "--n_head=4", "--n_embd=24", f"--bias={bias}", f"--gelu={gelu}"]
+    shape = ["--n_layer=1", "--n_head=4", "--n_embd=24", f"--bias={bias}", f"--gelu={gelu}", f"--tie_embeddings={tied}"]
     shape.append(f"--scale_attn_by_inverse_layer_idx={official}")
     script.main([*tiny, *SAME, *more, *shape, "--init_from=resume", "--max_iters=12"])
     assert [line["step"] for line in read_lines(tmp_path / "out")] == [5, 6, 7, 8, 9, 10, 11, 12]
@@ -249,8 +256,7 @@ def test_from_pretrained_has_the_weights_and_refuses_unknown_names(monkeypatch):
     hf_model = small_hf()
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: hf_model)
     idx = tokens(2, 32)
-    model = from_pretrained("gpt2", dropout=0.25)
-    assert model.config.dropout == 0.25
+    model = from_pretrained("gpt2")
     torch.testing.assert_close(model.eval()(idx, idx)[0], hf_model(idx).logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="'gpt3', choose one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         from_pretrained("gpt3")
@@ -277,9 +283,12 @@ SETTINGS = {
 VARIANTS = [
     ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": None, "rms_norm_eps": 1e-4}),
     ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0, "intermediate_size": 40}),
+    ("LlamaConfig", {"attention_bias": True}),
+    ("LlamaConfig", {"mlp_bias": True}),
     ("Qwen3Config", {}),
     ("Qwen3Config", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    ("GPTNeoXConfig", {"attention_bias": False}),
     ("GPTNeoXConfig", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
     ("GPTNeoXConfig", {"tie_word_embeddings": True, "layer_norm_eps": 1e-3, "rotary_emb_base": 100}),
 ]
@@ -310,6 +319,23 @@ def test_logits_of_other_families_both_ways(tmp_path, name, settings):
     read = load_pretrained(f"hf:{tmp_path}")
     assert read["model_args"] == dataclasses.asdict(model.config)
     assert all(torch.equal(read["model"][key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", *SETTINGS])
+def test_two_matrices_in_a_file_stay_two_although_its_config_ties_them(tmp_path, name):
+    """As transformers has it, which warns of that."""
+    from transformers import AutoModelForCausalLM
+
+    make = small_hf if name == "GPT2Config" else functools.partial(other_hf, name)
+    make(tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    expected, idx = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval(), tokens(2, 32)
+    read = load_pretrained(f"hf:{tmp_path}")
+    model = GPT(GPTConfig(**read["model_args"]))
+    model.load_state_dict(read["model"])
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    torch.testing.assert_close(model(idx, idx)[0], expected(idx).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -364,15 +390,14 @@ def test_to_hf_names_what_no_family_has(settings, message):
     "name, settings, message",
     [
         ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters=.*'linear'"),
-        ("LlamaConfig", {"attention_bias": True}, "mlp_bias=False, GPT can only be True"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "hidden_act='gelu', GPT can only be 'silu'"),
         ("LlamaConfig", {"head_dim": 16}, "head_dim=16, GPT can only be 8"),
         ("Qwen3Config", {"head_dim": 16}, "head_dim=16"),
         ("Qwen3Config", {"attention_bias": True}, "attention_bias=True, GPT can only be False"),
         ("Qwen3Config", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True|layer_types="),
-        ("GPTNeoXConfig", {"attention_bias": False}, "attention_bias=False, GPT can only be True"),
         ("GPTNeoXConfig", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("GPTNeoXConfig", {"rotary_pct": 0.4}, "rope_dim must be even"),
+        ("GPTNeoXConfig", {"rotary_pct": 0.1}, "partial_rotary_factor': 0.1.*, which rotates nothing"),
     ],
 )
 def test_from_hf_names_the_key_of_other_families(name, settings, message):
@@ -466,6 +491,7 @@ def test_the_fine_tuning_configs(name):
 
 
 def refused(capsys, argv, message):
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         command(lambda: train_adam.main(argv))
     error = capsys.readouterr().err
@@ -518,9 +544,45 @@ def test_folders_that_cannot_be_read(tiny, tmp_path, capsys):
     refused(capsys, argv, "model_type='mixtral', only 'gpt2', 'llama', 'qwen3', 'gpt_neox' can be read")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     refused(capsys, argv, "cannot be read")
+    for text in ("[]", "{", '{"model_type": []}'):
+        (folder / "config.json").write_text(text)
+        refused(capsys, argv, "init_from = 'hf:")
     allowed = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:DIR, import:PATH"
     refused(capsys, [*tiny, "--init_from=hf:"], allowed)
     refused(capsys, [*tiny, "--init_from=gpt3"], "init_from = 'gpt3' is not possible")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"intermediate_size": 80}, "mlp.down_proj.weight is (32, 64), its config.json says (32, 80); copy both"),
+        ({"num_attention_heads": 5}, "The hidden size (32) is not a multiple of the number of attention heads (5)"),
+        ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers=1000000000 in its config.json, more than 10,000"),
+    ],
+)
+def test_a_config_that_is_not_of_its_weights_is_named(tiny, tmp_path, capsys, settings, message):
+    other_hf("LlamaConfig").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    refused(capsys, [*tiny, f"--init_from=hf:{tmp_path}"], message)
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+def test_code_in_a_folder_is_neither_run_nor_offered(tiny, tmp_path, capsys, monkeypatch, model_type):
+    """Whoever answers transformers' question with y runs it."""
+    folder = tmp_path / "hf"
+    other_hf("LlamaConfig").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    if model_type == "llama":
+        assert load_pretrained(f"hf:{folder}")["model_args"]["norm"] == "rmsnorm"
+    else:
+        refused(capsys, [*tiny, f"--init_from=hf:{folder}"], "model_type='own', only 'gpt2'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_another_tokenizer_of_that_size_is_not_gpt2s(gpt2_corpus, tmp_path, capsys):
@@ -534,6 +596,40 @@ def test_a_folder_with_another_tokenizer_of_that_size_is_not_gpt2s(gpt2_corpus, 
     assert tokenizer.vocab_size == 50277 and tokenizer.decode([7]) == "t7"
     error = "tokens of tokenizer.json"
     refused(capsys, [*tiny_words(gpt2_corpus, tmp_path / "out"), f"--init_from=hf:{tmp_path}/hf"], error)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_folder_with_a_tokenizer_of_its_own_and_padding_rows_is_used_throughout(tmp_path, capsys, name):
+    """As Qwen3 and Pythia are: fewer tokens than rows. Its export is saved in another form, and is the same again."""
+    from tokenizers import Tokenizer, models
+
+    hf, data_folder, run = tmp_path / "hf", tmp_path / "data", tmp_path / "run"
+    other_hf(name, vocab_size=80).save_pretrained(hf)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(63)} | {"</s>": 63}, unk_token="t0"))
+    words.save(str(hf / "tokenizer.json"), pretty=False)
+    write_corpus(data_folder)
+    content = (hf / "tokenizer.json").read_bytes()
+    (data_folder / "tokenizer.json").write_bytes(content)
+    spec = {"file": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest()}
+    (data_folder / "meta.json").write_text(json.dumps({"vocab_size": 64, "tokenizer": spec}))
+
+    model, tokenizer, _ = load_model(f"hf:{hf}", None)
+    assert (model.config.vocab_size, tokenizer.vocab_size, tokenizer.decode([7, 8])) == (80, 64, "t7 t8")
+    evaluated = evaluate.main([f"--init_from=hf:{hf}", f"--dataset={data_folder}", "--device=cpu", "--stride=32"])
+    assert evaluated["loss"] > 4
+    tiny = [word for word in tiny_words(data_folder, run) if not word.startswith("--n_")] + ["--warmup_iters=0"]
+    train_adam.main([*tiny, f"--init_from=hf:{hf}", "--max_iters=2"])
+    args = read_checkpoint(run / "ckpt.pt")["model_args"]
+    assert args["vocab_size"] == 80
+    shape = [f"--{key}={value}" for key, value in args.items() if key in MODEL_SETTINGS]
+    train_adam.main([*tiny, *shape, "--init_from=resume", "--max_iters=3"])
+    export_hf.main([f"--out_dir={run}", f"--to={tmp_path / 'again'}"])
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() != content
+    train_adam.main([*tiny, f"--init_from=hf:{tmp_path / 'again'}", f"--out_dir={tmp_path / 'next'}", "--max_iters=1"])
+    assert read_checkpoint(tmp_path / "next" / "ckpt.pt")["model_args"]["vocab_size"] == 64
+    Tokenizer(models.WordLevel({f"t{63 - i}": i for i in range(64)})).save(str(hf / "tokenizer.json"))
+    argv = [*tiny, f"--init_from=hf:{hf}", f"--out_dir={tmp_path / 'other'}"]
+    refused(capsys, argv, "the model reads tokens of tokenizer.json")
 
 
 def test_load_model_wants_to_know_the_tokenizer(corpus, tmp_path):

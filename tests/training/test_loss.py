@@ -32,6 +32,14 @@ def test_as_with_all_logits(monkeypatch, pieces, loss):
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-12)
 
 
+def test_a_second_derivative_is_refused():
+    """It would lack the curvature of the loss."""
+    hidden, weight, targets, _ = case()
+    loss = LinearLoss.apply(hidden, weight, targets, cross_entropy)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_pieces_hold_the_limit(monkeypatch):
     hidden, weight, targets, _ = case()
     monkeypatch.setattr(LinearLoss, "ELEMENTS", 1000)
@@ -67,6 +75,9 @@ def test_kernel(device, dtype):
     assert got is place
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(got.double(), gradient, rtol=8e-3 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+    for unknown in (-1, -100, 300):
+        targets[4] = unknown
+        assert fused_cross_entropy(logits.clone(), targets)[0].isnan(), "and not a loss of what lies beside the row"
 
 
 def test_kernel_draws_labels(device):

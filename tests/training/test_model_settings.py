@@ -1,5 +1,6 @@
 """Runs of other models than GPT-2: every optimizer, resumes, other numbers of ranks, FP8, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from tests.conftest import interrupt, losses, read_lines, torchrun
 from tests.test_model_kinds import KINDS
 from tests.test_sample import write_run
 from tests.training.test_resume import contents, refused, tiny  # noqa: F401  (a fixture)
+from train_adam import AdamConfig
 from training.checkpoint import read_checkpoint, save_checkpoint
 from training.errors import UserError
 from training.fp8 import to_fp8
@@ -96,6 +98,17 @@ def test_tools_rebuild_the_model_from_its_checkpoint(tmp_path, capsys, kind):
     assert capsys.readouterr().out == tokenizer.decode(text) + "\n"
 
 
+def test_settings_of_another_kind_are_warned_of_even_where_they_are_the_defaults(tiny, tmp_path, capsys):  # noqa: F811
+    train_adam.main([*tiny, *QWEN, "--max_iters=2"])
+    argv = [*tiny, "--max_iters=1", f"--init_from=ckpt:{tmp_path}/out", f"--out_dir={tmp_path}/new"]
+    capsys.readouterr()
+    train_adam.main([*argv, "--position=learned", "--mlp=relu2", "--mlp_hidden=24", "--bias=False"])
+    warning = f"warning: not used: position = 'learned', mlp = 'relu2'; the model is that of ckpt:{tmp_path}/out.\n"
+    assert capsys.readouterr().err == warning
+    written = json.loads((tmp_path / "new" / "config.json").read_text())["config"]
+    assert written["position"] == "rope" and written.keys() == {field.name for field in dataclasses.fields(AdamConfig)}
+
+
 def test_weights_go_on_at_any_block_size_with_rope(tiny, tmp_path):  # noqa: F811
     train_adam.main([*tiny, *QWEN, "--max_iters=2"])
     argv = [*tiny, "--max_iters=1", f"--init_from=ckpt:{tmp_path}/out"]
@@ -163,8 +176,8 @@ def test_fp8_takes_the_blocks_linear_layers_and_names_a_width_that_does_not_fit(
     for settings, message in (
         ({"n_head": 4, "mlp_hidden": 40}, "mlp_hidden to be a multiple of 16, got 40"),
         (
-            {"n_head": 8, "n_kv_head": 1, "mlp_hidden": 48},
-            r"n_kv_head \* n_embd / n_head to be .* 16, got 8",
+            {"n_head": 16, "n_kv_head": 1, "mlp_hidden": 48},
+            r"\(n_head \+ 2 n_kv_head\) \* n_embd / n_head to be .* 16, got 72",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """The learning rate against its closed forms."""
 
 import math
+import re
 
 import pytest
 
@@ -104,6 +105,26 @@ def test_the_default_floor(schedule, floor):
     config = load_config(TrainConfig, words)
     assert config.min_lr == floor
     assert learning_rate(100, config) == (1.0 if schedule == "constant" else floor)
+
+
+@pytest.mark.parametrize(
+    "steps, multiplier, message",
+    [
+        (34, 2, None),  # periods of 10, 20 and 40 steps end at 14, 34 and 74
+        (35, 2, "cuts off .* learning rate of 1; complete periods end at steps 34 and 74"),
+        (54, 2, r"cuts off .* learning rate of 0\.562; complete periods end at steps 34 and 74"),
+        (8, 2, "complete periods end at steps 4 and 14"),
+        (4, 2, None),
+        (29, 1.5, None),  # 10 and 15
+        (30, 1.5, "complete periods end at steps 29 and 52"),
+        (52, 1.5, None),  # 22.5
+    ],
+)
+def test_a_period_that_is_cut_off_is_warned_of(capsys, steps, multiplier, message):
+    words = ["--learning_rate=1", "--lr_schedule=cosine_restarts", "--restart_iters=10", "--warmup_iters=4"]
+    load_config(TrainConfig, [*words, f"--max_iters={steps}", f"--restart_multiplier={multiplier}"])
+    error = capsys.readouterr().err
+    assert bool(error) == bool(message) and re.search(message or "^$", error), error
 
 
 def test_restarts_need_their_period():

@@ -92,6 +92,20 @@ def test_a_stage_ends_with_its_clip_rate_and_an_evaluation_at_the_full_length(wh
     assert len({line["stage/clip_rate"] for line in ends}) > 1
 
 
+@pytest.mark.parametrize("schedule, ends", [("0:4,11:12,15:16", [15, 20]), ("0:4,13:16", [13, 20]), ("", [])])
+def test_a_stage_of_another_schedule_counts_the_steps_from_the_resume_on(corpus, tmp_path, schedule, ends):
+    words = [*tiny_words(corpus, tmp_path), *SHORT, "--lr_decay_iters=20"]
+    train_sophiag.main([*words, "--max_iters=11"])
+    before = len(read_lines(tmp_path)) - 1
+    train_sophiag.main([*words, f"--block_size_schedule={schedule}", "--init_from=resume"])
+    lines = read_lines(tmp_path)
+    found = [line for line in lines[before:] if "stage/clip_rate" in line]
+    assert [line["step"] for line in found] == ends
+    for start, line in zip([11, *ends], found, strict=False):
+        clipped = [one["grad_norm"] > 0.46 for one in lines[start : line["step"]]]
+        assert line["stage/clip_rate"] == pytest.approx(sum(clipped) / len(clipped))
+
+
 def test_two_ranks_train_as_one_and_resume_exactly(corpus, whole, tmp_path):
     words = [*SHORT, "--dropout=0.0", "--lr_decay_iters=20", "--eval_interval=7"]
     train_sophiag.main([*tiny_words(corpus, tmp_path / "one"), *words])

@@ -73,15 +73,15 @@ def test_torch_is_asked_about_the_tensors_that_the_model_passes(monkeypatch, set
     asked, config = [], GPTConfig(**SMALL | settings)
 
     def record(answer):
-        def call(*tensors, **more):
-            more.pop("scale", None)
-            asked.append([[(t.shape[1:], t.stride()[1:], t.dtype, t.requires_grad) for t in tensors], more])
-            return answer(*tensors)
+        def call(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+            seen = [(t.shape[1:], t.stride()[1:], t.dtype, t.requires_grad) for t in (q, k, v)]
+            asked.append([seen, attn_mask, dropout_p, is_causal, enable_gqa])
+            return answer(q)
 
         return call
 
-    monkeypatch.setattr(torch, "_fused_sdp_choice", record(lambda *_: 1))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record(lambda q, k, v: q))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", record(lambda q: 1))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record(lambda q: q))
     attention_line(config, torch.float32, torch.device("cpu"))
     GPT(config)(torch.zeros(2, 16, dtype=torch.int64))
     assert asked[0] == asked[1]
