@@ -225,8 +225,7 @@ def hutchinson(
             outputs, vectors = zip(*used, strict=True)
             products = torch.autograd.grad(outputs, active, vectors, materialize_grads=True)
     estimates = {p: u.to(_state_dtype(u)) * v for p, u, v in zip(active, noise, products, strict=True)}
-    result += [estimates.get(p) for p in params]
-    return result
+    return result + [estimates.get(p) for p in params]
 
 
 # ----- The optimizers
