@@ -154,9 +154,8 @@ def sampled_label_loss(
 ) -> Tensor:  # fmt: skip
     """Mean cross-entropy against labels drawn from the model itself: Algorithm 2 (Gauss-Newton-Bartlett).
 
-    logits, generator, uniform: as in `sample_labels`. targets: (...), the batch's real labels, used for padding only:
-    a position whose target is ignore_index is left out of the mean. None keeps all positions.
-    Returns a scalar in float32. Its gradient is what SophiaG.update_hessian() squares.
+    logits, generator, uniform: as in `sample_labels`. targets: (...), the real labels. Where they are ignore_index, the
+    position is left out of the mean. Returns a float32 scalar, whose gradient SophiaG.update_hessian() squares.
     """
     if targets is None and ignore_index != -100:
         raise ValueError("ignore_index says which targets are padding, so it needs targets=...")
@@ -225,7 +224,8 @@ def hutchinson(
             outputs, vectors = zip(*used, strict=True)
             products = torch.autograd.grad(outputs, active, vectors, materialize_grads=True)
     estimates = {p: u.to(_state_dtype(u)) * v for p, u, v in zip(active, noise, products, strict=True)}
-    return result + [estimates.get(p) for p in params]
+    result += [estimates.get(p) for p in params]
+    return result
 
 
 # ----- The optimizers
