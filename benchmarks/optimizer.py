@@ -67,8 +67,8 @@ def optimizer_contenders(args):
         contenders["muon_fused"] = beside_adamw(Muon, fused=True)
         contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
         contenders["whitened_muon_fused"] = beside_adamw(WhitenedMuon, fused=True)
-        blocks = {"max_width": 768, "interval": 2}
-        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, **blocks)
+        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, max_width=768)
+        contenders["whitened_muon_blocks_2"] = beside_adamw(WhitenedMuon, fused=True, max_width=768, interval=2)
         contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
     else:
         contenders = {"sophia": with_groups(sophia.SophiaG)}
