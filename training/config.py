@@ -254,7 +254,9 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if no folder is named, or a checkpoint that would not be read."""
+        """UserError if no folder is named, or a checkpoint that would not be read. A shell leaves --key=~ as it is."""
+        self.out_dir, self.checkpoint = map(os.path.expanduser, (self.out_dir, self.checkpoint))
+        self.init_from = ":".join(map(os.path.expanduser, self.init_from.split(":", 1)))
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
@@ -279,7 +281,13 @@ def load_config(cls, argv=None):
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
-            values |= run_config_file(cls, argument)
+            found = run_config_file(cls, argument)
+            for name in on_command_line & found.keys():
+                if found[name] != values[name]:
+                    later = f"{argument} comes after --{name}={values[name]} and sets it to {found[name]!r}"
+                    _warn_once(f"{later}; give config files first.")
+            on_command_line -= found.keys()
+            values |= found
         elif _is_removed(key, text, "the command line"):
             continue
         elif not equals:
@@ -308,7 +316,7 @@ def _check_read(config, values, on_command_line):
             unread_here = f"{field.name} = {values[field.name]!r} has no effect with {name} = {getattr(config, name)!r}"
             choices = _field(type(config), name, "").metadata.get("choices", allowed)
             reads = " or ".join(repr(value) for value in allowed if value in choices)
-            raise UserError(f"{unread_here}; leave it out, or set {name} to {reads}.")
+            raise UserError(f"{unread_here}; leave it out{reads and f', or set {name} to {reads}'}.")
         unread.append(field.name)
     if unread:
         _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
@@ -329,7 +337,7 @@ def with_current_values(cls, settings, where=""):
     for field in dataclasses.fields(cls):
         if field.name in current:
             value = current[field.name]
-            current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
+            current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value), where)
             if where:
                 _check_limits(field, current[field.name], {"at_least", "above", "at_most", "below"}, f"{where}: ")
     return current
@@ -354,13 +362,21 @@ def describe(cls):
 
 
 def run_config_file(cls, path):
-    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
-    values = {}
-    for key, value in run_file(path, runpy.run_path, path).items():
-        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out.
+
+    UserError where it assigns none, or where `key: value` does not assign what it seems to, as in a YAML or JSON file.
+    """
+    values, names = {}, run_file(path, runpy.run_path, path)
+    for key, value in names.items():
+        known = key in cls.__dataclass_fields__
+        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)) or known
         if own and not _is_removed(key, value, path):
             field = _field(cls, key, path)
-            values[field.name] = _convert(field, value)
+            values[field.name] = _convert(field, value, path)
+    if left := [key for key in names.get("__annotations__", {}) if key not in names]:
+        raise UserError(f"{path}: {left[0]}: assigns nothing, a config file is Python; write {left[0]} = ...")
+    if not values and not any(_is_removed(key, False, path) for key in names):
+        raise UserError(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
     return values
 
 
@@ -414,19 +430,20 @@ def _parse(field, text):
         raise UserError(f"--{field.name}={text:.80}: wants {wants}.") from None
 
 
-def _convert(field, value):
-    """The value that a config file gives; an int is accepted for a float."""
+def _convert(field, value, where=""):
+    """The value that the file `where` gives; an int is accepted for a float."""
+    where = where and f"{where}: "
     kind, optional = _kind(field)
     if (value is None and optional) or value in field.metadata.get("words", ()):
         return value
     if type(value) is int and abs(value) >= 2**63:
-        raise UserError(f"{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
+        raise UserError(f"{where}{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
+        raise UserError(f"{where}{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
     if kind is str and "\0" in value:
-        raise UserError(f"{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
+        raise UserError(f"{where}{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
     return value
 
 

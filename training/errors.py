@@ -11,10 +11,11 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
-from training import INTERRUPTED, interrupted
+from training import INTERRUPTED, TERMINATED, interrupted
 from training.terminal import open_streams, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -70,12 +71,15 @@ def is_out_of_memory(error):
 def command(main, goes_on=False):
     """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
 
-    A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on:
-    as in `open_streams`.
+    A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C and SIGTERM end it
+    quietly. goes_on: as in `open_streams`.
     """
     open_streams(goes_on)
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # so that nothing half-written stays
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         with file_errors("the working directory", "change to another one"):
             os.getcwd()  # where it was removed, torch ends the process without a word

@@ -143,6 +143,12 @@ def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp
         ("batch_size = 1 // 0", "ZeroDivisionError"),
         ("max_iters = 10**5000", r"below 2\*\*63"),
         ("learning_rate = 10**400", r"below 2\*\*63"),
+        ("max_iters = 1e3", r"c.py: max_iters = 1000.0: wants int"),
+        ("batch_size: 8\nmax_iters = 9", "batch_size: assigns nothing"),
+        ("batch_size: 8\nlearning_rate: 1e-3", "assigns nothing"),
+        ('{"batch_size": 8}', "assigns no setting"),
+        ("# batch_size = 8", "assigns no setting"),
+        ("def learning_rate():\n    return 1", "learning_rate = <function"),
     ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, text, message):
@@ -198,6 +204,23 @@ def test_an_unread_setting_of_a_config_file_is_one_warning(tmp_path, capsys):
     assert "beta2" in (warning := capsys.readouterr().err) and "momentum" not in warning
 
 
+def test_a_config_file_that_undoes_the_command_line_is_one_warning(tmp_path, capsys):
+    (tmp_path / "config.py").write_text("batch_size = 8\ntotal_bs = 16\n")
+    words = ["--batch_size=4", "--total_bs=16", str(tmp_path / "config.py")]
+    config = load_config(AdamConfig, words)
+    assert config.batch_size == 8 and config.given == set()
+    warning = capsys.readouterr().err
+    assert "config.py comes after --batch_size=4 and sets it to 8" in warning and warning.count("\n") == 1
+    assert load_config(AdamConfig, words[::-1]).batch_size == 4 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, before", [("out_dir", ""), ("init_from", "ckpt:"), ("init_from", "hf:")])
+def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch, key, before):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(load_config(AdamConfig, [f"--{key}={before}~/x"]), key) == f"{before}{tmp_path}/x"
+    assert load_config(AdamConfig, ["--init_from=resume", "--checkpoint=~/c.pt"]).checkpoint == f"{tmp_path}/c.pt"
+
+
 @pytest.mark.parametrize(
     "argv, late",
     [
@@ -210,6 +233,11 @@ def test_a_change_that_the_run_never_reaches_is_one_warning(capsys, argv, late):
     load_config(SophiaConfig, [*argv, "--max_iters=10", "--warmup_iters=1"])
     warning = capsys.readouterr().err
     assert late in warning and warning.count("warning: the run ends at max_iters = 10") == bool(late)
+
+
+def test_no_value_is_advised_that_the_script_does_not_have():
+    with pytest.raises(UserError, match=r"optimizer_name = 'sophia_muon'; leave it out\.$"):
+        load_config(SophiaConfig, ["--optimizer_name=sophia_muon", "--whiten_interval=3"])
 
 
 def test_every_need_names_a_setting_and_possible_values():
