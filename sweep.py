@@ -156,7 +156,8 @@ def read_command_line(argv):
     """
     parser = Parser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.py", help="the sweep file; it is run as code")
-    parser.add_argument("--out_dir", type=os.path.expanduser, required=True, help="folder of the sweep; each run gets a folder in it")
+    help = "folder of the sweep; each run gets a folder in it"
+    parser.add_argument("--out_dir", type=os.path.expanduser, required=True, help=help)
     parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
     help = "runs at a time, spread over the GPUs; default: one on each GPU, or 1. On one GPU they start 10 s apart"
     parser.add_argument("--jobs", type=int, help=help)

@@ -100,7 +100,8 @@ def test_windows_without_overlap_give_the_val_loss_of_training(tmp_path, capsys)
 def test_a_split_that_was_replaced_since_the_training_is_one_warning(tmp_path, capsys, characters):
     """By default the dataset is the training's; a new split of it may hold what the model was trained on."""
     tokens, corpus = characters
-    train_adam.main([*tiny_words(corpus, tmp_path / "run"), "--max_iters=1", "--warmup_iters=0", "--total_bs=4", "--batch_size=4"])
+    short = ["--max_iters=1", "--warmup_iters=0", "--total_bs=4", "--batch_size=4"]
+    train_adam.main([*tiny_words(corpus, tmp_path / "run"), *short])
     words = [word for word in argv(tmp_path / "run", corpus) if not word.startswith("--dataset")]
     evaluate.main(words)
     assert "warning" not in capsys.readouterr().err

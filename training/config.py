@@ -364,7 +364,7 @@ def describe(cls):
 def run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out.
 
-    UserError where it assigns none, or where `key: value` does not assign what it seems to, as in a YAML or JSON file.
+    A warning where it assigns none, as a JSON file; UserError for `key: value`, as in a YAML file, which assigns nothing.
     """
     values, names = {}, run_file(path, runpy.run_path, path)
     for key, value in names.items():
@@ -375,8 +375,8 @@ def run_config_file(cls, path):
             values[field.name] = _convert(field, value, path)
     if left := [key for key in names.get("__annotations__", {}) if key not in names]:
         raise UserError(f"{path}: {left[0]}: assigns nothing, a config file is Python; write {left[0]} = ...")
-    if not values and not any(_is_removed(key, False, path) for key in names):
-        raise UserError(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
+    if not values:
+        _warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
     return values
 
 

@@ -146,8 +146,6 @@ def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp
         ("max_iters = 1e3", r"c.py: max_iters = 1000.0: wants int"),
         ("batch_size: 8\nmax_iters = 9", "batch_size: assigns nothing"),
         ("batch_size: 8\nlearning_rate: 1e-3", "assigns nothing"),
-        ('{"batch_size": 8}', "assigns no setting"),
-        ("# batch_size = 8", "assigns no setting"),
         ("def learning_rate():\n    return 1", "learning_rate = <function"),
     ],
 )
@@ -212,6 +210,13 @@ def test_a_config_file_that_undoes_the_command_line_is_one_warning(tmp_path, cap
     warning = capsys.readouterr().err
     assert "config.py comes after --batch_size=4 and sets it to 8" in warning and warning.count("\n") == 1
     assert load_config(AdamConfig, words[::-1]).batch_size == 4 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, warnings", [('{"batch_size": 8}', 1), ("# batch_size = 8", 1), ("batch_size = 12", 0)])
+def test_a_config_file_that_assigns_nothing_is_one_warning(tmp_path, capsys, text, warnings):
+    (tmp_path / "config.json").write_text(text)
+    assert load_config(AdamConfig, [str(tmp_path / "config.json")]).batch_size == 12
+    assert capsys.readouterr().err.count("warning: ") == warnings
 
 
 @pytest.mark.parametrize("key, before", [("out_dir", ""), ("init_from", "ckpt:"), ("init_from", "hf:")])
