@@ -83,7 +83,7 @@ def report(loss, bytes_per_token):
 
 
 def check_tokens(corpus, split, tokenizer, origin):
-    """The SHA-256 of a split. UserError where its tokens are too few, damaged, or not what the model of `origin` reads."""
+    """The SHA-256 of a split. UserError where its tokens are too few, damaged, or not those the model reads."""
     corpus.check_tokenizer(tokenizer.spec, origin)
     if len(getattr(corpus, split)) < 2:
         raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")

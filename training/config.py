@@ -364,7 +364,7 @@ def describe(cls):
 def run_config_file(cls, path):
     """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out.
 
-    A warning where it assigns none, as a JSON file; UserError for `key: value`, as in a YAML file, which assigns nothing.
+    A warning where it assigns none, as a JSON file; UserError for `key: value`, as in YAML, which assigns nothing.
     """
     values, names = {}, run_file(path, runpy.run_path, path)
     for key, value in names.items():
