@@ -57,6 +57,8 @@ def command(script, *arguments):
 
 def find_folder(dataset):
     """The folder that `dataset` names: one under data/, or a path (absolute, with ~, or from the working directory)."""
+    if not str(dataset):
+        raise UserError("dataset = '': name the folder that holds train.bin and val.bin.")
     choices = _choices(dataset)
     is_first = str(dataset).startswith(".") or os.sep not in str(dataset)
     folder = next(filter(os.path.exists, choices), choices[0 if is_first else 1])
