@@ -138,8 +138,10 @@ class TrainConfig(Given):
     lr_schedule: str = setting(
         "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
     )
-    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
+    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0, needs=DECAYS)
+    lr_decay_iters: int | None = setting(
+        None, "step at which the decay to min_lr ends; default max_iters", at_least=1, needs=FALLS
+    )
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
@@ -223,6 +225,7 @@ class TrainConfig(Given):
         starts = {
             "block_size_schedule": stages(self)[-1][0],
             "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
+            "lr_decay_iters": self.lr_decay_iters - 1 if self.decay_lr and self.lr_schedule != "constant" else 0,
         }
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
             end = f"the run ends at max_iters = {self.max_iters}"
@@ -231,6 +234,9 @@ class TrainConfig(Given):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"{name} = {getattr(self, name)} does not go with batch_size = 'auto'; give a number.")
         if self.eval_iters is not None:
+            if "eval_tokens" in getattr(self, "given", ()):
+                both = f"eval_tokens = {self.eval_tokens} and eval_iters = {self.eval_iters} both set the evaluation"
+                raise UserError(f"{both}; leave one of them out, or add --eval_iters=None.")
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
@@ -309,8 +315,8 @@ def _check_read(config, values, on_command_line):
     """Refuse settings of the command line that this run would not read; warn of those in a config file."""
     unread = []
     for field in dataclasses.fields(config):
-        name, allowed = field.metadata.get("needs", (None, ()))
-        if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
+        name, allowed = _unmet(config, field)
+        if name is None or values.get(field.name, field.default) == field.default:
             continue
         if field.name in on_command_line:
             unread_here = f"{field.name} = {values[field.name]!r} has no effect with {name} = {getattr(config, name)!r}"
@@ -320,6 +326,14 @@ def _check_read(config, values, on_command_line):
         unread.append(field.name)
     if unread:
         _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
+
+
+def _unmet(config, field):
+    """What `field` needs, itself or by the setting that it needs, and this run has not; (None, ()) if it is read."""
+    name, allowed = field.metadata.get("needs", (None, ()))
+    if name is None or getattr(config, name) not in allowed:
+        return name, allowed
+    return _unmet(config, config.__dataclass_fields__[name])
 
 
 def _warn_once(text):

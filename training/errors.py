@@ -139,6 +139,8 @@ def _explain(error):
     if compiling:
         reason = ": ".join(lines[:2])
         return RunError(f"torch.compile failed ({reason}); leave --compile out (TORCH_LOGS=+dynamo says more).")
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:  # as Python writes such bytes
+        return UserError(f"{error.object!r:.80} is to be a name, and it is not UTF-8; use another one.")
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         name = "a file" if error.filename is None else error.filename
         remedy = "check its path, permissions and free space"

@@ -109,6 +109,9 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["config"], "config is a folder, not a file with settings"),
         (["--optimizer_name=muon"], "one of sophiag, sophiah, sophia_muon; train_adam.py has it"),
         (["--lr=1e-3"], "the nearest is 'min_lr'"),
+        (["--eval_tokens=999", "--eval_iters=2"], "leave one of them out, or add --eval_iters=None"),
+        (["--hess_warmup=5"], "hess_warmup has no effect with sophia_start_iter = 0"),
+        (["--optimizer_name=sophia_muon", "--beta2=0.9"], "beta2 = 0.9 has no effect"),
         (["--momentum=0.9"], "train_sophiag.py has no setting 'momentum'; its --help lists all"),
     ],
 )
@@ -184,6 +187,9 @@ def test_help_names_every_setting(capsys):
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
         (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),
+        (["--decay_lr=False", "--min_lr=1e-5"], "min_lr = 1e-05 has no effect with decay_lr", "set decay_lr to True"),
+        (["--decay_lr=False", "--warmup_iters=9"], "warmup_iters = 9", "set decay_lr to True"),
+        (["--lr_schedule=constant", "--lr_decay_iters=9000"], "lr_decay_iters = 9000", "set lr_schedule to 'cosine'"),
         (["--fsdp_keep=all"], "fsdp_keep = 'all' has no effect with fsdp = False", "set fsdp to True"),
         (["--fsdp_shard=2"], "fsdp_shard = 2", "set fsdp to True"),
     ],
@@ -231,6 +237,8 @@ def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch, key, be
     [
         (["--block_size_schedule=0:128,10:1024"], "block_size_schedule"),
         (["--sophia_start_iter=10"], "sophia_start_iter"),
+        (["--lr_decay_iters=11"], "lr_decay_iters"),
+        (["--lr_decay_iters=10"], ""),
         (["--block_size_schedule=0:128,9:1024", "--sophia_start_iter=9"], ""),
     ],
 )
