@@ -39,6 +39,7 @@ from training.tokenizer import characters_of, check_spec, parts_of, read_tokeniz
 BLOCK = 1 << 20  # bytes read at a time
 LARGE = 1 << 24  # bytes from which on a text file is not held in memory
 RECORD = 1 << 28  # bytes, the most that is read in search of a record's end
+ESCAPES = {"r": "\r", "n": "\n", "t": "\t"}
 VAL_OF_ONE_TEXT = 0.1  # share held out of a text that is not made of documents
 OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the tokens, and no source
 
@@ -53,7 +54,7 @@ def add_arguments(parser, val_fraction, required, separator=None):
     parser.add_argument("--val", nargs="+", metavar="PATH", help="instead of --source: what to hold out; needs --train")
     parser.add_argument("--field", default="text", help="field of a record with its text (default: %(default)s)")
     parser.add_argument(
-        "--separator", default=separator, type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
+        "--separator", default=separator, type=lambda text: re.sub(r"\\[rnt]", lambda c: ESCAPES[c[0][1]], text),
         help="cut .txt and .md files into documents at this text, e.g. '<|endoftext|>' or '\\n\\n'",
     )  # fmt: skip
     parser.add_argument("--skip_bad", action="store_true", help="leave out records that cannot be read, and count them")
@@ -462,7 +463,10 @@ def _read_separated(path, stream, separator):
             part = bytes(buffer[: end if end >= 0 else len(buffer)])
             try:
                 text = part.decode("utf-8-sig" if line == 1 else "utf-8")
-                yield _null(path, text, line) or text.strip("\r\n")
+                wrong, windows = _null(path, text, line), separator.replace(b"\n", b"\r\n")
+                if end < 0 and line == 1 and windows in part:
+                    wrong = UserError(f"{path}: its lines end with \\r\\n; give --separator {windows.decode()!r}")
+                yield wrong or text.strip("\r\n")
             except UnicodeDecodeError as error:
                 yield _not_utf8(path, line + part.count(b"\n", 0, error.start))
             line, searched = line + part.count(b"\n") + separator.count(b"\n"), 0

@@ -146,6 +146,17 @@ def test_text_files_are_cut_at_the_separator(tmp_path, monkeypatch, separator, b
     assert sorted(found["train"] + found["val"]) == sorted(texts) and 5 < len(found["val"]) < 35
 
 
+def test_a_separator_for_other_line_ends_is_refused(tmp_path):
+    """Without a word the file would be one document."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\nline\r\n\r\ntwo\r\n" * 3)
+    options = ["--source", tmp_path / "a.txt", "--out_dir", tmp_path / "out", "--val_fraction", 0.5, "--separator"]
+    result = prepare("text", *options, r"\n\n")
+    assert result.returncode == 2 and r"give --separator '\r\n\r\n'" in result.stderr
+    assert prepare("text", *options, r"\r\n\r\n").returncode == 0
+    texts = read_corpus(tmp_path / "out")[1]
+    assert sorted([*texts["train"], *texts["val"]]) == ["one\r\nline", "two", *["two\r\none\r\nline"] * 2]
+
+
 def test_a_separator_that_never_comes_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "RECORD", 50_000)
     monkeypatch.setattr(sources, "BLOCK", 1_000)
