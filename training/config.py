@@ -225,8 +225,9 @@ class TrainConfig(Given):
         starts = {
             "block_size_schedule": stages(self)[-1][0],
             "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
-            "lr_decay_iters": self.lr_decay_iters - 1 if self.decay_lr and self.lr_schedule != "constant" else 0,
         }
+        if self.decay_lr and self.lr_schedule != "constant" and "lr_decay_iters" not in getattr(self, "given", ()):
+            starts["lr_decay_iters"] = self.lr_decay_iters - 1  # of a config file, perhaps for other max_iters
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
             end = f"the run ends at max_iters = {self.max_iters}"
             _warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")

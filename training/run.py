@@ -743,7 +743,11 @@ def _check_empty(config):
 def _check_out_dir(config):
     """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     if config.init_from == "auto":
-        return "resume" if checkpoints.all_checkpoints(config.out_dir) else "scratch"
+        if checkpoints.all_checkpoints(config.out_dir):
+            return "resume"
+        if (Path(config.out_dir) / METRICS).exists() and not config.overwrite:
+            warn(f"{config.out_dir} holds a run and no checkpoint of it; training begins at step 0, in its place.")
+        return "scratch"
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
         remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
         raise UserError(f"{config.out_dir} already holds a run; {remedy}.")

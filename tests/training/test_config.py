@@ -237,12 +237,15 @@ def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch, key, be
     [
         (["--block_size_schedule=0:128,10:1024"], "block_size_schedule"),
         (["--sophia_start_iter=10"], "sophia_start_iter"),
-        (["--lr_decay_iters=11"], "lr_decay_iters"),
-        (["--lr_decay_iters=10"], ""),
+        (["--lr_decay_iters=11"], ""),
+        (["{file}"], "lr_decay_iters"),
+        (["{file}", "--lr_schedule=constant"], ""),
         (["--block_size_schedule=0:128,9:1024", "--sophia_start_iter=9"], ""),
     ],
 )
-def test_a_change_that_the_run_never_reaches_is_one_warning(capsys, argv, late):
+def test_a_change_that_the_run_never_reaches_is_one_warning(tmp_path, capsys, argv, late):
+    (tmp_path / "config.py").write_text("lr_decay_iters = max_iters = 11\n")
+    argv = [word.format(file=tmp_path / "config.py") for word in argv]
     load_config(SophiaConfig, [*argv, "--max_iters=10", "--warmup_iters=1"])
     warning = capsys.readouterr().err
     assert late in warning and warning.count("warning: the run ends at max_iters = 10") == bool(late)

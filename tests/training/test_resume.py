@@ -235,6 +235,26 @@ def test_a_copied_run_does_not_write_into_the_wandb_run_of_the_original(tiny, tm
     assert found == ["x" if same else None]
 
 
+@pytest.mark.parametrize("lines, warnings", [(0, 1), (4, 1), (9, 0), (10, 0), (11, 0)])
+def test_a_resume_without_the_metrics_before_it_warns(tiny, tmp_path, capsys, lines, warnings):
+    train_adam.main([*tiny, "--max_iters=10"])
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    (tmp_path / "out" / "metrics.jsonl.7.tmp").touch()
+    capsys.readouterr()
+    train_adam.main([*tiny, "--max_iters=12", "--init_from=resume"])
+    assert capsys.readouterr().err.count("lacks lines before step 10") == warnings
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_auto_warns_where_a_runs_checkpoints_are_gone(tiny, tmp_path, capsys):
+    for warnings in (0, 1):
+        train_adam.main([*tiny, "--max_iters=2", "--init_from=auto"])
+        assert capsys.readouterr().err.count("holds a run and no checkpoint of it") == warnings
+        for path in (tmp_path / "out").glob("ckpt*"):
+            path.unlink()
+
+
 def test_untrained_weights_in_the_folder_of_a_run_are_one_warning(tiny, capsys):
     train_adam.main([*tiny, "--max_iters=2"])
     for start, warnings in (("scratch", 1), ("resume", 0), ("auto", 0)):
