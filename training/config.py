@@ -138,7 +138,7 @@ class TrainConfig(Given):
     lr_schedule: str = setting(
         "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
     )
-    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0, needs=DECAYS)
+    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(
         None, "step at which the decay to min_lr ends; default max_iters", at_least=1, needs=FALLS
     )

@@ -188,7 +188,6 @@ def test_help_names_every_setting(capsys):
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
         (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),
         (["--decay_lr=False", "--min_lr=1e-5"], "min_lr = 1e-05 has no effect with decay_lr", "set decay_lr to True"),
-        (["--decay_lr=False", "--warmup_iters=9"], "warmup_iters = 9", "set decay_lr to True"),
         (["--lr_schedule=constant", "--lr_decay_iters=9000"], "lr_decay_iters = 9000", "set lr_schedule to 'cosine'"),
         (["--fsdp_keep=all"], "fsdp_keep = 'all' has no effect with fsdp = False", "set fsdp to True"),
         (["--fsdp_shard=2"], "fsdp_shard = 2", "set fsdp to True"),
