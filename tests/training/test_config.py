@@ -111,7 +111,7 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["--lr=1e-3"], "the nearest is 'min_lr'"),
         (["--eval_tokens=999", "--eval_iters=2"], "leave one of them out, or add --eval_iters=None"),
         (["--hess_warmup=5"], "hess_warmup has no effect with sophia_start_iter = 0"),
-        (["--optimizer_name=sophia_muon", "--beta2=0.9"], "beta2 = 0.9 has no effect"),
+        (["--optimizer_name=sophia_muon", "--beta2=0.9"], "beta2 has no effect"),
         (["--momentum=0.9"], "train_sophiag.py has no setting 'momentum'; its --help lists all"),
     ],
 )
