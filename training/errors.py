@@ -72,13 +72,14 @@ def command(main, goes_on=False):
     """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
 
     A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C and SIGTERM end it
-    quietly. goes_on: as in `open_streams`.
+    quietly. goes_on: for a training run, as in `open_streams`.
     """
     open_streams(goes_on)
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # so that nothing half-written stays
+    # So that nothing half-written stays. A run has handlers of its own, and a rank that waits in C would hear none.
+    if is_main and not goes_on and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         with file_errors("the working directory", "change to another one"):
