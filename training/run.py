@@ -101,6 +101,8 @@ class Run:
             elsewhere = origin.parent.resolve() != Path(config.out_dir).resolve()
             if elsewhere and not config.eval_only:
                 world.on_rank0(lambda: _check_empty(config))
+            elif config.overwrite and world.is_rank0:
+                warn(f"overwrite has no effect with init_from = resume or auto: the run in {config.out_dir} goes on.")
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             first = Path(checkpoint["config"].get("out_dir", config.out_dir))
             if elsewhere or ((first / METRICS).exists() and not os.path.samefile(first, config.out_dir)):

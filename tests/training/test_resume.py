@@ -247,6 +247,14 @@ def test_a_resume_without_the_metrics_before_it_warns(tiny, tmp_path, capsys, li
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("start", ["resume", "auto"])
+def test_overwrite_beside_a_resume_is_one_warning(tiny, tmp_path, capsys, start):
+    train_adam.main([*tiny, "--max_iters=2", "--overwrite=True", "--init_from=auto"])
+    assert "overwrite" not in capsys.readouterr().err
+    train_adam.main([*tiny, "--max_iters=4", "--overwrite=True", f"--init_from={start}"])
+    assert "overwrite has no effect" in capsys.readouterr().err and len(read_lines(tmp_path / "out")) == 5
+
+
 def test_auto_warns_where_a_runs_checkpoints_are_gone(tiny, tmp_path, capsys):
     for warnings in (0, 1):
         train_adam.main([*tiny, "--max_iters=2", "--init_from=auto"])
