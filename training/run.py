@@ -499,7 +499,10 @@ class Run:
                     trained = step > self.step or self._origin  # else there is nothing to keep
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
-                    if step > self.step and (improved or config.always_save_checkpoint):
+                    if step > self.step and not math.isfinite(metrics["val/loss"]):
+                        if self.world.is_rank0:
+                            warn(f"val/loss is not finite at step {step}; no checkpoint of it is written.")
+                    elif step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step, improved)
                     elif improved and self._writer and self.world.is_rank0:
                         self._writer.mark_best(self._origin)

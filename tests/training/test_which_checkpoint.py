@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ import train_adam
 from tests.conftest import losses, read_lines, write_corpus
 from tests.training.test_resume import TINY, contents, refused
 from training.checkpoint import CheckpointWriter, kept_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from training.errors import UserError
+from training.errors import UserError, command
 from training.run import Run
 
 TEXTS = ["--device=cpu", "--max_new_tokens=2"]
@@ -63,6 +64,19 @@ def test_a_best_one_is_there_although_the_start_was_better(tiny, tmp_path, monke
     evaluations(monkeypatch, 1.0, 3.0, 2.0, float("nan"))
     train(tiny, 30, "--always_save_checkpoint=False")
     assert step_of(tmp_path / "out" / "ckpt_best.pt") == 20
+
+
+def test_a_run_that_diverged_keeps_the_checkpoints_from_before(tiny, tmp_path, capsys):
+    """Such weights would be of no use: every step from them on is skipped. The error names one that is."""
+    train(tiny, 10)
+    with pytest.raises(SystemExit) as ended:
+        words = ["--learning_rate=1e30", "--init_from=resume", "--max_skipped=15"]
+        command(lambda: train(tiny, 60, *words))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and "resume from the newest checkpoint, of step 10 in" in error
+    assert error.count("warning: val/loss is not finite at step 20") == 1
+    train(tiny, 20, "--init_from=resume")
+    assert step_of(tmp_path / "out" / "ckpt.pt") == 20 and np.isfinite(losses(tmp_path / "out")).all()
 
 
 def test_two_stops_leave_the_best_one(tiny, tmp_path, monkeypatch):
