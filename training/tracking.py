@@ -190,7 +190,10 @@ class Wandb:
         self.id = self.run.id if self.run else self.id
         if self.run and not self._try("without wandb", lambda _: self.run.define_metric("*", step_metric="step")):
             self.run = None
-        for line in () if run_id else kept:
+        known = (
+            run_id and self.run and (self.run.resumed or self.run.offline)
+        )  # not in another project or on a new server
+        for line in () if known else kept:
             self.log(line)
 
     def _rewound(self, settings, moment):

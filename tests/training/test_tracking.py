@@ -97,7 +97,7 @@ def test_wandb_gets_the_same_names(tiny, tmp_path, monkeypatch):
     calls, logged, finished = [], [], []
 
     class FakeRun:
-        id, summary, starting_step = "abc", {}, 0
+        id, summary, starting_step, resumed, offline = "abc", {}, 0, True, False
 
         def define_metric(self, name, step_metric):
             return name, step_metric

@@ -144,3 +144,15 @@ def test_a_run_that_was_stopped_goes_on_under_its_id(tmp_path, start):
             assert "warning" not in errors.lower(), errors
         (curve,) = server.runs.values()
         assert [line["step"] for line in curve] == list(range(21))
+
+
+@pytest.mark.slow
+def test_a_project_that_does_not_know_the_run_gets_all_of_its_lines(start):
+    """The second server stands for another project: the run's id is new to it."""
+    for steps in (10, 20):
+        with Server(rewinds=False) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            _, errors = start(server, f"--max_iters={steps}", "--lr_decay_iters=20").communicate(timeout=120)
+            assert "warning" not in errors.lower(), errors
+            (curve,) = server.runs.values()
+            assert [line["step"] for line in curve] == list(range(steps + 1))
