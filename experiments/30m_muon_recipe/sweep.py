@@ -1,7 +1,7 @@
 # Single changes to whitened Muon at 30M on Python source, each from the variant "both" of 30m_whitening.
 #   python sweep.py experiments/30m_muon_recipe/sweep.py --out_dir=out/30m_muon_recipe
 
-from experiments.best import sweep_of
+from experiments.best import sweep_of, with_seeds
 
 whitening = sweep_of("30m_whitening")
 both = whitening["variants"]["both"]
@@ -30,6 +30,4 @@ changes = {
 
 def sweep(held_out="3", only=""):
     """held_out: the seeds of every change; only: some of the changes."""
-    names = only.split(",") if only else changes
-    common = whitening["settings"] | {"seed": [int(seed) for seed in held_out.split(",")]}
-    return {"common": common, "optimizers": {name: changes[name] for name in names}}
+    return with_seeds(changes, held_out, only, **whitening["settings"])

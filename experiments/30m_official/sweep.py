@@ -3,7 +3,7 @@
 max_iters and the seed are swept, so that labels hold them.
 """
 
-from experiments.best import best_of
+from experiments.best import best_of, with_seeds
 
 
 def sweep(official="", steps=1560, held_out="3,4,5", only=""):
@@ -17,6 +17,4 @@ def sweep(official="", steps=1560, held_out="3,4,5", only=""):
     optimizers = {"habits": habits, "corrected": tuned, "plain": plain}  # in this order, should time run out
     if official:
         optimizers = {"official": habits | {"official": official}} | optimizers
-    common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")]}
-    names = only.split(",") if only else optimizers
-    return {"common": common, "optimizers": {name: optimizers[name] for name in names}}
+    return with_seeds(optimizers, held_out, only, max_iters=[steps])
