@@ -8,9 +8,7 @@ from config.train_yxanul_adam import *
 out_dir = "out/yxanul_hybrid"
 
 optimizer_name = "sophiag"
-# Not tuned: the learning rate of config/train_gpt2_small_adam.py, for both optimizers.
-learning_rate = 6e-4
-weight_decay = 0.1  # AdamW's
+# Not tuned: AdamW's learning rate and weight decay, for both optimizers.
 sophia_start_iter = 10_000  # stage 6; AdamW before it has betas 0.9 and 0.95
 beta1 = 0.965
 beta2 = 0.99

@@ -7,8 +7,7 @@ from config.train_yxanul_adam import *
 out_dir = "out/yxanul_sophiag"
 
 optimizer_name = "sophiag"
-# Not tuned: the learning rate of config/train_gpt2_small_adam.py, the rest of its Sophia-G.
-learning_rate = 6e-4
+# Not tuned: the settings of config/train_gpt2_small_sophiag.py, whose learning rate is AdamW's.
 weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99
