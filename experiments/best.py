@@ -42,7 +42,11 @@ def whitened_muon(steps):
 
 
 def with_seeds(optimizers, held_out, only="", **common):
-    """What a sweep file defines: the optimizers, or those that `only` names, with the seeds of `held_out`."""
+    """What a sweep file defines: the optimizers, or those that `only` names, with the seeds of `held_out`.
+
+    The sweep files that use it have these options: steps, the training horizon; held_out, seeds that no tuning used;
+    only, some of the optimizers. Steps and seeds are lists of swept values, so that labels hold them.
+    """
     names = only.split(",") if only else optimizers
     seeds = [int(seed) for seed in held_out.split(",")]
     return {"common": {"seed": seeds} | common, "optimizers": {name: optimizers[name] for name in names}}

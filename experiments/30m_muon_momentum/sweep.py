@@ -12,5 +12,4 @@ variants = {"whole": whole, "blocks": blocks, "muon": muon, "muon_1.6e-2": muon 
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
     return with_seeds({n: one | grid for n, one in variants.items()}, held_out, only, **whitening["settings"])

@@ -29,5 +29,4 @@ changes = {
 
 
 def sweep(held_out="3", only=""):
-    """held_out: the seeds of every change; only: some of the changes."""
     return with_seeds(changes, held_out, only, **whitening["settings"])

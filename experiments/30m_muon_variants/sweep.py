@@ -39,6 +39,5 @@ variants = {
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
     script = "experiments/30m_muon_variants/variants.py"
     return with_seeds(variants, held_out, only, script=script, max_iters=settings["max_iters"])

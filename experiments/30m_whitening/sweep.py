@@ -40,5 +40,4 @@ variants = {
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
     return with_seeds(variants, held_out, only, **settings)
