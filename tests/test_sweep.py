@@ -247,6 +247,8 @@ def test_a_sweep_files_parameters_are_options(stub, capsys):
     path.write_text(FUNCTION)
     sweep.main([str(path), f"--out_dir={out}", "--steps=3", "--rates=0.3", "--longer=True"])
     assert list(state(out)) == [label("adamw", {"max_iters": 4, "learning_rate": 0.3})]
+    sweep.main([str(out / "sweep.json"), f"--out_dir={stub / 'again'}"])
+    assert state(stub / "again") == state(out), "its sweep.json runs it again"
     with pytest.raises(SystemExit) as done:
         sweep.main([str(path), "--help"])
     printed = capsys.readouterr().out
@@ -539,7 +541,7 @@ def test_bad_files_are_refused(stub, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("common = 1 / 0")
     refused(capsys, [str(tmp_path / "bad.py"), "--out_dir=x"], "ZeroDivisionError")
     refused(capsys, [str(tmp_path / "none.py"), "--out_dir=x"], "cannot read")
-    refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "ends in .py")
+    refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "a sweep file is NAME.py or sweep.json")
     path = write_sweep(tmp_path, {"adamw": {}})
     refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot be read or written")
     refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 to 1000")
