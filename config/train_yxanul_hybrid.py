@@ -1,6 +1,4 @@
-# A Llama-like model with 196M parameters (RMSNorm, RoPE, GQA, SwiGLU) in FP8. Ten stages of 2000
-# steps, from sequences of 8 tokens to 2048: AdamW in the first five, Sophia-G from then on. A step has 240 x 2048
-# tokens, the run 9.8B.
+# The model and the ten stages of train_yxanul_adam.py: AdamW in the first five, Sophia-G from then on.
 #   python train_sophiag.py config/train_yxanul_hybrid.py          # one H100 or newer; FP8 needs the package torchao
 
 from config.train_yxanul_adam import *
