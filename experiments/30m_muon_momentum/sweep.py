@@ -1,7 +1,7 @@
 # Momentum and weight decay of whitened Muon, whole and in blocks, and of Muon itself, at 30M on Python source.
 #   python sweep.py experiments/30m_muon_momentum/sweep.py --out_dir=out/30m_muon_momentum
 
-from experiments.best import sweep_of
+from experiments.best import sweep_of, with_seeds
 
 whitening = sweep_of("30m_whitening")
 whole = whitening["variants"]["both"] | {"whiten_interval": 1}
@@ -12,7 +12,4 @@ variants = {"whole": whole, "blocks": blocks, "muon": muon, "muon_1.6e-2": muon 
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
-    names = only.split(",") if only else variants
-    common = whitening["settings"] | {"seed": [int(seed) for seed in held_out.split(",")]}
-    return {"common": common, "optimizers": {name: variants[name] | grid for name in names}}
+    return with_seeds({n: one | grid for n, one in variants.items()}, held_out, only, **whitening["settings"])
