@@ -224,7 +224,7 @@ def results_books():
 
 def results_llama():
     """Llama-like model: the same."""
-    folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed?")) for name in LLAMA}
+    folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed[345]")) for name in LLAMA}
     groups = {LLAMA[name]: group([*map(read_run, runs)])[0] for name, runs in folders.items() if runs}
     return beside_adamw(groups)
 
