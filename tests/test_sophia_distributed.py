@@ -104,6 +104,7 @@ def rank_main(rank, ranks, port, results):
     results["zero", rank] = zero_1(rank, ranks)
     results["hutchinson", rank] = hutchinson_under_ddp(rank)
     results["partial", rank] = estimates_of_some_ranks(rank)
+    results["partial_sums", rank] = partial_sums(flat)
     results["sharded", rank] = sharded_edges(rank, lambda model: shard(model, flat))
     dist.destroy_process_group()
 
@@ -155,6 +156,22 @@ def estimates_of_some_ranks(rank):
         optimizer.update_hessian({first: torch.ones(3), second: torch.ones(3) if rank == 0 else None})
     except RuntimeError as error:
         return str(error), len(optimizer.state)
+
+
+def partial_sums(mesh):
+    """Two steps of a parameter that all ranks have, with gradients to be summed over them (tensor parallelism)."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    ends = []
+    for implementation in implementations():
+        p = nn.Parameter(DTensor.from_local(torch.ones(64, 64), mesh, [Replicate()]))
+        optimizer = SophiaG([p], lr=0.1, rho=0.5, bs=2, **{implementation: True})
+        for step in range(2):
+            p.grad = DTensor.from_local(torch.full((64, 64), step - 0.25 + mesh.get_rank()), mesh, [Partial()])
+            optimizer.update_hessian()
+            optimizer.step()
+        ends.append([p.to_local().detach().numpy(), optimizer.state[p]["hessian"].to_local().numpy()])
+    return ends
 
 
 def sharded_edges(rank, wrap):
@@ -210,6 +227,20 @@ def test_two_ranks_equal_one(two_ranks, name, implementation):
     assert their_norms == pytest.approx(norms, rel=1e-5)
     assert their_statistics == pytest.approx(statistics, rel=1e-4)
     assert 0 < statistics["win_rate"] < 1
+
+
+def test_gradients_that_are_still_to_be_summed_over_the_ranks(two_ranks):
+    """The sum is a temporary tensor: the kernels must not read it after it is gone."""
+    p = nn.Parameter(torch.ones(64, 64))
+    optimizer = SophiaG([p], lr=0.1, rho=0.5, bs=2)
+    for step in range(2):
+        p.grad = torch.full((64, 64), 2 * step + 0.5)
+        optimizer.update_hessian()
+        optimizer.step()
+    for rank in (0, 1):
+        for weights, hessian in two_ranks["partial_sums", rank]:
+            torch.testing.assert_close(torch.from_numpy(weights), p.detach())
+            torch.testing.assert_close(torch.from_numpy(hessian), optimizer.state[p]["hessian"])
 
 
 def test_zero_1_equals_one_rank(two_ranks):
