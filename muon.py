@@ -221,11 +221,8 @@ class Muon(Optimizer):
                 states[number] = {key: getattr(value, "to", value) for key, value in states[number].items()}
             return {**loaded, "state": states}
 
-        handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # the last one
-        try:
+        with self.register_load_state_dict_pre_hook(hide_from_torch):  # the last one
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
         self._loaded = any(self.state.values())
 
     def _batches(self, group: dict[str, Any], fused: bool = False) -> list["_Batch"]:

@@ -325,11 +325,8 @@ class _Sophia(Optimizer):
                 state[n] = {key: getattr(value, "to", value) for key, value in tensors.items()}
             return {**loaded, "state": state}
 
-        handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # last: it sees what the other hooks return
-        try:
+        with self.register_load_state_dict_pre_hook(hide_from_torch):  # last: it sees what the other hooks return
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
 
     def _param_state(self, param, group):
         """The parameter's state; missing entries are added, as after loading a checkpoint of the official code."""
@@ -476,11 +473,9 @@ class _Sophia(Optimizer):
     def _statistics(self, bs=None):
         momenta, counts = {}, {}  # counts: of coordinates, by the name of groups; some may share one
         for index, group in enumerate(self.param_groups):
-            name = group.get("name", index)
-            counts.setdefault(name, 0)
-            for param in (p for p in group["params"] if "hessian" in self.state.get(p, ())):
-                momenta[param] = self.state[param]["exp_avg"]
-                counts[name] += param.numel() * (2 if param.is_complex() else 1)
+            name, params = group.get("name", index), [p for p in group["params"] if "hessian" in self.state.get(p, ())]
+            momenta |= {p: self.state[p]["exp_avg"] for p in params}
+            counts[name] = counts.get(name, 0) + sum(p.numel() * (2 if p.is_complex() else 1) for p in params)
 
         def row_of_group(bucket):
             settings = {"beta2": bucket.group["betas"][1], "eps": bucket.group.get("eps")}
@@ -587,9 +582,15 @@ class SophiaH(_Sophia):
 
     h is the moving average of `hutchinson`'s estimates. A coordinate of h may be negative. It then moves by lr sign(m).
     eps is the smallest denominator. There is no bs. All other arguments, m and weight decay are as in SophiaG. With
-    maximize=True give `hutchinson` the negated loss. Before every k-th step call
+    maximize=True give `hutchinson` the negated loss.
 
-        optimizer.update_hessian(hutchinson(lambda: loss_fn(model(x), y), model.parameters()))
+        optimizer = SophiaH(model.parameters(), lr=3e-4)
+        for step, (x, y) in enumerate(batches):
+            if step % 10 == 0:
+                optimizer.update_hessian(hutchinson(lambda: loss_fn(model(x), y), model.parameters()))
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     """
 
     def __init__(
