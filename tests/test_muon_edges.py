@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from muon import Muon, WhitenedMuon
 from tests.test_muon import parameters, set_gradients, train
@@ -140,3 +142,70 @@ def test_torchs_default_dtype_changes_nothing(cls):
             torch.set_default_dtype(torch.float32)
         ends.append((params[0].detach(), optimizer.state[params[0]]["momentum_buffer"]))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+# --- the rest of torch -----------------------------------------------------------------------------------------------
+
+
+def make(cls, **settings):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 4, bias=False))
+    return model, cls([{"params": [p]} for p in model.parameters()], **{"lr": 0.05} | settings)
+
+
+@classes
+@pytest.mark.parametrize("flat", [False, True])
+def test_dcp_restores_the_state(cls, flat, tmp_path):
+    model, optimizer = make(cls)
+    train(optimizer, [*model.parameters()], 3)
+    optimizer.zero_grad()
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model_state, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=tmp_path / "0", no_dist=True)
+    resumed_model, resumed = make(cls, lr=0.01)
+    model_state, state = get_state_dict(resumed_model, resumed, options=options)  # this makes the states
+    dcp.load({"model": model_state, "optimizer": state}, checkpoint_id=tmp_path / "0", no_dist=True)
+    set_state_dict(resumed_model, resumed, model_state_dict=model_state, optim_state_dict=state, options=options)
+    for each, its in ((optimizer, model), (resumed, resumed_model)):
+        train(each, [*its.parameters()], 12, first=3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+@classes
+def test_schedulers_drive_it_as_they_drive_sgd(cls):
+    """OneCycleLR moves the momentum too; a resumed run goes on."""
+    model, optimizer = make(cls)
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], momentum=0.9)
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9) for o in (optimizer, sgd)]
+
+    def run(model, optimizer, schedulers, first):
+        for step in range(first, first + 3):
+            train(optimizer, [*model.parameters()], 1, first=step)
+            for scheduler in schedulers:
+                scheduler.step()
+
+    sgd.step()
+    run(model, optimizer, schedulers, 0)
+    for key in ("lr", "momentum"):
+        assert optimizer.param_groups[1][key] == sgd.param_groups[0][key] != {"lr": 0.05, "momentum": 0.95}[key]
+    resumed_model, resumed = make(cls)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(resumed, max_lr=0.1, total_steps=9)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    scheduler.load_state_dict(schedulers[0].state_dict())
+    run(model, optimizer, schedulers, 3)
+    run(resumed_model, resumed, [scheduler], 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+@classes
+def test_compiled_steps_equal_eager_ones(cls):
+    ends = []
+    for compiled in (False, True):
+        model, optimizer = make(cls, **({"interval": 2} if cls is WhitenedMuon else {}))
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for i in range(3):
+            set_gradients([*model.parameters()], i)
+            step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
