@@ -622,10 +622,9 @@ class SophiaH(_Sophia):
         if bad := given.keys() - set(params) or {p for p, e in given.items() if not isinstance(e, Tensor)}:
             raise ValueError(f"{len(bad)} estimates of what is no parameter of this optimizer, or that are no tensors")
         if average and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            counts = torch.tensor([float(p in given) for p in params], device=params[0].device)
-            torch.distributed.all_reduce(counts)
-            if not ((counts == 0) | (counts == ranks)).all():
+            ranks, own = torch.distributed.get_world_size(), [(tuple(p.shape), p in given) for p in params]
+            torch.distributed.all_gather_object(everyones := [own] * ranks, own)
+            if any(other != own for other in everyones):
                 raise RuntimeError("the ranks have estimates of different parameters; pass zeros where a rank has none")
             for p in (p for p in params if p in given and not hasattr(given[p], "device_mesh")):
                 given[p] = given[p] / ranks

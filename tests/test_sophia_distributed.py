@@ -152,6 +152,8 @@ def estimates_of_some_ranks(rank):
     """Rank 1 has no estimate of the second parameter: not waited for, and nobody's mean is taken for that of all."""
     first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = SophiaH([first, second])
+    with pytest.raises(RuntimeError, match="the ranks have estimates of different parameters"):
+        SophiaH([first, second][rank:]).update_hessian([torch.ones(3)] * (2 - rank))  # their shares, as of ZeRO-1
     try:
         optimizer.update_hessian({first: torch.ones(3), second: torch.ones(3) if rank == 0 else None})
     except RuntimeError as error:
