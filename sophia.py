@@ -261,8 +261,9 @@ class _Sophia(Optimizer):
 
     def _check_group(self, group):
         """Raise ValueError for a setting that is out of its range, or that nobody reads."""
-        for key in sorted(group.keys() - self.defaults.keys() - _LABELS):
-            whose = "the constructor, not of a group" if key in self._process_settings() else "no group"
+        own = self._process_settings()  # ZeroRedundancyOptimizer gives them to the groups too
+        for key in sorted(k for k in group.keys() - self.defaults.keys() - _LABELS if own.get(k, own) != group[k]):
+            whose = "the constructor, not of a group" if key in own else "no group"
             raise ValueError(f"{key!r} is a setting of {whose}; a group may have {', '.join(self.defaults)}")
         _check_once(group["params"])
         lr, betas = group["lr"], group["betas"]

@@ -114,11 +114,20 @@ def zero_1(rank, ranks):
 
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Net())
-    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, lr=0.05, rho=0.5, bs=48)
+    settings = {"lr": 0.05, "rho": 0.5, "bs": 48, implementations()[-1]: True}
+    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, **settings)
     train(model, zero, rank, ranks, sophia=zero.optim)
     zero.consolidate_state_dict()
     kept = [] if rank else [state["hessian"] for _, state in sorted(zero.state_dict()["state"].items())]
-    return [t.detach().numpy() for t in [*model.parameters(), *kept]]
+    tensors = [t.detach().clone().numpy() for t in [*model.parameters(), *kept]]
+    saved = [None if rank else copy.deepcopy(zero.state_dict())]
+    dist.broadcast_object_list(saved)
+    resumed = ZeroRedundancyOptimizer((twin := copy.deepcopy(model)).parameters(), SophiaG, **settings)
+    resumed.load_state_dict(saved[0])
+    for each, its in ((zero, model), (resumed, twin)):
+        train(its, each, rank, ranks, sophia=each.optim)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    return tensors
 
 
 def batch(rank, step):
