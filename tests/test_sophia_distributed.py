@@ -102,6 +102,7 @@ def rank_main(rank, ranks, port, results):
                 tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
                 results[name, implementation] = (tensors, norms, statistics)
     results["zero", rank] = zero_1(rank, ranks)
+    results["fsdp1", rank] = fsdp_1(rank, ranks)
     results["hutchinson", rank] = hutchinson_under_ddp(rank)
     results["partial", rank] = estimates_of_some_ranks(rank)
     results["partial_sums", rank] = partial_sums(flat)
@@ -128,6 +129,18 @@ def zero_1(rank, ranks):
         train(its, each, rank, ranks, sophia=each.optim)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     return tensors
+
+
+def fsdp_1(rank, ranks):
+    """Parameters are pieces of flat ones; with every step they may lie elsewhere."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48, **{implementations()[-1]: True})
+    train(model, optimizer, rank, ranks)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return [p.detach().clone().numpy() for p in model.parameters()]
 
 
 def batch(rank, step):
@@ -254,15 +267,16 @@ def test_gradients_that_are_still_to_be_summed_over_the_ranks(two_ranks):
             torch.testing.assert_close(torch.from_numpy(hessian), optimizer.state[p]["hessian"])
 
 
-def test_zero_1_equals_one_rank(two_ranks):
+@pytest.mark.parametrize("name", ["zero", "fsdp1"])
+def test_zero_1_and_fsdp_1_equal_one_rank(two_ranks, name):
     torch.manual_seed(0)
     model = Net()
     optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48)
     train(model, optimizer)
     expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
-    for ours, theirs in zip(expected, two_ranks["zero", 0], strict=True):
+    for ours, theirs in zip(expected, two_ranks[name, 0], strict=name == "zero"):
         torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
-    for a, b in zip(two_ranks["zero", 0], two_ranks["zero", 1], strict=False):
+    for a, b in zip(two_ranks[name, 0], two_ranks[name, 1], strict=False):
         assert (a == b).all()
 
 
