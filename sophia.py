@@ -440,7 +440,7 @@ class _Sophia(Optimizer):
         made, self._made = self._made, 0
         hessians = [h for b in buckets if self._rho(b.group, None) and b.group["lr"] for h in b.hessians]
         self._estimated = any(h.numel() for h in hessians)
-        if n := self._estimated and (made if any(h.any() for h in hessians) else len(hessians)):
+        if n := self._estimated and (made if any(h.is_meta or h.any() for h in hessians) else len(hessians)):
             message = f"{type(self).__name__}.step() before any update_hessian() that took effect on {n} parameters"
             warnings.warn(f"{message}: without a curvature all coordinates move by lr", stacklevel=6)
 

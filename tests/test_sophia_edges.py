@@ -481,3 +481,13 @@ def test_a_tied_embedding_trains():
         optimizer.step(bs=7)
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_on_the_meta_device_have_no_numbers_to_look_at():
+    p = nn.Parameter(torch.empty(3, 3, device="meta"))
+    p.grad = torch.empty(3, 3, device="meta")
+    optimizer = SophiaG([p])
+    optimizer.update_hessian()
+    optimizer.step()
+    assert {key: value.is_meta for key, value in optimizer.state[p].items()} == dict.fromkeys(optimizer.state[p], True)
