@@ -135,8 +135,12 @@ class Muon(Optimizer):
         updates = list(update * scale if isinstance(scale, Tensor) else update)
         decay = lr * group["weight_decay"]
         if group["cautious"]:
-            pairs = zip(batch.params, updates, strict=True)
-            torch._foreach_mul_(batch.params, [1 - decay * (p * update > 0).to(p.dtype) for p, update in pairs])
+            towards_0 = torch._foreach_mul(updates, batch.params)
+            torch._foreach_sign_(towards_0)
+            torch._foreach_clamp_min_(towards_0, 0)
+            torch._foreach_mul_(towards_0, -decay)
+            torch._foreach_add_(towards_0, 1)
+            torch._foreach_mul_(batch.params, towards_0)
         else:
             torch._foreach_mul_(batch.params, 1 - decay)
         torch._foreach_add_(batch.params, updates, alpha=-1 if isinstance(scale, Tensor) else -scale)
