@@ -436,9 +436,9 @@ class _Sophia(Optimizer):
     _rho = staticmethod(lambda group, bs: group["rho"])
 
     def _warn_without_curvature(self, buckets):
-        """Look for a curvature at the first step that moves anything, and when a step has made states. It syncs."""
+        """Look for a curvature, with a sync, at the first step whose lr is not 0 (or a tensor), and if states were made."""
         made, self._made = self._made, 0
-        hessians = [h for b in buckets if self._rho(b.group, None) and b.group["lr"] for h in b.hessians]
+        hessians = [h for b in buckets if self._rho(b.group, None) and b.group["lr"] not in {0} for h in b.hessians]
         self._estimated = any(h.numel() for h in hessians)
         if n := self._estimated and (made if any(h.is_meta or h.any() for h in hessians) else len(hessians)):
             message = f"{type(self).__name__}.step() before any update_hessian() that took effect on {n} parameters"
