@@ -436,7 +436,7 @@ class _Sophia(Optimizer):
     _rho = staticmethod(lambda group, bs: group["rho"])
 
     def _warn_without_curvature(self, buckets):
-        """Look for a curvature, with a sync: at the first step whose lr is a tensor or not 0, and if states were made."""
+        """Look for a curvature, with a sync: in the first step with an lr that is not 0, and if states were made."""
         made, self._made = self._made, 0
         hessians = [h for b in buckets if self._rho(b.group, None) and b.group["lr"] not in {0} for h in b.hessians]
         self._estimated = any(h.numel() for h in hessians)
