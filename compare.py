@@ -9,6 +9,7 @@ the baseline. Runs with other data, batch sizes or evaluations are refused.
 steps. docs/comparing.md has this and the other rules.
 """
 
+import os
 from pathlib import Path
 
 from analysis.figures import draw
@@ -21,7 +22,8 @@ from training.metrics import STATE
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run; the first is the baseline")
-    parser.add_argument("--out", metavar="PREFIX", help="write the tables to PREFIX.md, figures to PREFIX*.png, .svg")
+    help = "write the tables to PREFIX.md, figures to PREFIX*.png, .svg"
+    parser.add_argument("--out", type=os.path.expanduser, metavar="PREFIX", help=help)
     parser.add_argument("--force", action="store_true", help="compare runs that would be refused")
     parser.add_argument("--scaling", action="store_true", help="allow several model sizes; draw loss against size")
     parser.add_argument("--wandb", action="store_true", help="upload the figures to the baseline's wandb_project")

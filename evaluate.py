@@ -24,6 +24,7 @@ from training.config import ModelSource, load_config, setting
 from training.data import check_split, open_dataset
 from training.distributed import Distributed
 from training.hf import load_model
+from training.terminal import warn
 
 
 @dataclass
@@ -51,7 +52,11 @@ def main(argv=None):
     if stride > block_size:
         raise UserError(f"stride = {stride} would leave tokens out, block_size is {block_size}; lower it.")
     for part, _ in corpus.parts:
-        check_tokens(part, config.split, tokenizer, origin)
+        sha256 = check_tokens(part, config.split, tokenizer, origin)
+        known = settings.get("corpora", {}).get(part.name, settings).get(f"{config.split}_sha256", sha256)
+        if sha256 != known and dataset == settings.get("dataset"):
+            other = f"{config.split}.bin in {part.folder} is not that of the training of {origin} (its SHA-256 differs)"
+            warn(f"{other}; the model may have seen its text.")
     model.to(device)
     results = []
     for part, share in corpus.parts:
@@ -78,14 +83,15 @@ def report(loss, bytes_per_token):
 
 
 def check_tokens(corpus, split, tokenizer, origin):
-    """UserError where a split's tokens are too few, damaged, or not those that the model of `origin` reads."""
+    """The SHA-256 of a split. UserError where its tokens are too few, damaged, or not those the model reads."""
     corpus.check_tokenizer(tokenizer.spec, origin)
     if len(getattr(corpus, split)) < 2:
         raise UserError(f"{corpus.folder}/{split}.bin has one token only, of which nothing is to be predicted.")
-    largest, _ = check_split(corpus, split)
+    largest, sha256 = check_split(corpus, split)
     if largest >= tokenizer.vocab_size:
         beyond = f"token {largest}, beyond the model's {tokenizer.vocab_size}"
         raise UserError(f"{corpus.folder}/{split}.bin holds {beyond}; prepare it again.")
+    return sha256
 
 
 def count_bytes(tokens, tokenizer):

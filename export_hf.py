@@ -13,6 +13,7 @@ unlike in training, "<|endoftext|>" in a text is the end-of-text token.
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class ExportConfig(ModelSource):
 
     def check(self):
         super().check()
+        self.to = os.path.expanduser(self.to)
         if not self.to:
             raise UserError("to = '': give the folder to write as --to=DIR.")
 

@@ -7,6 +7,7 @@ python sample.py --init_from=gpt2-xl --start="The meaning of life is" --top_p=0.
     tokens = generate(model, idx, 100, temperature=0.8, top_k=200, seed=1)  # idx (B, T) int64 -> (B, T + 100)
 """
 
+import os
 import sys
 from dataclasses import dataclass
 
@@ -70,9 +71,9 @@ def prompt_ids(start, tokenizer):
         return [tokenizer.eot]
     text = start or "\n"
     if start.startswith(FILE):
-        path = start.removeprefix(FILE)
+        path = os.path.expanduser(start.removeprefix(FILE))
         try:
-            with open(path, encoding="utf-8") as file:  # perhaps a pipe
+            with open(path, encoding="utf-8-sig") as file:  # perhaps a pipe
                 text = file.read(LONGEST + 1)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

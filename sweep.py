@@ -36,6 +36,7 @@ from pathlib import Path
 from random import Random
 
 # first: Ctrl-C during the other imports is then quiet
+from training import INTERRUPTED, TERMINATED
 from training.errors import Parser, UserError, command, file_errors
 
 # isort: split
@@ -157,7 +158,8 @@ def read_command_line(argv):
     parser = Parser(description=__doc__)
     help = "the sweep file, which is run as code; or the sweep.json of a sweep, which is run again"
     parser.add_argument("sweep", metavar="SWEEP.py", help=help)
-    parser.add_argument("--out_dir", required=True, help="folder of the sweep; each run gets a folder in it")
+    help = "folder of the sweep; each run gets a folder in it"
+    parser.add_argument("--out_dir", type=os.path.expanduser, required=True, help=help)
     parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
     help = "runs at a time, spread over the GPUs; default: one on each GPU, or 1. On one GPU they start 10 s apart"
     parser.add_argument("--jobs", type=int, help=help)
@@ -357,7 +359,6 @@ def run_all(trials, devices, lock, bar, known, save_state):
     shared, last_start = len(devices) > len(set(devices)), {}
     apart = shared and devices[0] is not None
     save_state()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the runs are stopped below
     try:
         while pending or running:
             rested = [d for d in free if not apart or time.monotonic() - last_start.get(d, -math.inf) > APART]
@@ -374,7 +375,7 @@ def run_all(trials, devices, lock, bar, known, save_state):
                 free.append(device)
                 log.close()
                 if not trial.read():
-                    if process.returncode in (0, -signal.SIGTERM, -signal.SIGINT):
+                    if process.returncode in (0, -signal.SIGTERM, -signal.SIGINT, INTERRUPTED, TERMINATED):
                         raise UserError(f"{trial.folder.name} was stopped by a signal; start the sweep again to go on.")
                     lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     trial.loss, trial.error = math.inf, f"exit code {process.returncode}: {(lines or [''])[-1]}"
@@ -386,11 +387,10 @@ def run_all(trials, devices, lock, bar, known, save_state):
     finally:
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C reaches the runs, and ends them
         for _, _, process, _ in running:
-            process.terminate()  # the run then writes a checkpoint
+            process.terminate()  # the run then writes a checkpoint; SIGTERM ends the sweep as Ctrl-C does
         for _, _, process, log in running:
             process.wait()
             log.close()
-        signal.signal(signal.SIGTERM, previous)
         signal.signal(signal.SIGINT, interrupt)
 
 

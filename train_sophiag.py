@@ -78,6 +78,11 @@ class SophiaConfig(TrainConfig):
             raise UserError("adamw_lr and embedding_lr both set the embeddings' learning rate here; give one of them.")
         if hutchinson and self.fp8:
             raise UserError("sophiah differentiates twice, and fp8 cannot be; use sophiag, or leave fp8 off.")
+        given = getattr(self, "given", ())
+        if "hess_warmup" in given and not self.sophia_start_iter:
+            raise UserError("hess_warmup has no effect with sophia_start_iter = 0; leave it out, or set that.")
+        if "beta2" in given and self.optimizer_name == "sophia_muon":
+            raise UserError("beta2 has no effect with optimizer_name = 'sophia_muon'; leave it out (see whiten_decay).")
         if self.hess_bs > self.total_bs:
             raise UserError(f"hess_bs = {self.hess_bs} is more than total_bs = {self.total_bs}; lower it.")
         for _, length in stages(self):

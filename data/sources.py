@@ -33,11 +33,13 @@ from tqdm import tqdm
 
 from data import corpus
 from training.errors import UserError
+from training.terminal import warn
 from training.tokenizer import characters_of, check_spec, parts_of, read_tokenizer_json
 
 BLOCK = 1 << 20  # bytes read at a time
 LARGE = 1 << 24  # bytes from which on a text file is not held in memory
 RECORD = 1 << 28  # bytes, the most that is read in search of a record's end
+ESCAPES = {"r": "\r", "n": "\n", "t": "\t"}
 VAL_OF_ONE_TEXT = 0.1  # share held out of a text that is not made of documents
 OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the tokens, and no source
 
@@ -52,7 +54,7 @@ def add_arguments(parser, val_fraction, separator=None):
     parser.add_argument("--val", nargs="+", metavar="PATH", help="instead of --source: what to hold out; needs --train")
     parser.add_argument("--field", default="text", help="field of a record with its text (default: %(default)s)")
     parser.add_argument(
-        "--separator", default=separator, type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
+        "--separator", default=separator, type=lambda text: re.sub(r"\\[rnt]", lambda c: ESCAPES[c[0][1]], text),
         help="cut .txt and .md files into documents at this text, e.g. '<|endoftext|>' or '\\n\\n'",
     )  # fmt: skip
     parser.add_argument("--skip_bad", action="store_true", help="leave out records that cannot be read, and count them")
@@ -102,9 +104,13 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
         source = describe(name, args, files, fraction)
     elif args.train:
         splits = {"train": find_files(args.train, "--train"), "val": find_files(args.val, "--val")}
-        source = describe(name, args, [*splits["train"], *splits["val"]], None)
+        files = [*splits["train"], *splits["val"]]
+        if len({path.resolve() for path in files}) < len(files):
+            both = {path.resolve() for path in splits["train"]} & {path.resolve() for path in splits["val"]}
+            raise UserError(f"{min(both)} is among both --train and --val; name it once, or val/loss is of known text")
+        source = describe(name, args, files, None)
     else:
-        source, splits = hub[0] + _others(args), None
+        source, splits, files = hub[0] + _others(args), None, []
 
     def again():
         bad.count = 0
@@ -121,6 +127,9 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
     if splits and args.val_fraction is not None:
         raise UserError("--val_fraction has no effect: the files are given, or named, as train or val; leave it out")
     if corpus.is_prepared(args, source):
+        made = (args.out_dir / "meta.json").stat().st_mtime
+        if newer := [path for path in files if path.stat().st_mtime > made]:
+            warn(f"{newer[0]} was changed after {args.out_dir} was prepared from it; --force prepares it again.")
         return
     spec = _spec(args.tokenizer, documents)
     try:
@@ -189,8 +198,8 @@ def _splits_by_name(files):
 def find_files(sources, option="--source"):
     """The files of the kinds in READERS, compressed or not, that `sources` (files, folders, patterns) hold, each once.
 
-    The order is that of `sources`, within a folder or pattern that of the sorted paths. Raises UserError where nothing
-    is found.
+    The order is that of `sources`, within a folder or pattern that of the sorted paths. Of a folder, hidden files are
+    left out, such as those of .git. Raises UserError where nothing is found, and for links that would be left out.
     """
     files = {}
     for source in map(Path, sources):
@@ -198,13 +207,20 @@ def find_files(sources, option="--source"):
         if glob.has_magic(str(source)) and not source.exists():
             found = [Path(path) for path in sorted(glob.glob(str(source), recursive=True)) if os.path.isfile(path)]
         elif source.is_dir():
-            found = [path for path in sorted(filter(Path.is_file, source.rglob("*"))) if path.name not in OUTPUT]
+            hidden = re.compile(r"(^|/)\.")
+            inside = [p for p in sorted(source.rglob("*")) if not hidden.search(p.relative_to(source).as_posix())]
+            if link := next((path for path in inside if path.is_symlink() and not path.is_file()), None):
+                problem = f"{link} is a link to a folder or to nothing, which is not followed"
+                raise UserError(f"{option} {source}: {problem}; name what it leads to, or remove it")
+            found = [path for path in inside if path.is_file() and path.name not in OUTPUT]
         else:
             found = [source]
         readable = [path for path in found if _kind(path) in READERS]
         if not readable or (found == [source] and not source.exists()):
             what = f"no {', '.join(READERS)} (or compressed: {', '.join(COMPRESSED)})"
             raise UserError(f"{option} {source}: {what if source.exists() else 'no such file or folder'}")
+        if others := sorted({path.suffix or path.name for path in set(found) - set(readable)} - {".bin"}):
+            print(f"{source}: files of other kinds are not read: {', '.join(others[:8])}")
         for path in readable:
             files.setdefault(path.resolve(), path)
     return list(files.values())
@@ -261,6 +277,8 @@ class TextFile:
                     raise _not_utf8(self.path, line + error.object.count(b"\n", 0, error.start)) from error
                 except DAMAGE as error:
                     raise _damaged(self.path, f"line {line}", error) from error
+                if null := _null(self.path, text, line):
+                    raise null
                 line += text.count("\n")
                 bar.update(len(block))
                 yield text
@@ -414,13 +432,21 @@ def _read_text(path, stream, field, separator):
         yield TextFile(path)
         return
     try:
-        yield content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        yield _null(path, text) or text
     except UnicodeDecodeError as error:
         yield _not_utf8(path, content.count(b"\n", 0, error.start) + 1)
 
 
 def _damaged(path, place, error):
     return UserError(f"{path} cannot be read beyond {place} ({error}); is it damaged or incomplete?")
+
+
+def _null(path, text, line=1):
+    """The UserError for a text with NUL characters: UTF-16 without its mark, or the end of a file that is not whole."""
+    if (at := text.find("\0")) >= 0:
+        line += text.count("\n", 0, at)
+        return UserError(f"{path}, line {line}: it holds the character NUL, as UTF-16 and cut files do; repair it")
 
 
 def _not_utf8(path, line):
@@ -436,7 +462,11 @@ def _read_separated(path, stream, separator):
         while (end := buffer.find(separator, searched)) >= 0 or (not block and buffer):
             part = bytes(buffer[: end if end >= 0 else len(buffer)])
             try:
-                yield part.decode("utf-8-sig" if line == 1 else "utf-8").strip("\r\n")
+                text = part.decode("utf-8-sig" if line == 1 else "utf-8")
+                wrong, windows = _null(path, text, line), separator.replace(b"\n", b"\r\n")
+                if end < 0 and line == 1 and windows in part:
+                    wrong = UserError(f"{path}: its lines end with \\r\\n; give --separator {windows.decode()!r}")
+                yield wrong or text.strip("\r\n")
             except UnicodeDecodeError as error:
                 yield _not_utf8(path, line + part.count(b"\n", 0, error.start))
             line, searched = line + part.count(b"\n") + separator.count(b"\n"), 0
@@ -532,6 +562,8 @@ def _read_csv(path, stream, field, separator):
         raise UserError(f"{path}, line 1: not CSV ({error}); repair it or leave it out") from None
     if field not in names:
         raise UserError(f"{path}: no column {field!r}; name one of these with --field: {', '.join(names)}")
+    if names.count(field) > 1:
+        raise UserError(f"{path}: several columns are named {field!r}; rename all but one")
     column, first = names.index(field), 1
     while True:
         first = rows.line_num + 1

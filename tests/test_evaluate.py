@@ -97,6 +97,22 @@ def test_windows_without_overlap_give_the_val_loss_of_training(tmp_path, capsys)
         assert found["loss"] == pytest.approx(read_lines(tmp_path / "run")[-1]["val/loss"], abs=1e-5)
 
 
+def test_a_split_that_was_replaced_since_the_training_is_one_warning(tmp_path, capsys, characters):
+    """By default the dataset is the training's; a new split of it may hold what the model was trained on."""
+    tokens, corpus = characters
+    short = ["--max_iters=1", "--warmup_iters=0", "--total_bs=4", "--batch_size=4"]
+    train_adam.main([*tiny_words(corpus, tmp_path / "run"), *short])
+    words = [word for word in argv(tmp_path / "run", corpus) if not word.startswith("--dataset")]
+    evaluate.main(words)
+    assert "warning" not in capsys.readouterr().err
+    np.array(tokens[::-1], "<u2").tofile(corpus / "val.bin")
+    evaluate.main(words)
+    warning = capsys.readouterr().err
+    assert warning.count("warning: val.bin in") == 1 and "SHA-256 differs" in warning
+    evaluate.main([*words, f"--dataset={corpus}/../corpus"])
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_openais_weights(tmp_path, monkeypatch):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -140,6 +140,7 @@ def test_generation_ends_at_the_end_of_text_of_the_runs_tokenizer(tmp_path, end)
         (["--to={folder}/run"], "run is not an empty folder"),
         (["--out_dir={folder}/none"], "none holds no checkpoint"),
         (["--to=/proc/self/hf"], "cannot be read or written"),
+        (["--to={folder}/\udcff"], "is to be a name, and it is not UTF-8; use another one"),
         (["--out_dir={folder}/relu2"], "the nearest, GPT2, cannot have mlp='relu2'"),
     ],
 )

@@ -75,10 +75,12 @@ def test_tokens_are_printed_as_they_come(tmp_path, monkeypatch, capsys):
     assert printed == [2, 1, 1, 1, 1, 1], "each token is out before the next is computed"
 
 
-def test_the_prompt_can_come_from_a_file(tmp_path, capsys):
+@pytest.mark.parametrize("content", [b"bad\n", b"\xef\xbb\xbfbad\r\n"], ids=["", "of Windows"])
+def test_the_prompt_can_come_from_a_file(tmp_path, capsys, monkeypatch, content):
     write_run(tmp_path)
-    (tmp_path / "prompt.txt").write_text("bad\n")
-    sample.main(argv(tmp_path, start=f"FILE:{tmp_path}/prompt.txt"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_bytes(content)
+    sample.main(argv(tmp_path, start="FILE:~/prompt.txt"))
     assert capsys.readouterr().out.startswith("bad\n")
 
 

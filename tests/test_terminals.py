@@ -81,15 +81,18 @@ def test_any_character_is_printed_on_any_terminal(tmp_path, encoding):
     assert text.startswith("é 中" if encoding == "utf-8" else "\\xe9 \\u4e2d" if encoding == "ascii" else "é \\u4e2d")
 
 
-def test_ctrl_c_ends_a_tool_quietly(tmp_path):
-    code = TOOL.replace('print("line", i)', "print('begun', flush=True); __import__('time').sleep(60)")
-    (tmp_path / "tool.py").write_text(code.replace("GOES_ON", "False"))
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_a_tool_quietly_and_it_tidies_up(tmp_path, number, code):
+    waits = "print('begun', flush=True)\n            __import__('time').sleep(60)"
+    tidies = f"try:\n            {waits}\n        finally:\n            open(sys.argv[1], 'w').close()"
+    (tmp_path / "tool.py").write_text(TOOL.replace('print("line", i)', tidies).replace("GOES_ON", "False"))
     command = [sys.executable, tmp_path / "tool.py", tmp_path / "done"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
+        process.send_signal(number)
+        assert process.communicate(timeout=30) == (b"", b"") and process.returncode == code
+    assert (tmp_path / "done").exists()
 
 
 STOPS = """

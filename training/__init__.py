@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as of a program that SIGINT ends
+INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM, as of a program that the signal ends
 
 
 def interrupted(number, frame):

@@ -139,7 +139,9 @@ class TrainConfig(Given):
         "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
     )
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(None, "step at which the decay to min_lr ends; default max_iters", at_least=1)
+    lr_decay_iters: int | None = setting(
+        None, "step at which the decay to min_lr ends; default max_iters", at_least=1, needs=FALLS
+    )
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
@@ -224,6 +226,8 @@ class TrainConfig(Given):
             "block_size_schedule": stages(self)[-1][0],
             "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
         }
+        if self.decay_lr and self.lr_schedule != "constant" and "lr_decay_iters" not in getattr(self, "given", ()):
+            starts["lr_decay_iters"] = self.lr_decay_iters - 1  # of a config file, perhaps for other max_iters
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
             end = f"the run ends at max_iters = {self.max_iters}"
             _warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
@@ -231,6 +235,9 @@ class TrainConfig(Given):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"{name} = {getattr(self, name)} does not go with batch_size = 'auto'; give a number.")
         if self.eval_iters is not None:
+            if "eval_tokens" in getattr(self, "given", ()):
+                both = f"eval_tokens = {self.eval_tokens} and eval_iters = {self.eval_iters} both set the evaluation"
+                raise UserError(f"{both}; leave one of them out, or add --eval_iters=None.")
             self.eval_tokens = self.eval_iters * self.batch_size * self.block_size
 
 
@@ -254,7 +261,9 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if no folder is named, or a checkpoint that would not be read."""
+        """UserError if no folder is named, or a checkpoint that would not be read. A shell leaves --key=~ as it is."""
+        self.out_dir, self.checkpoint = map(os.path.expanduser, (self.out_dir, self.checkpoint))
+        self.init_from = ":".join(map(os.path.expanduser, self.init_from.split(":", 1)))
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
         if self.checkpoint != "newest" and self.init_from != "resume":
@@ -279,7 +288,13 @@ def load_config(cls, argv=None):
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
-            values |= run_config_file(cls, argument)
+            found = run_config_file(cls, argument)
+            for name in on_command_line & found.keys():
+                if found[name] != values[name]:
+                    later = f"{argument} comes after --{name}={values[name]} and sets it to {found[name]!r}"
+                    _warn_once(f"{later}; give config files first.")
+            on_command_line -= found.keys()
+            values |= found
         elif _is_removed(key, text, "the command line"):
             continue
         elif not equals:
@@ -301,17 +316,25 @@ def _check_read(config, values, on_command_line):
     """Refuse settings of the command line that this run would not read; warn of those in a config file."""
     unread = []
     for field in dataclasses.fields(config):
-        name, allowed = field.metadata.get("needs", (None, ()))
-        if name is None or values.get(field.name, field.default) == field.default or getattr(config, name) in allowed:
+        name, allowed = _unmet(config, field)
+        if name is None or values.get(field.name, field.default) == field.default:
             continue
         if field.name in on_command_line:
             unread_here = f"{field.name} = {values[field.name]!r} has no effect with {name} = {getattr(config, name)!r}"
             choices = _field(type(config), name, "").metadata.get("choices", allowed)
             reads = " or ".join(repr(value) for value in allowed if value in choices)
-            raise UserError(f"{unread_here}; leave it out, or set {name} to {reads}.")
+            raise UserError(f"{unread_here}; leave it out{reads and f', or set {name} to {reads}'}.")
         unread.append(field.name)
     if unread:
         _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
+
+
+def _unmet(config, field):
+    """What `field` needs, itself or by the setting that it needs, and this run has not; (None, ()) if it is read."""
+    name, allowed = field.metadata.get("needs", (None, ()))
+    if name is None or getattr(config, name) not in allowed:
+        return name, allowed
+    return _unmet(config, config.__dataclass_fields__[name])
 
 
 def _warn_once(text):
@@ -329,7 +352,7 @@ def with_current_values(cls, settings, where=""):
     for field in dataclasses.fields(cls):
         if field.name in current:
             value = current[field.name]
-            current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value))
+            current[field.name] = _convert(field, field.metadata.get("former", {}).get(value, value), where)
             if where:
                 _check_limits(field, current[field.name], {"at_least", "above", "at_most", "below"}, f"{where}: ")
     return current
@@ -354,13 +377,21 @@ def describe(cls):
 
 
 def run_config_file(cls, path):
-    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out."""
-    values = {}
-    for key, value in run_file(path, runpy.run_path, path).items():
-        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    """The settings that a config file assigns. Imports, functions and names with a leading underscore are left out.
+
+    A warning where it assigns none, as a JSON file; UserError for `key: value`, as in YAML, which assigns nothing.
+    """
+    values, names = {}, run_file(path, runpy.run_path, path)
+    for key, value in names.items():
+        known = key in cls.__dataclass_fields__
+        own = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)) or known
         if own and not _is_removed(key, value, path):
             field = _field(cls, key, path)
-            values[field.name] = _convert(field, value)
+            values[field.name] = _convert(field, value, path)
+    if left := [key for key in names.get("__annotations__", {}) if key not in names]:
+        raise UserError(f"{path}: {left[0]}: assigns nothing, a config file is Python; write {left[0]} = ...")
+    if not values:
+        _warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
     return values
 
 
@@ -414,19 +445,20 @@ def _parse(field, text):
         raise UserError(f"--{field.name}={text:.80}: wants {wants}.") from None
 
 
-def _convert(field, value):
-    """The value that a config file gives; an int is accepted for a float."""
+def _convert(field, value, where=""):
+    """The value that the file `where` gives; an int is accepted for a float."""
+    where = where and f"{where}: "
     kind, optional = _kind(field)
     if (value is None and optional) or value in field.metadata.get("words", ()):
         return value
     if type(value) is int and abs(value) >= 2**63:
-        raise UserError(f"{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
+        raise UserError(f"{where}{field.name} is a number of {value.bit_length()} bits; use one below 2**63.")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
+        raise UserError(f"{where}{field.name} = {value!r}: wants {kind.__name__}, got {type(value).__name__}.")
     if kind is str and "\0" in value:
-        raise UserError(f"{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
+        raise UserError(f"{where}{field.name} = {value!r:.80}: a name cannot hold the character \\0.")
     return value
 
 

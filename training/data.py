@@ -36,6 +36,8 @@ PADDED_GPT2_VOCAB_SIZE = GPTConfig.vocab_size  # for faster matrix products; the
 _ORDER, _LABELS, _CORPUS = 0, 1, 2  # what a stream of random numbers is for
 AGAIN = "prepare the corpus again"
 GO_ON = "go on with --init_from=resume"
+LARGEST_OF_OTHERS = 40_000  # 10,000 GPT-2 tokens of English or code have larger ids; Llama's are below 32,000
+HOLE = bytes(1 << 16)
 MIXED = 10_000  # sequences of a mixture in which each corpus has its share exactly
 
 
@@ -317,8 +319,13 @@ def check_dataset(corpus, total_bs, block_size):
         facts = {f"{split}_sha256": sha256 for split, (_, sha256) in checked.items()} | {"share": share}
         found[part.name] = facts
         note = "" if part.tokenizer else "its meta.json names no tokenizer: sample.py will print ids instead of text"
-        if not part.meta and checked["train"][0] < 256:
-            note = f"no token is above {checked['train'][0]}, and without a meta.json they are taken for GPT-2's"
+        (largest, train_sha256), (_, val_sha256), files = *checked.values(), [path.name for path in part.files["train"]]
+        if not part.meta and (largest < 256 or (largest < LARGEST_OF_OTHERS and len(part.train) > 100_000)):
+            note = f"no token is above {largest}, and without a meta.json they are taken for GPT-2's"
+        if "train_tokens" not in part.meta and "train.bin" in files and len(files) > 1:
+            note = f"{', '.join(files[:4])} are read as one text; move away what does not belong to it"
+        if train_sha256 == val_sha256:
+            note = "val.bin is train.bin, so val/loss is that of the training data"
         if note and ("RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"):
             warn(f"{part.folder}: {note}.")
     if len(found) == 1:
@@ -353,7 +360,8 @@ def check_split(corpus, split):
     if not is_note or entry["files"] != now:
         digest, tokens = hashlib.sha256(), getattr(corpus, split)
         parts = tokens.parts if isinstance(tokens, Shards) else [tokens]
-        largest = max(_scan(path, part, digest) for path, part in zip(files, parts, strict=True))
+        refuses_holes = f"{split}_sha256" not in corpus.meta  # else the hash tells whether a hole belongs there
+        largest = max(_scan(path, part, digest, refuses_holes) for path, part in zip(files, parts, strict=True))
         entry = {"files": now, "largest": largest, "sha256": digest.hexdigest()}
         with contextlib.suppress(OSError):  # a read-only corpus is checked again next time
             write_atomically(note, json.dumps(known | {split: entry}))
@@ -369,13 +377,15 @@ def check_split(corpus, split):
     return largest, sha256
 
 
-def _scan(path, tokens, digest):
+def _scan(path, tokens, digest, refuses_holes):
     """The largest id of a token file, whose bytes go into `digest`."""
     largest = 0
     with open(path, "rb") as file:
         digest.update(file.read(path.stat().st_size - tokens.nbytes))  # the header
         while block := file.read(1 << 24):
             digest.update(block)
+            if refuses_holes and HOLE in block:
+                raise UserError(f"{path} holds {len(HOLE)} zeros in a row, as an unfinished copy does; copy it again.")
             largest = max(largest, int(np.frombuffer(block, tokens.dtype).max()))
     return largest
 

@@ -11,10 +11,11 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
-from training import INTERRUPTED, interrupted
+from training import INTERRUPTED, TERMINATED, interrupted
 from training.terminal import open_streams, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -70,12 +71,15 @@ def is_out_of_memory(error):
 def command(main, goes_on=False):
     """Run `main()`. On a `UserError` print its sentence, once on each machine, and exit with its code.
 
-    A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C ends it quietly. goes_on:
-    as in `open_streams`.
+    A file that cannot be used, a missing package and used-up memory are sentences too. Ctrl-C and SIGTERM end it
+    quietly. goes_on: as in `open_streams`.
     """
     open_streams(goes_on)
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # so that nothing half-written stays
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         with file_errors("the working directory", "change to another one"):
             os.getcwd()  # where it was removed, torch ends the process without a word
@@ -135,6 +139,8 @@ def _explain(error):
     if compiling:
         reason = ": ".join(lines[:2])
         return RunError(f"torch.compile failed ({reason}); leave --compile out (TORCH_LOGS=+dynamo says more).")
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:  # as Python writes such bytes
+        return UserError(f"{error.object!r:.80} is to be a name, and it is not UTF-8; use another one.")
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         name = "a file" if error.filename is None else error.filename
         remedy = "check its path, permissions and free space"

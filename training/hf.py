@@ -150,7 +150,7 @@ def quiet():
 
 
 def load_model(init_from, out_dir, which="newest"):
-    """(model on the CPU, its tokenizer, the settings it was trained with or {}).
+    """(model on the CPU, its tokenizer, the settings and facts of its training or {}).
 
     Raises UserError if there is nothing to load, or if model and tokenizer do not fit.
     """
@@ -168,7 +168,8 @@ def load_model(init_from, out_dir, which="newest"):
         raise UserError(f"{problem}; train with data whose meta.json names the tokenizer that made it.")
     with torch.device("meta"):
         model = GPT(GPTConfig(**checkpoint["model_args"]))
-    return assign(model, checkpoint["model"], torch.float32), tokenizer, checkpoint.get("config", {})
+    about = checkpoint.get("config", {}) | checkpoint.get("facts", {})
+    return assign(model, checkpoint["model"], torch.float32), tokenizer, about
 
 
 @quiet()

@@ -56,7 +56,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.corpus = config, None
-        self._tracker = self._writer = self._batches = self._train_step = self._lock = None
+        self._tracker = self._writer = self._batches = self._train_step = self._lock = self._made = None
         self._busy = 0.0  # seconds since the last line in which this rank did not wait for the others
         self.world = Distributed(config.device, config.backend, config.nccl_timeout)
         self._signals = Signals()
@@ -98,11 +98,13 @@ class Run:
             checkpoint = self._load_weights()
         if resume:
             checkpoint, origin = self._load_checkpoint()
-            if elsewhere := origin.parent.resolve() != Path(config.out_dir).resolve():
-                if not config.eval_only:
-                    world.on_rank0(lambda: _check_empty(config))
-                checkpoint["wandb_id"] = None
+            elsewhere = origin.parent.resolve() != Path(config.out_dir).resolve()
+            if elsewhere and not config.eval_only:
+                world.on_rank0(lambda: _check_empty(config))
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
+            first = Path(checkpoint["config"].get("out_dir", config.out_dir))
+            if elsewhere or ((first / METRICS).exists() and not os.path.samefile(first, config.out_dir)):
+                checkpoint["wandb_id"] = None  # the run that out_dir is a copy of goes on under it
             with restoring(origin, "settings"):
                 before = types.SimpleNamespace(**{**vars(config), **checkpoint["config"]})
                 self._lr_before = float(learning_rate(checkpoint["step"], before))
@@ -236,6 +238,7 @@ class Run:
         if not self.config.eval_only:
             folder = Path(self.config.out_dir)
             with file_errors(folder, "name another --out_dir"):
+                self._made = None if folder.exists() else folder
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = RunLock(folder)
                 probe = folder / f".probe.{os.getpid()}"
@@ -357,7 +360,10 @@ class Run:
         if self.corpus and args["vocab_size"] != rows:
             remedy.append(f"use the data it was trained on, not {self.corpus.folder}")
         if remedy:
-            raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, or name another --out_dir.")
+            other = "or name another --out_dir"
+            if not {name for name, *_ in differing} & {*args, "dataset"}:
+                other = f"or start new from its weights, with --init_from=ckpt:{config.out_dir} and another --out_dir"
+            raise UserError(f"the checkpoint {origin} has {said}; {' and '.join(remedy)}, {other}.")
         return wanted
 
     def __enter__(self):
@@ -388,6 +394,9 @@ class Run:
         for part, close in ((self._writer, "wait"), (self._tracker, "close"), (self._lock, "release")):
             if part:
                 getattr(part, close)()
+        if self._made:
+            with contextlib.suppress(OSError):
+                self._made.rmdir()  # where nothing has come into it
 
     def _say(self, text):
         if self.world.is_rank0:
@@ -734,8 +743,14 @@ def _check_empty(config):
 def _check_out_dir(config):
     """init_from, with "auto" resolved. UserError if out_dir holds another run."""
     if config.init_from == "auto":
-        return "resume" if checkpoints.all_checkpoints(config.out_dir) else "scratch"
+        if checkpoints.all_checkpoints(config.out_dir):
+            return "resume"
+        if (Path(config.out_dir) / METRICS).exists() and not config.overwrite:
+            warn(f"{config.out_dir} holds a run and no checkpoint of it; training begins at step 0, in its place.")
+        return "scratch"
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
         remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
         raise UserError(f"{config.out_dir} already holds a run; {remedy}.")
+    if config.init_from == "scratch" and config.eval_only and checkpoints.all_checkpoints(config.out_dir):
+        warn(f"untrained weights are evaluated; --init_from=resume takes the checkpoint in {config.out_dir}.")
     return config.init_from

@@ -6,6 +6,7 @@ tracker.log({"step": 0, "train/loss": 10.8, ...})
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,14 @@ class Tracker:
         with file_errors(path, "make room for it, or name another --out_dir"):
             before = read_metrics(path) if os.path.lexists(path) else []
             kept = [line for line in before if line["step"] < start_step]
+            steps = [line["step"] for line in kept]
+            apart = max((b - a for a, b in itertools.pairwise(steps)), default=start_step)
+            if start_step and (
+                not steps or start_step - 1 - steps[-1] > apart
+            ):  # a copy of the checkpoint alone, for example
+                warn(f"{path} lacks lines before step {start_step}, at which the run goes on; are files missing here?")
+            for unfinished in self.out_dir.glob("*.json*.tmp"):  # of a run that was killed
+                unfinished.unlink()
             write_atomically(self.out_dir / CONFIG, self._record)
             try:
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

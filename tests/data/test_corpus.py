@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
@@ -176,6 +177,17 @@ def test_nothing_is_done_twice_unless_forced(prepared):
     assert all(after[name][0] == before[name][0] and after[name][1] > before[name][1] for name in FILES)
 
 
+def test_a_source_that_was_edited_since_is_one_warning(prepared):
+    """With as many bytes as before; a corpus keeps no hash of its sources, which may be large."""
+    folder, options = prepared
+    assert "warning" not in prepare("text", *options).stderr
+    options[1].write_bytes(options[1].read_bytes().replace(b"whale", b"Whale"))
+    os.utime(options[1], (time.time() + 9, time.time() + 9))
+    before, again = state(folder), prepare("text", *options)
+    assert again.returncode == 0 and state(folder) == before
+    assert again.stderr.count("was changed after") == 1 and "--force" in again.stderr
+
+
 @pytest.mark.parametrize("damage", ["a flipped bit", "a missing file"])
 def test_a_damaged_corpus_is_prepared_again(prepared, damage):
     folder, options = prepared
@@ -298,6 +310,23 @@ def test_files_are_taken_in_sorted_order_and_once(tmp_path):
     assert names == ["b/1.txt", "README.md", "a/10.TXT", "a/2.Csv.GZ", "a/x.json", "c.jsonl"], "a corpus is no source"
     by_pattern = sources.find_files([tmp_path / "**/*.[tT]*", tmp_path / "a/x.json"])
     assert [path.name for path in by_pattern] == ["10.TXT", "1.txt", "x.json"]
+
+
+@pytest.mark.parametrize("link", ["../elsewhere", "nowhere.txt", "../elsewhere/a.txt"])
+def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path, capsys, link):
+    for name in ("in/a.txt", "in/b.html", "in/.git/x.txt", "in/.x.txt", "elsewhere/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/.broken").symlink_to("nowhere")
+    assert [path.name for path in sources.find_files([tmp_path / "in"])] == ["a.txt"], "hidden files are none"
+    assert "other kinds are not read: .html" in capsys.readouterr().out
+    (tmp_path / "in/link").symlink_to(link)
+    if link.endswith("/a.txt"):
+        (tmp_path / "in/link").rename(tmp_path / "in/link.txt")
+        assert len(sources.find_files([tmp_path / "in"])) == 2
+        return
+    with pytest.raises(UserError, match="in/link is a link to a folder or to nothing"):
+        sources.find_files([tmp_path / "in"])
     with pytest.raises(UserError, match=r"nothing\*\.txt: no such file"):
         sources.find_files([tmp_path / "nothing*.txt"])
 
@@ -324,6 +353,7 @@ BAD_INPUT = {
     "not.parquet": (b"plain", "not.parquet"),
     "empty.parquet": (b"", "empty.parquet"),
     "kind.csv": (b"a,b\n", "kind.csv"),
+    "twice.csv": (b"text,b,text\n1,2,3\n", "several columns are named 'text'"),
     "blank.txt": (b" \n", "none of the 0 documents"),
 }
 

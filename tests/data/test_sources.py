@@ -124,6 +124,9 @@ def test_train_and_val_files_are_those_splits(tmp_path):
     assert prepare("text", *options).returncode == 0
     assert read_corpus(tmp_path / "out")[1] == {"train": ["a", "b"], "val": ["c"]}
     assert "already prepared" in prepare("text", *options).stdout
+    (tmp_path / "link.txt").symlink_to("b.txt")
+    result = prepare("text", "--train", tmp_path / "b.txt", "--val", tmp_path / "link.txt", "--out_dir", tmp_path / "o")
+    assert result.returncode == 2 and "b.txt is among both --train and --val" in result.stderr
     for wrong in (options[:2], options[2:4], [*options[:4], "--source", tmp_path / "b.txt"]):
         result = prepare("text", *wrong, "--out_dir", tmp_path / "other")
         assert result.returncode == 2 and "--train and --val go together" in result.stderr
@@ -141,6 +144,17 @@ def test_text_files_are_cut_at_the_separator(tmp_path, monkeypatch, separator, b
     assert result.returncode == 0, result.stderr
     found = read_corpus(tmp_path / "out")[1]
     assert sorted(found["train"] + found["val"]) == sorted(texts) and 5 < len(found["val"]) < 35
+
+
+def test_a_separator_for_other_line_ends_is_refused(tmp_path):
+    """Without a word the file would be one document."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\nline\r\n\r\ntwo\r\n" * 3)
+    options = ["--source", tmp_path / "a.txt", "--out_dir", tmp_path / "out", "--val_fraction", 0.5, "--separator"]
+    result = prepare("text", *options, r"\n\n")
+    assert result.returncode == 2 and r"give --separator '\r\n\r\n'" in result.stderr
+    assert prepare("text", *options, r"\r\n\r\n").returncode == 0
+    texts = read_corpus(tmp_path / "out")[1]
+    assert sorted([*texts["train"], *texts["val"]]) == ["one\r\nline", "two", *["two\r\none\r\nline"] * 2]
 
 
 def test_a_separator_that_never_comes_does_not_fill_the_memory(tmp_path, monkeypatch):
@@ -197,6 +211,8 @@ BAD = {
     "c.csv": ('text,b\ngood,1\ngood,2\n"open,3\n', "line 4: not CSV", 2),
     "d.csv": (b"text\ngood\ncaf\xe9\ngood\n", "line 3: not UTF-8", 2),
     "a.txt": (b"caf\xe9\n", "line 1: not UTF-8", 0),
+    "utf16.txt": ("good\n".encode("utf-16-le"), "line 1: it holds the character NUL", 0),
+    "preallocated.txt": (b"good\n" + bytes(99), "line 2: it holds the character NUL", 0),
     "b.txt.gz": (gzip.compress(b"x" * 99)[:-9], "b.txt.gz cannot be read beyond", 0),
     "c.jsonl.zst": (zstd(GOOD.encode() * 2)[:-4], "c.jsonl.zst cannot be read beyond", None),
 }

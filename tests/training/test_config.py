@@ -109,6 +109,9 @@ def test_eval_iters_keeps_nanogpts_meaning():
         (["config"], "config is a folder, not a file with settings"),
         (["--optimizer_name=muon"], "one of sophiag, sophiah, sophia_muon; train_adam.py has it"),
         (["--lr=1e-3"], "the nearest is 'min_lr'"),
+        (["--eval_tokens=999", "--eval_iters=2"], "leave one of them out, or add --eval_iters=None"),
+        (["--hess_warmup=5"], "hess_warmup has no effect with sophia_start_iter = 0"),
+        (["--optimizer_name=sophia_muon", "--beta2=0.9"], "beta2 has no effect"),
         (["--momentum=0.9"], "train_sophiag.py has no setting 'momentum'; its --help lists all"),
     ],
 )
@@ -143,6 +146,10 @@ def test_a_removed_setting_says_what_replaced_it_unless_it_is_off(cls, name, tmp
         ("batch_size = 1 // 0", "ZeroDivisionError"),
         ("max_iters = 10**5000", r"below 2\*\*63"),
         ("learning_rate = 10**400", r"below 2\*\*63"),
+        ("max_iters = 1e3", r"c.py: max_iters = 1000.0: wants int"),
+        ("batch_size: 8\nmax_iters = 9", "batch_size: assigns nothing"),
+        ("batch_size: 8\nlearning_rate: 1e-3", "assigns nothing"),
+        ("def learning_rate():\n    return 1", "learning_rate = <function"),
     ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, text, message):
@@ -180,6 +187,8 @@ def test_help_names_every_setting(capsys):
         (["--lr_schedule=linear", "--restart_iters=5"], "restart_iters", "'cosine_restarts'"),
         (["--lr_schedule=constant", "--min_lr=1e-5"], "min_lr", "set lr_schedule to 'cosine' or 'linear'"),
         (["--decay_lr=False", "--lr_schedule=wsd"], "lr_schedule = 'wsd'", "set decay_lr to True"),
+        (["--decay_lr=False", "--min_lr=1e-5"], "min_lr = 1e-05 has no effect with decay_lr", "set decay_lr to True"),
+        (["--lr_schedule=constant", "--lr_decay_iters=9000"], "lr_decay_iters = 9000", "set lr_schedule to 'cosine'"),
         (["--fsdp_keep=all"], "fsdp_keep = 'all' has no effect with fsdp = False", "set fsdp to True"),
         (["--fsdp_shard=2"], "fsdp_shard = 2", "set fsdp to True"),
     ],
@@ -198,18 +207,52 @@ def test_an_unread_setting_of_a_config_file_is_one_warning(tmp_path, capsys):
     assert "beta2" in (warning := capsys.readouterr().err) and "momentum" not in warning
 
 
+def test_a_config_file_that_undoes_the_command_line_is_one_warning(tmp_path, capsys):
+    (tmp_path / "config.py").write_text("batch_size = 8\ntotal_bs = 16\n")
+    words = ["--batch_size=4", "--total_bs=16", str(tmp_path / "config.py")]
+    config = load_config(AdamConfig, words)
+    assert config.batch_size == 8 and config.given == set()
+    warning = capsys.readouterr().err
+    assert "config.py comes after --batch_size=4 and sets it to 8" in warning and warning.count("\n") == 1
+    assert load_config(AdamConfig, words[::-1]).batch_size == 4 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, warnings", [('{"batch_size": 8}', 1), ("# batch_size = 8", 1), ("batch_size = 12", 0)])
+def test_a_config_file_that_assigns_nothing_is_one_warning(tmp_path, capsys, text, warnings):
+    (tmp_path / "config.json").write_text(text)
+    assert load_config(AdamConfig, [str(tmp_path / "config.json")]).batch_size == 12
+    assert capsys.readouterr().err.count("warning: ") == warnings
+
+
+@pytest.mark.parametrize("key, before", [("out_dir", ""), ("init_from", "ckpt:"), ("init_from", "hf:")])
+def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch, key, before):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(load_config(AdamConfig, [f"--{key}={before}~/x"]), key) == f"{before}{tmp_path}/x"
+    assert load_config(AdamConfig, ["--init_from=resume", "--checkpoint=~/c.pt"]).checkpoint == f"{tmp_path}/c.pt"
+
+
 @pytest.mark.parametrize(
     "argv, late",
     [
         (["--block_size_schedule=0:128,10:1024"], "block_size_schedule"),
         (["--sophia_start_iter=10"], "sophia_start_iter"),
+        (["--lr_decay_iters=11"], ""),
+        (["{file}"], "lr_decay_iters"),
+        (["{file}", "--lr_schedule=constant"], ""),
         (["--block_size_schedule=0:128,9:1024", "--sophia_start_iter=9"], ""),
     ],
 )
-def test_a_change_that_the_run_never_reaches_is_one_warning(capsys, argv, late):
+def test_a_change_that_the_run_never_reaches_is_one_warning(tmp_path, capsys, argv, late):
+    (tmp_path / "config.py").write_text("lr_decay_iters = max_iters = 11\n")
+    argv = [word.format(file=tmp_path / "config.py") for word in argv]
     load_config(SophiaConfig, [*argv, "--max_iters=10", "--warmup_iters=1"])
     warning = capsys.readouterr().err
     assert late in warning and warning.count("warning: the run ends at max_iters = 10") == bool(late)
+
+
+def test_no_value_is_advised_that_the_script_does_not_have():
+    with pytest.raises(UserError, match=r"optimizer_name = 'sophia_muon'; leave it out\.$"):
+        load_config(SophiaConfig, ["--optimizer_name=sophia_muon", "--whiten_interval=3"])
 
 
 def test_every_need_names_a_setting_and_possible_values():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import queue
+import shutil
 import threading
 
 import numpy as np
@@ -368,6 +369,39 @@ def test_bad_files_are_one_sentence(tmp_path, how, said):
     with pytest.raises(UserError, match=said) as error:
         data.check_dataset(data.open_dataset(folder), total_bs=24, block_size=16)
     assert "\n" not in str(error.value)
+
+
+def notes(folder, capsys):
+    data.check_dataset(data.open_dataset(folder), total_bs=24, block_size=16)
+    return capsys.readouterr().err
+
+
+def test_what_may_not_be_meant_is_one_warning(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "c")
+    assert not notes(folder, capsys)
+    shutil.copy(folder / "train.bin", folder / "train_old.bin")
+    assert "train.bin, train_old.bin are read as one text" in (warning := notes(folder, capsys))
+    (folder / "train_old.bin").unlink()
+    shutil.copy(folder / "train.bin", folder / "val.bin")
+    assert "val.bin is train.bin" in (found := notes(folder, capsys)) and found.count("\n") == warning.count("\n") == 1
+    (folder / "meta.json").unlink()
+    for count, largest, warned in ((10**4, 31_999, 0), (2 * 10**5, 31_999, 1), (2 * 10**5, 50_000, 0)):
+        (np.arange(count) % (largest + 1)).astype("<u2").tofile(folder / "train.bin")
+        assert notes(folder, capsys).count(f"no token is above {largest}, and without a meta.json") == warned
+
+
+@pytest.mark.parametrize("at", [0, 40_000, 10**7])
+def test_a_file_with_a_hole_is_refused_unless_meta_json_says_that_it_belongs_there(tmp_path, at):
+    """As of a download that allocates the file first. Blocks of 16 MiB are read at a time."""
+    folder = write_corpus(tmp_path / "c")
+    tokens = np.random.default_rng(0).integers(1, 64, at + 100_000).astype("<u2")
+    tokens[at : at + 70_000] = 0
+    tokens.tofile(folder / "train.bin")
+    with pytest.raises(UserError, match=r"train\.bin holds 65536 zeros in a row"):
+        data.check_split(data.open_dataset(folder), "train")
+    meta = {"vocab_size": 64, "tokenizer": "gpt2", "train_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert data.check_split(data.open_dataset(folder), "train")[0] == 63
 
 
 def test_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):

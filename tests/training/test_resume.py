@@ -1,6 +1,7 @@
 """What a resumed run keeps, says and refuses when its settings are not those of the checkpoint."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import train_adam
 import train_sophiag
+import training.run
 from tests.conftest import interrupt, losses, read_lines, write_corpus
 from training import data
 from training.checkpoint import read_checkpoint, save_checkpoint
@@ -217,6 +219,56 @@ def test_momentum_can_be_switched_on_and_off(tiny, tmp_path, momentum):
     train_adam.main([*words, f"--momentum={momentum}", "--max_iters=4"])
     train_adam.main([*words, f"--momentum={0.9 - momentum}", "--max_iters=8", "--init_from=resume"])
     assert np.isfinite(losses(tmp_path / "out")).all()
+
+
+@pytest.mark.parametrize("how, same", [("renamed", True), ("copied", False), ("linked", True)])
+def test_a_copied_run_does_not_write_into_the_wandb_run_of_the_original(tiny, tmp_path, monkeypatch, how, same):
+    train_adam.main([*tiny, "--max_iters=2"])
+    out, new, found = tmp_path / "out", tmp_path / "new", []
+    save_checkpoint(out, dict(read_checkpoint(out / "ckpt.pt")) | {"wandb_id": "x"})
+    shutil.copytree(out, new) if how == "copied" else out.rename(new)
+    if how == "linked":
+        out.symlink_to(new)
+    tracker = training.run.Tracker
+    monkeypatch.setattr("training.run.Tracker", lambda *args: found.append(args[3]) or tracker(*args))
+    train_adam.main([*tiny, "--max_iters=4", f"--out_dir={new}", "--init_from=resume"])
+    assert found == ["x" if same else None]
+
+
+@pytest.mark.parametrize("lines, warnings", [(0, 1), (4, 1), (9, 0), (10, 0), (11, 0)])
+def test_a_resume_without_the_metrics_before_it_warns(tiny, tmp_path, capsys, lines, warnings):
+    train_adam.main([*tiny, "--max_iters=10"])
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    (tmp_path / "out" / "metrics.jsonl.7.tmp").touch()
+    capsys.readouterr()
+    train_adam.main([*tiny, "--max_iters=12", "--init_from=resume"])
+    assert capsys.readouterr().err.count("lacks lines before step 10") == warnings
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_auto_warns_where_a_runs_checkpoints_are_gone(tiny, tmp_path, capsys):
+    for warnings in (0, 1):
+        train_adam.main([*tiny, "--max_iters=2", "--init_from=auto"])
+        assert capsys.readouterr().err.count("holds a run and no checkpoint of it") == warnings
+        for path in (tmp_path / "out").glob("ckpt*"):
+            path.unlink()
+
+
+def test_untrained_weights_in_the_folder_of_a_run_are_one_warning(tiny, capsys):
+    train_adam.main([*tiny, "--max_iters=2"])
+    for start, warnings in (("scratch", 1), ("resume", 0), ("auto", 0)):
+        capsys.readouterr()
+        train_adam.main([*tiny, "--eval_only=True", f"--init_from={start}"])
+        assert capsys.readouterr().err.count("warning: untrained weights are evaluated") == warnings
+
+
+@pytest.mark.parametrize("words", [["--init_from=resume"], ["--dataset=nowhere"], ["--dataset="]], ids="".join)
+def test_a_run_that_never_began_leaves_no_folder(tiny, tmp_path, capsys, words):
+    for out_dir, exists in ((tmp_path / "new", False), (tmp_path / "there", True)):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        refused(capsys, train_adam.main, [*tiny, f"--out_dir={out_dir}", *words])
+        assert out_dir.exists() == exists
 
 
 # ----- the type of numbers

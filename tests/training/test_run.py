@@ -458,6 +458,8 @@ def test_resume_with_another_optimizer_is_refused(tiny, tmp_path, capsys):
     train_adam.main(tiny)
     error = refused(capsys, train_sophiag.main, [*tiny, "--init_from=resume"])
     assert "adamw" in error and "sophiag" in error
+    (remedy,) = [word for word in error.split() if word.startswith("--init_from=ckpt:")]
+    train_sophiag.main([*tiny, remedy, f"--out_dir={tmp_path / 'other'}"])
 
 
 def test_missing_data_names_the_command(tiny, capsys):

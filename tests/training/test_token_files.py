@@ -299,6 +299,18 @@ def suggested(message):
     return words[1:]
 
 
+def test_a_name_that_two_folders_have_is_one_warning(home, monkeypatch, capsys):
+    monkeypatch.setattr(token_files, "DATA", home / "repository")
+    write_corpus(home / "repository" / "linked")
+    assert token_files.find_folder("linked") == home / "repository" / "linked"
+    assert "for the folder of this name here give --dataset=./linked" in capsys.readouterr().err
+    assert token_files.find_folder("./linked") == Path("linked") and token_files.find_folder("my data/c")
+    monkeypatch.chdir(home / "repository")
+    assert token_files.find_folder("linked") and not capsys.readouterr().err, "one and the same"
+    with pytest.raises(UserError, match="dataset = ''"):
+        token_files.find_folder("")
+
+
 @pytest.mark.parametrize("name", ["~/none", "none", "./none", "{home}/none", "{home}/my data/none", "linked/none"])
 def test_a_missing_folder_is_met_by_the_command_that_makes_it(home, name):
     with pytest.raises(UserError, match="there is no such folder") as error:
