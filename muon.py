@@ -174,8 +174,7 @@ class Muon(Optimizer):
         if group["fused"]:
             _fused()
         _ns_schedule(group["ns_coefficients"], group["ns_steps"])
-        if len({*group["params"]}) < len(group["params"]):
-            raise ValueError("a group has the same parameter twice; pass tied parameters once")
+        _check_once(group["params"])
         for param, split in zip(group["params"], _splits(group), strict=True):
             if param.is_complex():
                 raise RuntimeError(f"{type(self).__name__} does not step complex parameters")
@@ -187,7 +186,7 @@ class Muon(Optimizer):
             rows: list[int] = []
             with contextlib.suppress(TypeError):
                 rows = _rows(split, param)
-            if min(rows, default=0) < 1 or sum(rows) != param.shape[0]:
+            if min(rows, default=0) < min(param.shape[0], 1) or sum(rows) != param.shape[0]:
                 raise ValueError(
                     f"split = {split} does not divide the rows of a parameter of shape {tuple(param.shape)}"
                 )
@@ -204,6 +203,11 @@ class Muon(Optimizer):
         for index, group in enumerate(self.param_groups):  # states of before a setting was there lack it
             own = {**self.defaults, **(before[index] if before else group)}  # `fused` is the machine's
             group.update({key: value for key, value in own.items() if key not in group or key == "fused"})
+        for param, values in self.state.items():
+            for key in [key for key in values if callable(values[key])] if isinstance(param, Tensor) else ():
+                move, dtype = values.pop(key), None if _is_whitening(key) else _momentum_dtype(param)
+                if not (_is_whitening(key) and self._share and self._share.owner[param] != self._share.rank):
+                    values[key] = move(param.device, dtype, copy=True)
         self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,31 +215,19 @@ class Muon(Optimizer):
 
         Raises ValueError for a setting that no group may have, and loads nothing.
         """
-        params: dict[Any, Tensor] = {}
-        kept: list[tuple[Tensor, str, Tensor]] = []
 
-        def take_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+        def hide_from_torch(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             for group, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
                 self._check({**group, **saved, "params": group["params"], "fused": group["fused"]})
-                params.update(zip(saved["params"], group["params"], strict=False))
             states = dict(loaded["state"])
-            for number in states.keys() & params.keys():
-                param, state = params[number], states[number]
-                halved = {"momentum_buffer"} if param.dtype == torch.float16 else set()
-                keys = [key for key in state if "_factor" in key or "_root" in key or key in halved]
-                kept.extend((param, key, state[key].float() if key in halved else state[key]) for key in keys)
-                states[number] = {key: value for key, value in state.items() if key not in keys}
+            # __setstate__ calls the methods that take the tensors' places, before the hooks that come after a load
+            for number in states.keys() & {n for group in loaded["param_groups"] for n in group["params"]}:
+                states[number] = {key: getattr(value, "to", value) for key, value in states[number].items()}
             return {**loaded, "state": states}
 
-        handle = self.register_load_state_dict_pre_hook(take_out)  # the last one
-        try:
+        with self.register_load_state_dict_pre_hook(hide_from_torch):  # the last one
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
         self._loaded = any(self.state.values())
-        for param, key, value in kept:
-            if key == "momentum_buffer" or not self._share or self._share.owner[param] == self._share.rank:
-                self.state[param][key] = value.to(param.device, copy=True)
 
     def _batches(self, group: dict[str, Any], fused: bool = False) -> list["_Batch"]:
         """Group the parameters that have a gradient by device, dtype and shape of their matrices."""
@@ -272,8 +264,9 @@ class Muon(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} takes convolutions in torch.contiguous_format only")
             members.append((param, param.grad.dtype, state, _rows(split, param)))
         plan = self._plans.get(id(group))
-        if plan is None or not plan.fits(members):
+        if plan is None or plan.key != plan.key_of(members):
             self._check(group)  # parameters and settings may have changed
+            _check_once([param for other in self.param_groups for param in other["params"]])
             plan = self._plans[id(group)] = _Plan(members)
         for batch in plan.batches:
             batch.begin(self, group, fused)
@@ -296,7 +289,8 @@ class WhitenedMuon(Muon):
             need eigenvectors, in float64.
         ridge: added to the factors, in units of their mean eigenvalue.
         decay: of the factors' averages.
-        interval: steps between two computations of the roots. The factors are updated in every step.
+        interval: steps between two computations of the roots. The factors are updated in every step. A matrix that has
+            no gradient when its root is due waits for the next computation.
         source: with "gradient" the factors come from the gradients of step(). With "update_factors" they come from the
             gradients at each call of update_factors(), such as those of Sophia's sampled labels. These calls compute
             the roots too, and interval is not used.
@@ -333,14 +327,15 @@ class WhitenedMuon(Muon):
         """Add the present gradients to the factors, and compute the roots again. For source="update_factors".
 
         Args:
-            scale: multiplies the gradients' second moments, for estimates on batches of different sizes.
+            scale: multiplies the gradients' second moments, for estimates on batches of different sizes. With a scaled
+                loss (GradScaler) it is scaler.get_scale() ** -2.
 
-        Gradients that are not all finite change nothing. `skipped_estimates` counts them on the device.
+        Gradients that are not all finite, or all 0, change nothing. `skipped_estimates` counts them on the device.
 
         Raises:
             RuntimeError: if no parameter has a gradient, or source is "gradient".
         """
-        _check_number("scale", scale)
+        _check_number("scale", scale, least=_TINY)
         if wrong := [group for group in self.param_groups if group["source"] != "update_factors"]:
             raise RuntimeError(f"source = {wrong[0]['source']!r}: step() updates the factors; set 'update_factors'")
         if self._share:
@@ -350,10 +345,11 @@ class WhitenedMuon(Muon):
             raise RuntimeError("update_factors() found no gradients: call it after backward() and before zero_grad()")
         if getattr(self, "found_inf", None) is None:
             device = batches[0][0].grads[0].device
-            norms = [torch.stack(torch._foreach_norm(batch.grads)).sum().to(device) for batch, _ in batches]
-            found_inf = (~torch.stack(norms).isfinite()).any().float()
+            norms = [torch.stack(torch._foreach_norm(batch.grads)).to(device) for batch, _ in batches]
+            total = torch.cat(norms).square().sum() * scale
             if self._share:
-                self._share.take_largest(found_inf)
+                self._share.reduce(total, torch.distributed.ReduceOp.SUM)
+            found_inf = (~((total > 0) & (total < math.inf))).float()
             self.skipped_estimates = self.skipped_estimates + found_inf
             for batch, _ in batches:
                 batch.found_inf = found_inf.to(batch.grads[0].device)
@@ -541,7 +537,7 @@ class _Plan:
     """The batches of a group, kept while its parameters and momenta are the same tensors at the same places."""
 
     def __init__(self, members: list[_Member]) -> None:
-        self.key = self._key(members)
+        self.key = self.key_of(members)
         batches: dict[Any, _Batch] = {}
         for param, grad_dtype, state, rows in members:
             columns = math.prod(param.shape[1:])
@@ -554,11 +550,8 @@ class _Plan:
                 batch.add(param, state, rows, height)
         self.batches = list(batches.values())
 
-    def fits(self, members: list[_Member]) -> bool:
-        return self._key(members) == self.key
-
     @staticmethod
-    def _key(members: list[_Member]) -> list[Any]:
+    def key_of(members: list[_Member]) -> list[Any]:
         def place(x: Tensor) -> tuple[Any, ...]:
             return _local(x).data_ptr(), _local(x).stride(), x.shape, x.dtype
 
@@ -607,13 +600,12 @@ class _Batch:
         self.params, self.momenta, self.grads = self._params, self._momenta, []
         device, dtype = self.params[0].device, self.dtype
         self.grad_scale, self.found_inf = (
-            value if value is None else torch.as_tensor(value).to(device, non_blocking=True).reshape(())
-            for value in (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+            x if x is None else torch.as_tensor(x, dtype=torch.float32).to(device, non_blocking=True).reshape(())
+            for x in (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         )
-        lr = group["lr"]
-        self.lr = (
-            lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else lr.to(device).reshape(())
-        )
+        self.lr = lr = group["lr"]
+        if isinstance(lr, Tensor):
+            self.lr = lr.item() if lr.device.type == "cpu" else lr.to(device).reshape(())
         for param, rows, height in self.members:
             assert param.grad is not None
             self.grads += _matrices(_local(param.grad), rows, height)
@@ -661,7 +653,7 @@ class _Batch:
     def stacked(self, key: str) -> Tensor:
         """The states under `key` as one tensor, in the dtype of the products; kept until one of them changes."""
         tensors = [state[key] for state in self.states]
-        present = [x for t in tensors for x in (id(t), t._version)]
+        present = [x for t in tensors for x in (id(t), t._version, t)]  # t stays, so that no other tensor has its id
         if self._stacks.get(key, ([], None))[0] != present:
             stack = torch.cat(tensors)
             self._stacks[key] = present, stack.bfloat16() if stack.is_cuda else stack.to(self.dtype)
@@ -685,10 +677,8 @@ class _Batch:
 
     def for_states(self, new: Tensor, old: list[Tensor]) -> list[Tensor]:
         """`new` (all matrices, ...) cut into one tensor a state; `old` in its place where found_inf is set."""
-        parts = new.split([state.count for state in self.states])
-        if (skip := self.skip) is None:
-            return list(parts)
-        return [torch.where(skip, o, n) for o, n in zip(old, parts, strict=True)]
+        parts, skip = new.split([state.count for state in self.states]), self.skip
+        return list(parts) if skip is None else [torch.where(skip, o, n) for o, n in zip(old, parts, strict=True)]
 
 
 class _State:
@@ -724,6 +714,10 @@ def _rows(split: Any, param: Tensor) -> list[int]:
     if isinstance(split, Iterable):
         return [*map(operator.index, split)]
     return [param.shape[0] // max(split, 1)] * operator.index(split)
+
+
+def _is_whitening(key: str) -> bool:
+    return "_factor" in key or "_root" in key
 
 
 def _momentum_dtype(param: Tensor) -> torch.dtype:
@@ -788,6 +782,11 @@ def _ns_schedule(coefficients: Sequence[Any], steps: int) -> list[tuple[float, f
             return schedule
     what = f"ns_coefficients = {coefficients!r} with ns_steps = {steps!r}"
     raise ValueError(f"{what} is not possible, expected (a, b, c) or a list of these")
+
+
+def _check_once(params: list[Tensor]) -> None:
+    if len({*params}) < len(params):
+        raise ValueError("the groups have the same parameter twice; pass tied parameters once")
 
 
 def _check_number(name: str, value: Any, *, least: float = 0, below: float = math.inf, whole: bool = False) -> None:

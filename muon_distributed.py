@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon import Muon, _Batch, _blocks, _matrices, _ns_schedule, _rows, _sides, _splits, _stack, _State
+from muon import Muon, _Batch, _blocks, _is_whitening, _matrices, _ns_schedule, _rows, _sides, _splits, _stack, _State
 
 __all__ = ["share", "update_flops"]
 
@@ -50,7 +50,7 @@ def share(optimizer: Muon, process_group: Any = None) -> None:
     optimizer._share = _Share(optimizer, process_group)
     for param, state in optimizer.state.items():
         if optimizer._share.owner[param] != optimizer._share.rank:
-            for key in [key for key in state if "_factor" in key or "_root" in key]:
+            for key in [key for key in state if _is_whitening(key)]:
                 del state[key]
 
 
@@ -123,11 +123,11 @@ class _Share:
         if getattr(optimizer, "found_inf", None) is not None:
             device = next(iter(self.owner)).device
             optimizer.found_inf = torch.as_tensor(optimizer.found_inf, dtype=torch.float32, device=device)
-            self.take_largest(optimizer.found_inf)
+            self.reduce(optimizer.found_inf, dist.ReduceOp.MAX)
 
-    def take_largest(self, number: Tensor) -> None:
-        """Give all ranks the largest of their numbers."""
-        dist.all_reduce(number, dist.ReduceOp.MAX, self.process_group)
+    def reduce(self, number: Tensor, operation: Any) -> None:
+        """Give all ranks the sum, or another operation, of their numbers."""
+        dist.all_reduce(number, operation, self.process_group)
 
     def _updates(self, batches: list[_Batch], group: dict[str, Any]) -> Iterator[tuple[_Batch, Tensor]]:
         """Yield every batch with its updates: (matrices, rows, columns), of shards (parameters, own rows, columns)."""

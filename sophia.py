@@ -30,19 +30,10 @@ _EPS = 1e-15  # added to rho * bs * hessian, as in the official code
 
 # ----- The update and the estimate, in place, for lists of tensors: parameters p, gradients g, averages m, curvatures h
 def _update(p, g, m, h, *, lr, beta1, rho, eps, weight_decay, nesterov):
-    """Algorithm 3. For SophiaG rho stands for rho * bs, and eps is None."""
+    """Algorithm 3. p moves by -lr sign(m) min(|m| / (rho h + 1e-15), 1) in SophiaG, whose rho is rho * bs and eps None,
+    and by -lr clamp(m / max(rho h, eps), -1, 1) in SophiaH."""
     torch._foreach_lerp_(m, g, 1 - beta1)  # m <- beta1 m + (1 - beta1) g
     numerators = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
-    updates = _clipped(numerators, h, rho, eps)
-    torch._foreach_mul_(p, 1 - lr * weight_decay)
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(p, torch._foreach_mul(updates, lr))
-    else:
-        torch._foreach_sub_(p, updates, alpha=lr)
-
-
-def _clipped(numerators, h, rho, eps):
-    """SophiaG: sign(m) min(|m| / (rho bs h + 1e-15), 1). SophiaH: clamp(m / max(rho h, eps), -1, 1)."""
     denominators = torch._foreach_mul(h, rho)
     if eps is None:
         torch._foreach_add_(denominators, _EPS)
@@ -51,7 +42,11 @@ def _clipped(numerators, h, rho, eps):
     updates = torch._foreach_div(numerators, denominators)
     torch._foreach_clamp_min_(updates, -1)
     torch._foreach_clamp_max_(updates, 1)
-    return updates
+    torch._foreach_mul_(p, 1 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(p, torch._foreach_mul(updates, lr))
+    else:
+        torch._foreach_sub_(p, updates, alpha=lr)
 
 
 def _estimate(h, estimates, *, beta2, scale, squared, skip):
@@ -95,8 +90,10 @@ def sample_labels(logits: Tensor, generator: Generator | None = None, *, uniform
     a block. It depends on that number and the logits of its position. A class of probability 0 is never drawn.
 
     logits: (..., classes). generator: on the logits' device; None is the default generator. uniform: (...), numbers in
-    [0, 1) to use instead of random ones. Returns int64 (...). Raises ValueError if uniform has another shape.
+    [0, 1) to use instead of random ones. Returns int64 (...). Raises ValueError for other logits or shapes.
     """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or not logits.ndim:
+        raise ValueError(f"expected floating-point logits (..., classes), got {getattr(logits, 'dtype', type(logits))}")
     if uniform is None:
         uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float32)
     elif uniform.shape != logits.shape[:-1]:
@@ -165,7 +162,7 @@ def sampled_label_loss(
             raise ValueError(f"targets has shape {tuple(targets.shape)}, expected {tuple(labels.shape)}")
         labels = torch.where(targets == ignore_index, -100, labels)  # a drawn label may be ignore_index
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if torch.compiler.is_compiling():  # the compiler fuses and differentiates this by itself
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # they differentiate by themselves
         return F.cross_entropy(flat.float(), labels)
     return _ChunkedCrossEntropy.apply(flat, labels)
 
@@ -199,7 +196,7 @@ def hutchinson(
     loss: a function without arguments that returns the scalar loss, or the loss itself. params: any iterable.
     Returns a list in the order and shapes of params: None for parameters that require no gradient, 0 where the
     gradient does not depend on the parameters. Warns if the loss does not depend on some. Raises RuntimeError if on
-    none, and for sharded (DTensor) or complex parameters.
+    none, and for sharded (DTensor) or complex parameters; ValueError if the loss is not one number.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -209,6 +206,8 @@ def hutchinson(
     result.params, active = params, [*dict.fromkeys(p for p in params if p.requires_grad)]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss() if callable(loss) else loss
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+            raise ValueError(f"hutchinson needs the loss, a tensor of one real number, and got {value!r:.60}")
         has_graph = active and value.requires_grad
         grads = torch.autograd.grad(value, active, create_graph=True, allow_unused=True) if has_graph else ()
         if unused := len(active) - sum(g is not None for g in grads):
@@ -237,9 +236,12 @@ class _Sophia(Optimizer):
     grad_norm: Tensor | None = None  # the last step's gradient norm before clipping, on the device
     skipped_estimates: Tensor | float = 0.0  # how many estimates took no effect, on the device
     _estimated = False  # a step has looked whether there is a curvature
+    _made = 0  # curvatures that began at 0 since an estimate, or since a step looked
 
     def __init__(self, params, defaults, *, maximize=False, capturable=False, bias_correction=False, nesterov=False,
                  foreach=None, fused=None, max_grad_norm=None):  # fmt: skip
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            _check_number(name, value or 0, below=2)
         if foreach and fused:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if max_grad_norm not in (None, math.inf):
@@ -259,14 +261,12 @@ class _Sophia(Optimizer):
 
     def _check_group(self, group):
         """Raise ValueError for a setting that is out of its range, or that nobody reads."""
-        for key in sorted(group.keys() - self.defaults.keys() - _LABELS):
-            whose = "the constructor, not of a group" if key in self._process_settings() else "no group"
+        own = self._process_settings()  # ZeroRedundancyOptimizer gives them to the groups too
+        for key in sorted(k for k in group.keys() - self.defaults.keys() - _LABELS if own.get(k, own) != group[k]):
+            whose = "the constructor, not of a group" if key in own else "no group"
             raise ValueError(f"{key!r} is a setting of {whose}; a group may have {', '.join(self.defaults)}")
-        if len({*group["params"]}) < len(group["params"]):
-            raise ValueError("a group has the same parameter twice; pass tied parameters once")
+        _check_once(group["params"])
         lr, betas = group["lr"], group["betas"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
         if isinstance(lr, Tensor) and self.foreach and not group["capturable"]:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -289,7 +289,7 @@ class _Sophia(Optimizer):
         return super().__repr__()[:-1] + "".join(f"{k}: {v}\n" for k, v in self._process_settings().items()) + ")"
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"skipped_estimates": self.skipped_estimates, "_estimated": self._estimated}
+        own = {key: getattr(self, key) for key in ("skipped_estimates", "_estimated", "_made")}
         return {**super().__getstate__(), **self._process_settings(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,7 +303,8 @@ class _Sophia(Optimizer):
                 group.setdefault(key, value)  # a checkpoint of the official code lacks most
         for param, values in self.state.items():
             for key in [k for k in values if callable(values[k])] if isinstance(param, Tensor) else ():  # hidden ones
-                values[key] = values[key](param.device, dtype=_state_dtype(param) if key in _AVERAGES else None)
+                dtype = _state_dtype(param) if key in _AVERAGES else None
+                values[key] = values[key](param.device, dtype, copy=True)  # two optimizers would move one tensor
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
@@ -311,7 +312,7 @@ class _Sophia(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, but cast only m and h. Raise ValueError for a setting that no group may have."""
+        """Load a copy of a state; cast only m and h. Raise ValueError for a setting that no group may have."""
 
         def hide_from_torch(_, loaded):  # __setstate__ calls the methods that take the tensors' places
             for group, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
@@ -321,14 +322,12 @@ class _Sophia(Optimizer):
             for n in state.keys() & {n for group in loaded["param_groups"] for n in group["params"]}:
                 if "left_basis" in state[n]:
                     raise RuntimeError("this is a state of EigenbasisSophiaG, which only commit efa612d still has")
-                state[n] = {k: torch.as_tensor(v).to if k.startswith(_AVERAGES) else v for k, v in state[n].items()}
+                tensors = {k: torch.as_tensor(v) if k.startswith(_AVERAGES) else v for k, v in state[n].items()}
+                state[n] = {key: getattr(value, "to", value) for key, value in tensors.items()}
             return {**loaded, "state": state}
 
-        handle = self.register_load_state_dict_pre_hook(hide_from_torch)  # last: it sees what the other hooks return
-        try:
+        with self.register_load_state_dict_pre_hook(hide_from_torch):  # last: it sees what the other hooks return
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
 
     def _param_state(self, param, group):
         """The parameter's state; missing entries are added, as after loading a checkpoint of the official code."""
@@ -343,6 +342,7 @@ class _Sophia(Optimizer):
         for key in _AVERAGES:
             if key not in state:
                 state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
+                self._made += key == "hessian"
         return state
 
     def _collect(self, gradients=None):
@@ -358,6 +358,7 @@ class _Sophia(Optimizer):
 
     def _group_tensors(self, gradients):
         buckets = {}
+        _check_once([param for group in self.param_groups for param in group["params"]])
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 grad = param.grad if gradients is None else gradients.get(param)
@@ -392,15 +393,15 @@ class _Sophia(Optimizer):
         by_default = self.foreach is None and bucket.device.type in ("cuda", "xpu")  # torch's rule
         return _FOREACH if self.fused or self.foreach or by_default else _SINGLE_TENSOR
 
-    def _amp(self, device, name):
-        return _scalar(getattr(self, name, None), device)
+    def _amp(self, device):
+        return [_scalar(getattr(self, name, None), device) for name in ("grad_scale", "found_inf")]
 
     def _all_fused(self, buckets):
         return buckets and all(b.table and not b.shards and b.device == buckets[0].device for b in buckets)
 
     def _clip(self, buckets):
         """Set `grad_norm`; return the multiplier of clip_grad_norm_, min(1, max_grad_norm / (grad_norm + 1e-6))."""
-        grad_scale = self._amp(buckets[0].device, "grad_scale") if buckets else None
+        grad_scale = self._amp(buckets[0].device)[0] if buckets else None
         if self._all_fused(buckets):
             self.grad_norm, multiplier = _fused().clip(buckets, self.max_grad_norm, grad_scale)
             return multiplier
@@ -416,13 +417,12 @@ class _Sophia(Optimizer):
     def _step(self, closure=None, bs=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         buckets = self._collect()
-        if not self._estimated:
-            self._warn_without_curvature()
+        if self._made or not self._estimated:
+            self._warn_without_curvature(buckets)
         clip = None if self.max_grad_norm is None else self._clip(buckets)
         for bucket in buckets:
             group, device, (beta1, beta2) = bucket.group, bucket.device, bucket.group["betas"]
-            grad_scale, found_inf = self._amp(device, "grad_scale"), self._amp(device, "found_inf")
-            multiplier = _scalar(clip, device)
+            multiplier, (grad_scale, skip) = _scalar(clip, device), self._amp(device)
             if grad_scale is not None:
                 multiplier = (1.0 if multiplier is None else multiplier) / grad_scale
             lr = group["lr"]
@@ -430,24 +430,23 @@ class _Sophia(Optimizer):
                 lr = lr.item() if lr.device.type == "cpu" else _scalar(lr, device)
             settings = {key: group[key] for key in ("weight_decay", "maximize", "nesterov")} | {"eps": group.get("eps")}
             settings |= {"lr": lr, "beta1": beta1, "beta2": beta2, "rho": self._rho(group, bs)}
-            self._implementation(bucket).step(bucket, multiplier=multiplier, skip=found_inf, **settings)
+            self._implementation(bucket).step(bucket, multiplier=multiplier, skip=skip, **settings)
         return loss
 
     _rho = staticmethod(lambda group, bs: group["rho"])
 
-    def _warn_without_curvature(self):
-        """Look once, at the first step that moves anything, whether there is a curvature (which synchronizes)."""
-        groups = [g for g in self.param_groups if self._rho(g, None) and (isinstance(g["lr"], Tensor) or g["lr"])]
-        states = [self.state[p] for g in groups for p in g["params"] if "hessian" in self.state.get(p, ())]
-        hessians = [h.to_local() if hasattr(h, "to_local") else h for h in (state["hessian"] for state in states)]
+    def _warn_without_curvature(self, buckets):
+        """Look for a curvature, with a sync: in the first step with an lr that is not 0, and if states were made."""
+        made, self._made = self._made, 0
+        hessians = [h for b in buckets if self._rho(b.group, None) and b.group["lr"] not in {0} for h in b.hessians]
         self._estimated = any(h.numel() for h in hessians)
-        if self._estimated and not any(h.any() for h in hessians):
-            message = "step() before any update_hessian() that took effect: without a curvature every coordinate moves"
-            warnings.warn(f"{type(self).__name__}.{message} by lr; call it every 10 steps or so", stacklevel=6)
+        if n := self._estimated and (made if any(h.is_meta or h.any() for h in hessians) else len(hessians)):
+            message = f"{type(self).__name__}.step() before any update_hessian() that took effect on {n} parameters"
+            warnings.warn(f"{message}: without a curvature all coordinates move by lr", stacklevel=6)
 
     def _update_hessian(self, gradients, scale, squared, grad_scale):
         _check_number("scale", scale, above=0.0)
-        buckets = self._collect(gradients)
+        buckets, self._made = self._collect(gradients), 0
         if not buckets:
             raise RuntimeError("update_hessian() found no gradient; call it after the backward pass before zero_grad()")
         _check_number("grad_scale", 1.0 if grad_scale is None else grad_scale, above=0.0)
@@ -473,27 +472,24 @@ class _Sophia(Optimizer):
 
     @torch.no_grad()
     def _statistics(self, bs=None):
-        momenta, counts = {}, [0] * len(self.param_groups)
+        momenta, counts = {}, {}  # counts: of coordinates, by the name of groups; some may share one
         for index, group in enumerate(self.param_groups):
-            for param in (p for p in group["params"] if "hessian" in self.state.get(p, ())):
-                momenta[param] = self.state[param]["exp_avg"]
-                counts[index] += param.numel() * (2 if param.is_complex() else 1)
+            name, params = group.get("name", index), [p for p in group["params"] if "hessian" in self.state.get(p, ())]
+            momenta |= {p: self.state[p]["exp_avg"] for p in params}
+            counts[name] = counts.get(name, 0) + sum(p.numel() * (2 if p.is_complex() else 1) for p in params)
 
         def row_of_group(bucket):
             settings = {"beta2": bucket.group["betas"][1], "eps": bucket.group.get("eps")}
             sums = self._implementation(bucket).sums(bucket, rho=self._rho(bucket.group, bs), **settings)
             rows = sums.new_zeros(len(counts), 4)
-            rows[bucket.index] = sums
+            rows[[*counts].index(bucket.group.get("name", bucket.index))] = sums
             return rows
 
         buckets = self._collect(momenta)
         rows = _total(buckets, row_of_group).tolist() if buckets else [[0.0] * 4] * len(counts)
         wins, h1, h2, m2 = (sum(column) for column in zip(*rows, strict=True))
-        result, named = {"win_rate": wins / max(1, sum(counts))}, {}
-        for index, group in enumerate(self.param_groups):  # some may share a name
-            named.setdefault(group.get("name", index), []).append((rows[index][0], counts[index]))
-        for name, pairs in named.items():
-            result[f"win_rate/{name}"] = sum(won for won, _ in pairs) / max(1, sum(count for _, count in pairs))
+        result = {"win_rate": wins / max(1, sum(counts.values()))}
+        result |= {f"win_rate/{k}": row[0] / max(1, counts[k]) for k, row in zip(counts, rows, strict=True)}
         return {**result, "hessian_norm": h1, "hessian_norm2": h2**0.5, "momentum_norm": m2**0.5}
 
 
@@ -627,10 +623,9 @@ class SophiaH(_Sophia):
         if bad := given.keys() - set(params) or {p for p, e in given.items() if not isinstance(e, Tensor)}:
             raise ValueError(f"{len(bad)} estimates of what is no parameter of this optimizer, or that are no tensors")
         if average and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            counts = torch.tensor([float(p in given) for p in params], device=params[0].device)
-            torch.distributed.all_reduce(counts)
-            if not ((counts == 0) | (counts == ranks)).all():
+            ranks, own = torch.distributed.get_world_size(), [(tuple(p.shape), p in given) for p in params]
+            torch.distributed.all_gather_object(everyones := [own] * ranks, own)
+            if any(other != own for other in everyones):
                 raise RuntimeError("the ranks have estimates of different parameters; pass zeros where a rank has none")
             for p in (p for p in params if p in given and not hasattr(given[p], "device_mesh")):
                 given[p] = given[p] / ranks
@@ -756,6 +751,11 @@ _FOREACH, _SINGLE_TENSOR = (
 )  # fmt: skip
 
 
+def _check_once(params):
+    if len({*params}) < len(params):
+        raise ValueError("the groups have the same parameter twice; pass tied parameters once")
+
+
 def _check_number(name, value, *, above=None, below=math.inf):
     """Raise ValueError unless value is in [0, below), or in (above, below) if above is given."""
     with contextlib.suppress(TypeError, RuntimeError):  # not a number, or several
@@ -784,7 +784,7 @@ def _scalar(value, device):
     """A float or a one-element tensor as a scalar on the device, without a sync for a tensor. None stays."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True).reshape(()) if value.device != device or value.ndim else value
-    return None if value is None else torch.full((), value, device=device)
+    return None if value is None else torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _total(buckets, number):

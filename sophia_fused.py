@@ -49,9 +49,14 @@ def buckets(optimizer: Any, gradients: dict[Tensor, Tensor] | None) -> list[Any]
     if result is None:
         result = [part for bucket in optimizer._group_tensors(gradients) for part in _split(bucket, optimizer._cache)]
         if gradients is None:
-            planned = bool(result) and all(b.pointers and not b.shards and b.contiguous for b in result)
+            planned = bool(result) and all(b.pointers and b.contiguous and _owns_gradients(b) for b in result)
             optimizer._cache["plan"] = Plan(optimizer, result) if planned else None
     return result
+
+
+def _owns_gradients(bucket: Any) -> bool:
+    """Whether the parameters keep the gradients alive: those of DTensors may be temporary tensors."""
+    return all(param.grad is grad for param, grad in zip(bucket.params, bucket.grads, strict=True))
 
 
 def _split(bucket: Any, cache: dict[Any, Any]) -> list[Any]:

@@ -13,9 +13,10 @@ A sweep file is Python. It assigns
     runs = 16                                                      # optional: random search, 16 runs an optimizer
 
 A list is swept; other values are fixed. "script" names a training script of your own (docs/comparing.md). A file may
-instead define `def sweep(steps=780)` that returns these in a dict; its parameters are then options: --steps=1560. Start
-an interrupted sweep again: it runs what is missing. A failed or diverged run counts as an infinite loss; remove its
-folder to repeat it. docs/comparing.md has the rules and the output.
+instead define `def sweep(steps=780)` that returns these in a dict; its parameters are then options: --steps=1560. The
+sweep.json that a sweep writes is a sweep file too. Start an interrupted sweep again: it runs what is missing. A failed
+or diverged run counts as an infinite loss; remove its folder to repeat it. docs/comparing.md has the rules and the
+output.
 """
 
 import inspect
@@ -155,7 +156,8 @@ def read_command_line(argv):
     The definition is {"common": settings, "optimizers": {name: settings}}, with "runs" for a random search.
     """
     parser = Parser(description=__doc__)
-    parser.add_argument("sweep", metavar="SWEEP.py", help="the sweep file; it is run as code")
+    help = "the sweep file, which is run as code; or the sweep.json of a sweep, which is run again"
+    parser.add_argument("sweep", metavar="SWEEP.py", help=help)
     help = "folder of the sweep; each run gets a folder in it"
     parser.add_argument("--out_dir", type=os.path.expanduser, required=True, help=help)
     parser.add_argument("--seeds", type=int, default=0, help="held-out seeds to repeat each optimizer's best run with")
@@ -163,8 +165,8 @@ def read_command_line(argv):
     parser.add_argument("--jobs", type=int, help=help)
     help = "run although files differ from the git commit; config.json then says clean: false"
     parser.add_argument("--dirty", type=boolean, default=False, metavar="True", help=help)
-    path = next((word for word in argv if word.endswith(".py") and not word.startswith("-")), None)
-    names, options = run_file(path, runpy.run_path, path) if path else {}, []
+    path = next((w for w in argv if (w.endswith(".py") or Path(w).name == STATE) and not w.startswith("-")), None)
+    names, options = _definition(path) if path else {}, []
     if inspect.isfunction(function := names.get("sweep")):
         group = parser.add_argument_group(f"options of {path}")
         for name, parameter in inspect.signature(function).parameters.items():
@@ -178,10 +180,19 @@ def read_command_line(argv):
             options.append(name)
     arguments = parser.parse_args(argv)
     if arguments.sweep != path:
-        raise UserError(f"{arguments.sweep}: the name of a sweep file ends in .py; give it before any other such name.")
+        raise UserError(f"{arguments.sweep}: a sweep file is NAME.py or {STATE}; give it before any other such name.")
     if inspect.isfunction(function):
         names = run_file(path, function, **{name: getattr(arguments, name) for name in options})
     return arguments, check_definition(names, path)
+
+
+def _definition(path):
+    """What a sweep file assigns, or the definition in a sweep.json."""
+    if path.endswith(".py"):
+        return run_file(path, runpy.run_path, path)
+    if isinstance(definition := read_sweep(Path(path).parent)["sweep"], list):
+        raise UserError(f"{path} holds {len(definition)} sweeps; give the sweep file that made them.")
+    return definition
 
 
 def boolean(text):

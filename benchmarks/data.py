@@ -24,7 +24,6 @@ from data.shakespeare_char import prepare as shakespeare_char
 from data.text import prepare as text
 from train_adam import AdamConfig
 from training.config import load_config
-from training.errors import UserError
 from training.optimizers import make_optimizer
 from training.run import Run
 from training.tokenizer import get_tokenizer
@@ -42,10 +41,8 @@ def add_arguments(parser):
 
 
 def run(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: use --device cpu, which trains a tiny model.")
-    get_tokenizer("gpt2")  # fills tiktoken's cache
     report = Report(args)
+    get_tokenizer("gpt2")  # fills tiktoken's cache
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         measure_tokenizing(report, write_sources(folder / "source"), folder)

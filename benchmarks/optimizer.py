@@ -1,9 +1,9 @@
 """Time an optimizer step, a curvature update and clipping, against peers and against the memory's bandwidth."""
 
-import functools
 import gc
 import itertools
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from benchmarks.report import GPT2_SIZES, Report, alternate, load_module, model_
 from data.corpus import positive
 from model import GPTConfig
 from muon import Muon, WhitenedMuon
-from training.errors import UserError
 from training.optimizers import OptimizerContainer, amp_scaling
 
 
@@ -41,47 +40,43 @@ def optimizer_contenders(args):
         matrices = [p for p in params[2:] if p.dim() > 1]
         return matrices, params[:2] + [p for p in params[2:] if p.dim() == 1]
 
-    def with_groups(cls, **settings):
-        def build(params):
-            matrices, others = divided(params)
-            groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-            return cls(groups, lr=1e-6, weight_decay=0.1, **settings)
+    def with_groups(cls, params, **settings):
+        matrices, others = divided(params)
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        return cls(groups, lr=1e-6, weight_decay=0.1, **settings)
 
-        return build
-
-    def beside_adamw(cls, **settings):
+    def beside_adamw(cls, params, **settings):
         """For the hidden matrices, and fused AdamW for the rest."""
-
-        def build(params):
-            matrices, others = divided(params)
-            split = {} if cls is torch.optim.Muon else {"split": [3, 1, 1, 1] * (len(matrices) // 4)}
-            muon = cls(matrices, lr=1e-6, weight_decay=0.1, **split, **settings)
-            return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, lr=1e-6, fused=True))
-
-        return build
+        matrices, others = divided(params)
+        split = {} if cls is torch.optim.Muon else {"split": [3, 1, 1, 1] * (len(matrices) // 4)}
+        muon = cls(matrices, lr=1e-6, weight_decay=0.1, **split, **settings)
+        return OptimizerContainer(muon=muon, adamw=torch.optim.AdamW(others, lr=1e-6, fused=True))
 
     if args.device == "cuda":
-        contenders = {"sophia": with_groups(sophia.SophiaG, fused=True)}
-        contenders["adamw_fused"] = with_groups(torch.optim.AdamW, fused=True)
-        contenders["muon"] = beside_adamw(Muon)
-        contenders["muon_fused"] = beside_adamw(Muon, fused=True)
-        contenders["whitened_muon"] = beside_adamw(WhitenedMuon)  # roots every 10 steps: once in 10 calls
-        contenders["whitened_muon_fused"] = beside_adamw(WhitenedMuon, fused=True)
-        contenders["whitened_muon_blocks"] = beside_adamw(WhitenedMuon, fused=True, max_width=768)
-        contenders["whitened_muon_blocks_2"] = beside_adamw(WhitenedMuon, fused=True, max_width=768, interval=2)
-        contenders["torch_muon"] = beside_adamw(torch.optim.Muon)
+        contenders = {
+            "sophia": partial(with_groups, sophia.SophiaG, fused=True),
+            "adamw_fused": partial(with_groups, torch.optim.AdamW, fused=True),
+            "muon": partial(beside_adamw, Muon),
+            "muon_fused": partial(beside_adamw, Muon, fused=True),
+            "whitened_muon": partial(beside_adamw, WhitenedMuon),  # roots every 10 steps: once in 10 calls
+            "whitened_muon_fused": partial(beside_adamw, WhitenedMuon, fused=True),
+            "whitened_muon_blocks": partial(beside_adamw, WhitenedMuon, fused=True, max_width=768),
+            "whitened_muon_blocks_2": partial(beside_adamw, WhitenedMuon, fused=True, max_width=768, interval=2),
+            "torch_muon": partial(beside_adamw, torch.optim.Muon),
+        }
     else:
-        contenders = {"sophia": with_groups(sophia.SophiaG)}
-        contenders["adamw_foreach"] = with_groups(torch.optim.AdamW, foreach=True)
-        contenders["sophia_foreach"] = with_groups(sophia.SophiaG, foreach=True)
+        contenders = {
+            "sophia": partial(with_groups, sophia.SophiaG),
+            "adamw_foreach": partial(with_groups, torch.optim.AdamW, foreach=True),
+            "sophia_foreach": partial(with_groups, sophia.SophiaG, foreach=True),
+        }
     if args.official:
-        contenders["official"] = with_groups(load_module(Path(args.official) / "sophia.py", "official_sophia").SophiaG)
+        official = load_module(Path(args.official) / "sophia.py", "official_sophia")
+        contenders["official"] = partial(with_groups, official.SophiaG)
     return contenders
 
 
 def run(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: use --device cpu, which times the peers that run there.")
     contenders = optimizer_contenders(args)
     report = Report(args)
     for model in args.models:
@@ -138,13 +133,10 @@ def measure_times(report, model, contenders, args):
     turn = itertools.cycle(places)
     optimizers = {name: build(params) for name, build in contenders.items()}
 
-    def with_gradients(call):
-        def run():
-            for p, g in zip(params, next(turn), strict=True):
-                p.grad = g
-            call()
-
-        return run
+    def with_gradients(call, optimizer):
+        for p, g in zip(params, next(turn), strict=True):
+            p.grad = g
+        call(optimizer)
 
     def clip_and_step(optimizer):
         if hasattr(optimizer, "max_grad_norm"):
@@ -171,9 +163,9 @@ def measure_times(report, model, contenders, args):
         "update_hessian_checked_ms": (lambda optimizer: optimizer.update_hessian(), estimating, 12),
     }
     for metric, (call, of, _) in metrics.items():
-        functions = {n: with_gradients(functools.partial(call, optimizer)) for n, optimizer in of.items()}
+        functions = {name: partial(with_gradients, call, optimizer) for name, optimizer in of.items()}
         functions["floor"] = lambda: target.copy_(source)
-        failed = functools.partial(lambda name, error, metric: report.error(name, model, metric, error), metric=metric)
+        failed = partial(report.error, model=model, metric=metric)
         results[metric] = alternate(functions, args.rounds, args.calls, args.device, failed)
     copy_ms = statistics.median(times["floor"] for times in results.values())
     report.add("floor", model, "copy_gb_per_s", 8e-6 * count / copy_ms, "GB/s")

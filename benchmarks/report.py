@@ -26,6 +26,8 @@ class Report:
     """The rows of one benchmark. Each is printed and written at once, so that a crash loses nothing."""
 
     def __init__(self, args):
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("this machine has no CUDA device: try it out with --device cpu and small models.")
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         self.path = Path(args.out)
         command = " ".join(["python", "bench.py", *sys.argv[1:]])
@@ -76,8 +78,11 @@ def timed(function, calls, device):
     return start.elapsed_time(end) / calls
 
 
-def alternate(functions, rounds, calls, device, failed=None):
-    """{name: median milliseconds}. The contenders take turns, so that a change of clock rates affects all of them."""
+def alternate(functions, rounds, calls, device, failed):
+    """{name: median milliseconds}. The contenders take turns, so that a change of clock rates affects all of them.
+
+    failed(name, error=error) is called for one that raises, which has no time then.
+    """
     times = {name: [] for name in functions}
     for round_ in range(rounds + 1):  # the first round warms up and compiles
         for name, function in functions.items():
@@ -89,8 +94,7 @@ def alternate(functions, rounds, calls, device, failed=None):
                     times[name].append(took)
             except Exception as error:  # one contender's failure must not cost the others their rows
                 times[name] = None
-                if failed is not None:
-                    failed(name, error=error)
+                failed(name, error=error)
     return {name: statistics.median(values) for name, values in times.items() if values}
 
 

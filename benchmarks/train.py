@@ -60,8 +60,6 @@ def add_arguments(parser):
 
 
 def run(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device: try it out with --device cpu.")
     parts = {"speed": speed, "curvature": curvature, "muon": muon, "checkpointing": checkpointing}
     parts |= {"scaling": scaling, "fsdp": fsdp, "start": start_up}
     chosen = args.parts.split(",")
@@ -228,18 +226,19 @@ def started(report, model, makers, args):
         torch._dynamo.reset()
 
 
-def compare(report, model, contenders, tokens, args):
-    """{name: milliseconds of a step}; tokens/s and MFU are reported. tokens: {name: tokens in a step}."""
+def compare(report, model, makers, sequences, args, steps=None):
+    """{name: milliseconds of a step}; tokens/s and MFU are reported. sequences: {name: those in a step}."""
     failed = partial(report.error, model=model, metric="step")
-    times = alternate(contenders, args.rounds, args.steps, args.device, failed)
+    with started(report, model, makers, args) as contenders:
+        times = alternate(contenders, args.rounds, steps or args.steps, args.device, failed)
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**model_shape(model), block_size=args.block_size))
     peak = peak_flops(report.content["device"], "bfloat16")
     for name, milliseconds in times.items():
-        report.add(name, model, "tokens_per_second", tokens[name] / milliseconds * 1e3, "tokens/s")
+        speed = sequences[name] * args.block_size / milliseconds * 1e3
+        report.add(name, model, "tokens_per_second", speed, "tokens/s")
         if peak:
-            flops = gpt.flops_per_token(args.block_size) * tokens[name] / milliseconds * 1e3
-            report.add(name, model, "mfu", flops / peak, "share")
+            report.add(name, model, "mfu", gpt.flops_per_token(args.block_size) * speed / peak, "share")
     return times
 
 
@@ -263,11 +262,9 @@ def speed(report, model, args):
         makers["nanogpt"] = lambda: make_nanogpt(model, args)
     if args.official and model in GPT2_SIZES:
         makers["official"] = lambda: make_official(model, args)
-    with started(report, model, makers, args) as contenders:
-        sizes = dict.fromkeys(contenders, micro) | {"official": OFFICIAL_MICRO_BATCH.get(model)}
-        for name in contenders:
-            report.add(name, model, "micro_batch", sizes[name], "sequences")
-        compare(report, model, contenders, {name: sizes[name] * args.block_size for name in contenders}, args)
+    sizes = dict.fromkeys(makers, micro) | {"official": OFFICIAL_MICRO_BATCH.get(model)}
+    for name in compare(report, model, makers, sizes, args):
+        report.add(name, model, "micro_batch", sizes[name], "sequences")
     for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"):
         for metric in ("tokens_per_second", "peak_gib"):
             ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
@@ -298,10 +295,8 @@ def over_adamw(report, model, args, names, total_bs, metric, variants=None):
     for name in ("adamw", *names):
         optimizer, more = (variants or {}).get(name, (name, []))
         makers[f"ours_{name}"] = partial(Ours, argv + more, args.folder / f"{metric}_{model}_{name}", optimizer)
-    with started(report, model, makers, args) as contenders:
-        steps = {**vars(args), "steps": 10}  # one estimate in each turn
-        tokens = total_bs * args.block_size
-        times = compare(report, model, contenders, dict.fromkeys(contenders, tokens), type(args)(**steps))
+    sequences, steps = dict.fromkeys(makers, total_bs), 10  # one estimate in each turn
+    times = compare(report, model, makers, sequences, args, steps)
     for name in set(times) - {"ours_adamw"} if "ours_adamw" in times else ():
         report.add(name, model, metric, times[name] / times["ours_adamw"] - 1, "share")
         report.add(name, model, "step_ms_over_adamw", times[name] - times["ours_adamw"], "ms")
@@ -311,8 +306,7 @@ def checkpointing(report, model, args):
     micro = MICRO_BATCH[model]
     argv = settings(model, args, micro, activation_checkpointing=True)
     makers = {"ours_checkpointing": lambda: Ours(argv, args.folder / f"checkpointing_{model}")}
-    with started(report, model, makers, args) as contenders:
-        compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
+    compare(report, model, makers, dict.fromkeys(makers, micro), args)
 
 
 def on_ranks(optimizer, model, args, passes, alone, **more):
@@ -371,8 +365,7 @@ def start_up(report, model, args):
         with candidate(name):
             return Ours(settings(model, args, micro), args.folder / f"start_{name}_{model}")
 
-    with started(report, model, {name: partial(make, name) for name in CANDIDATES}, args) as contenders:
-        compare(report, model, contenders, dict.fromkeys(contenders, micro * args.block_size), args)
+    compare(report, model, {name: partial(make, name) for name in CANDIDATES}, dict.fromkeys(CANDIDATES, micro), args)
 
 
 def scaling(report, model, args):

@@ -7,12 +7,10 @@ from config.finetune_shakespeare_adam import *
 
 out_dir = "out/finetune_shakespeare_sophiag"
 
-# AdamW's small rate: no coordinate moves by more than it in a step. Why not the settings of the large runs: see
-# train_shakespeare_char_sophiag.py; in 100 steps there are 20 estimates of the curvature.
+# AdamW's small learning rate stays: no coordinate moves by more than it in a step. Why not the settings of the large
+# runs: see train_shakespeare_char_sophiag.py; in 100 steps there are 20 estimates of the curvature.
 optimizer_name = "sophiag"
-learning_rate = 3e-5
 weight_decay = 0.2
-beta1 = 0.9
 beta2 = 0.99
 rho = 0.05
 hess_interval = 5

@@ -6,28 +6,20 @@
 # 1.2972 there, with the inverse roots of commits 3274f93 and c9f5531.
 # Learning rates, decay, momentum and warm-up were tuned for the spectral step (experiments/30m_spectral).
 
+from config.train_gpt2_30m_adam import *
+
 out_dir = "out/gpt2_30m_whitened_muon"
 dataset = "python"
 total_bs = 128
 batch_size = 128
 block_size = 512
 
-n_layer = 6
-n_head = 6
-n_embd = 384
-
 optimizer_name = "whitened_muon"
 learning_rate = 1.6e-2
-# AdamW updates embeddings and scalars; beta1 and beta2 are its betas.
-embedding_lr = 3.2e-2
-weight_decay = 0.1
+embedding_lr = 3.2e-2  # of AdamW, which updates embeddings and scalars
 momentum = 0.9
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
 
 max_iters = 1560
 warmup_iters = 312
 
 eval_interval = 390
-compile = True

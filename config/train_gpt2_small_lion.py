@@ -9,5 +9,4 @@ optimizer_name = "lion"
 # Not tuned: the Lion paper (arXiv:2302.06675) advises a rate 3 to 10 times below AdamW's, and a decay as much above.
 learning_rate = 1e-4
 weight_decay = 0.5
-beta1 = 0.9
 beta2 = 0.99

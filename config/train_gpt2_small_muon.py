@@ -6,9 +6,5 @@ from config.train_gpt2_small_adam import *
 out_dir = "out/gpt2_small_muon"
 
 optimizer_name = "muon"
-# Not tuned: AdamW's rate and decay, to which Muon's update is scaled. beta1 and beta2 are of its AdamW part.
-learning_rate = 6e-4
-weight_decay = 0.1
+# Not tuned: AdamW's learning rate and decay, to which Muon's update is scaled. beta1 and beta2 are of its AdamW part.
 momentum = 0.95
-beta1 = 0.9
-beta2 = 0.95

@@ -5,8 +5,7 @@ from config.train_gpt2_small_adam import *
 
 out_dir = "out/gpt2_small_sophiag"
 
-optimizer_name = "sophiag"
-learning_rate = 6e-4
+optimizer_name = "sophiag"  # with AdamW's learning rate
 weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99

@@ -1,6 +1,4 @@
-# GPT-NeoX (arXiv:2204.06745) with 1.51B parameters on the Pile with Sophia-G, in the shape of the Sophia paper's last
-# version: 2048 sequences of 2048 tokens a step, 100k steps.
-#   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
+# GPT-NeoX with 1.51B parameters on the Pile with Sophia-G; train_neox_1.5b_adam.py has the shape and the data.
 #   torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_neox_1.5b_sophiag.py
 
 from pathlib import Path

@@ -1,7 +1,6 @@
-# GPT-NeoX (arXiv:2204.06745) with 6.86B parameters on the Pile with AdamW, in the shape of the Sophia paper's last
-# version: 2048 sequences of 2048 tokens a step, 100k steps. With one embedding matrix for both ends, instead of
-# GPT-NeoX's two, it would be 6.65B, the paper's 6.6B.
-#   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
+# GPT-NeoX with 6.86B parameters on the Pile with AdamW, in the shape of the Sophia paper's last version. With one
+# embedding matrix for both ends, instead of GPT-NeoX's two, it would be 6.65B, the paper's 6.6B. The batches and the
+# data are those of train_neox_1.5b_adam.py.
 #   torchrun --standalone --nproc_per_node=8 train_adam.py config/train_neox_6.6b_adam.py
 
 from pathlib import Path

@@ -1,7 +1,4 @@
-# GPT-NeoX (arXiv:2204.06745) with 6.86B parameters on the Pile with Sophia-G, in the shape of the Sophia paper's last
-# version: 2048 sequences of 2048 tokens a step, 100k steps. With one embedding matrix for both ends, instead of
-# GPT-NeoX's two, it would be 6.65B, the paper's 6.6B.
-#   python data/text/prepare.py --source 'PILE/train/*.jsonl.zst' --out_dir data/pile      # your copy of the Pile
+# GPT-NeoX with 6.86B parameters on the Pile with Sophia-G; train_neox_6.6b_adam.py has the shape.
 #   torchrun --standalone --nproc_per_node=8 train_sophiag.py config/train_neox_6.6b_sophiag.py
 
 from pathlib import Path

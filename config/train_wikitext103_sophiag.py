@@ -7,8 +7,7 @@ from config.train_wikitext103_adam import *
 out_dir = "out/wikitext103_sophiag"
 
 optimizer_name = "sophiag"
-# Not tuned: the settings of config/train_gpt2_small_sophiag.py.
-learning_rate = 6e-4
+# Not tuned: the settings of config/train_gpt2_small_sophiag.py, whose learning rate is AdamW's.
 weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99

@@ -2,6 +2,8 @@
 # Ten stages of 2000 steps, from sequences of 8 tokens to 2048; 240 x 2048 tokens a step, 9.8B in all.
 #   python train_adam.py config/train_yxanul_adam.py          # one H100 or newer; FP8 needs the package torchao
 
+from config.train_gpt2_small_adam import *
+
 out_dir = "out/yxanul_adam"
 dataset = "fineweb"
 total_bs = 240  # a multiple of 3, or 1536 would not fit
@@ -10,26 +12,16 @@ block_size = 2048
 block_size_schedule = "0:8,2000:16,4000:32,6000:64,8000:128,10000:256,12000:512,14000:1024,16000:1536,18000:2048"
 
 n_layer = 25
-n_head = 12
 n_kv_head = 4
-n_embd = 768
+scale_attn_by_inverse_layer_idx = False
 norm = "rmsnorm"
 position = "rope"
 mlp = "swiglu"
 
-optimizer_name = "adamw"
-# Not tuned: the learning rate of config/train_gpt2_small_adam.py.
-learning_rate = 6e-4
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
-
+# The learning rate of config/train_gpt2_small_adam.py is not tuned for this model; min_lr is a twentieth of it.
 max_iters = 20_000
 warmup_iters = 1000
-# min_lr is learning_rate / 20 where it is not given
 
 eval_interval = 1000  # and at the end of every stage
 log_interval = 10
 fp8 = True
-compile = True

@@ -1,6 +1,4 @@
-# A Llama-like model with 196M parameters (RMSNorm, RoPE, GQA, SwiGLU) in FP8. Ten stages of 2000
-# steps, from sequences of 8 tokens to 2048: AdamW in the first five, Sophia-G from then on. A step has 240 x 2048
-# tokens, the run 9.8B.
+# The model and the ten stages of train_yxanul_adam.py: AdamW in the first five, Sophia-G from then on.
 #   python train_sophiag.py config/train_yxanul_hybrid.py          # one H100 or newer; FP8 needs the package torchao
 
 from config.train_yxanul_adam import *
@@ -8,9 +6,7 @@ from config.train_yxanul_adam import *
 out_dir = "out/yxanul_hybrid"
 
 optimizer_name = "sophiag"
-# Not tuned: the learning rate of config/train_gpt2_small_adam.py, for both optimizers.
-learning_rate = 6e-4
-weight_decay = 0.1  # AdamW's
+# Not tuned: AdamW's learning rate and weight decay, for both optimizers.
 sophia_start_iter = 10_000  # stage 6; AdamW before it has betas 0.9 and 0.95
 beta1 = 0.965
 beta2 = 0.99

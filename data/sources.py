@@ -1,7 +1,7 @@
 """Read documents: from your own files, plain or compressed, or from the Hugging Face hub.
 
     parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005, required=True)
+    sources.add_arguments(parser, val_fraction=0.005)
     sources.prepare(parser.parse_args(), "text")
 
 A document is a str. A text file of more than 16 MB is a TextFile: its parts, read again in each iteration.
@@ -44,7 +44,7 @@ VAL_OF_ONE_TEXT = 0.1  # share held out of a text that is not made of documents
 OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the tokens, and no source
 
 
-def add_arguments(parser, val_fraction, required, separator=None):
+def add_arguments(parser, val_fraction, separator=None):
     """Add the options of a corpus that can be read from files."""
     parser.add_argument(
         "--source", nargs="+", metavar="PATH",
@@ -67,7 +67,7 @@ def add_arguments(parser, val_fraction, required, separator=None):
         help=f"share of the documents to hold out, chosen by a hash of each (default: {val_fraction}); from a single "
         f"text, the share at its end (default: {VAL_OF_ONE_TEXT})",
     )  # fmt: skip
-    parser.set_defaults(default_fraction=val_fraction, source_required=required)
+    parser.set_defaults(default_fraction=val_fraction)
 
 
 def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, max_tokens=None):
@@ -82,7 +82,7 @@ def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, m
         raise UserError("--separator '': give the text between two documents, or leave it out")
     if bool(args.train) != bool(args.val) or (args.train and args.source):
         raise UserError("--train and --val go together, and without --source")
-    if not (args.source or args.train) and (args.source_required or not hub):
+    if not (args.source or args.train or hub):
         raise UserError("the following arguments are required: --source PATH, or --train PATH --val PATH")
     fraction, bad, at_end = args.val_fraction or args.default_fraction, Bad(), False
 

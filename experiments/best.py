@@ -33,6 +33,25 @@ def best_of(name, steps, only=None):
     return best
 
 
+def whitened_muon(steps):
+    """The settings of 30m_whitening's variant `both` at another length."""
+    whitening = sweep_of("30m_whitening")
+    settings = whitening["settings"] | whitening["variants"]["both"]
+    warmup = round(settings["warmup_iters"] * steps / settings.pop("max_iters"))
+    return settings | {"warmup_iters": warmup}
+
+
+def with_seeds(optimizers, held_out, only="", **common):
+    """What a sweep file defines: the optimizers, or those that `only` names, with the seeds of `held_out`.
+
+    The sweep files that use it have these options: steps, the training horizon; held_out, seeds that no tuning used;
+    only, some of the optimizers. Steps and seeds are lists of swept values, so that labels hold them.
+    """
+    names = only.split(",") if only else optimizers
+    seeds = [int(seed) for seed in held_out.split(",")]
+    return {"common": {"seed": seeds} | common, "optimizers": {name: optimizers[name] for name in names}}
+
+
 def sweep_of(name):
     """The names that experiments/NAME/sweep.py assigns, for a sweep file with the same ranges."""
     return run_path(str(EXPERIMENTS / name / "sweep.py"))

@@ -224,7 +224,7 @@ def results_books():
 
 def results_llama():
     """Llama-like model: the same."""
-    folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed?")) for name in LLAMA}
+    folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed[345]")) for name in LLAMA}
     groups = {LLAMA[name]: group([*map(read_run, runs)])[0] for name, runs in folders.items() if runs}
     return beside_adamw(groups)
 
@@ -325,7 +325,7 @@ TABLES = {
     "speedups-muon": lambda: speedups("muon", ["sophiag_spectral"]),
     "settings": settings,
     "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
-    "speed-fp8-loss": lambda: markdown_table(ROOT / "assets/bench/fp8_loss.json"),
+    "speed-llama": lambda: markdown_table(ROOT / "assets/bench/llama.json"),
     "speed-optimizer": lambda: markdown_table(ROOT / "assets/bench/optimizer.json"),
     "speed-muon-training": lambda: markdown_table(ROOT / "assets/bench/muon_train.json"),
     "speed-muon-optimizer": lambda: markdown_table(ROOT / "assets/bench/muon_optimizer.json"),

@@ -1,6 +1,5 @@
 """bench.py: its rows, its table, its errors; the times themselves mean something on a GPU only."""
 
-import functools
 import json
 import signal
 import subprocess
@@ -10,14 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import bench
 import model
-import train_adam
 from benchmarks import compilation, data, losses, report, train
 from data import sources
-from tests.conftest import ROOT, read_lines, tiny_words
+from tests.conftest import ROOT, tiny_words
 from training.errors import UserError, command
 from training.run import Run
 
@@ -169,7 +166,6 @@ def test_start_gives_the_seconds_to_the_first_step_and_the_speed_of_each_way_to_
     monkeypatch.setitem(report.GPT2_SIZES, "30M", (1, 1, 32))
     monkeypatch.setitem(train.MICRO_BATCH, "30M", 4)
     monkeypatch.delitem(train.CANDIDATES, "ours_cuda_graphs")
-    monkeypatch.delitem(train.CANDIDATES, "ours_one_graph")
     argv = "train --parts start --device cpu --models 30M --rounds 1 --steps 1 --block_size 16 --compile False"
     bench.main([*argv.split(), f"--out={tmp_path / 't.json'}"])
     result = json.loads((tmp_path / "t.json").read_text())
@@ -177,29 +173,6 @@ def test_start_gives_the_seconds_to_the_first_step_and_the_speed_of_each_way_to_
     metrics = ("start_cold", "start_warm", "tokens_per_second")
     assert result["errors"] == []
     assert min(value[name, metric] for name in compilation.CANDIDATES for metric in metrics) > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "graphs"), [("ours", {1: 2, 4: 2}), ("ours_blocks", {1: 3, 4: 3}), ("ours_one_graph", {1: 2, 4: 2})]
-)
-def test_other_ways_to_compile_train_and_evaluate_alike(tiny, tmp_path, monkeypatch, name, graphs):
-    """The losses of a run that compiles nothing. With blocks as graphs their number does not grow with the depth."""
-    for layers, count in graphs.items():
-        words = [*tiny, "--max_iters=3", "--warmup_iters=1", "--eval_interval=2", "--overwrite=True"]
-        train_adam.main([*words, f"--n_layer={layers}"])
-        expected = logged_losses(tmp_path / "out")
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        compile_ = functools.partial(torch.compile, dynamic=False, backend=counter)
-        monkeypatch.setattr("training.step.compiler", lambda on, compile_=compile_: compile_ if on else lambda f: f)
-        with compilation.candidate(name):
-            train_adam.main([*words, f"--n_layer={layers}", "--compile=True"])
-        assert logged_losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5) and counter.frame_count == count
-
-
-def logged_losses(out_dir):
-    lines = read_lines(out_dir)
-    return [line[key] for key in ("train/loss", "val/loss") for line in lines if key in line]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ WITH_RUNS = [folder for folder in FOLDERS if (folder / "runs").exists()]
 OPTIONS = {"30m_python": [["--steps=780"], ["--steps=1560"], ["--steps=5200"], ["--steps=7800", "--only=adamw"]]}
 OPTIONS["30m_official"] = [["--official=official_sophia.py"]]
 OPTIONS["30m_llama"] = [[], ["--rates=0.002,0.002,0.008,0.008", "--held_out=3,4,5"]]
+OPTIONS["30m_llama"] += [["--rates=0.001,0.002,0.008,0.004", "--only=adamw,whitened_muon"]]  # below the edges
+OPTIONS["30m_llama"] += [[*OPTIONS["30m_llama"][1], "--only=whitened_muon"]]
+OPTIONS["30m_muon_momentum"] = [["--only=blocks,muon"], ["--only=muon"]]
+OPTIONS["30m_fp8_loss"] = [["--only=adamw"]]
 AGAIN = ["--held_out=6,7,8,9,10", "--only=adamw,muon,sophiag_spectral"]
 OPTIONS["30m_python"] += [["--steps=780", *AGAIN], ["--steps=1560", *AGAIN]]
 NOT_RUN = {f"{name}_5200_seed{seed}" for name in ("sophiag_adamw", "nadamw", "soap") for seed in (3, 4, 5)}

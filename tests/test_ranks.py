@@ -17,6 +17,8 @@ import train_adam
 from tests.conftest import ROOT, read_lines, tiny_words, torchrun
 from tests.test_crash import kill_all, ranks_of, same_end, start, wait_for_step
 from training.checkpoint import load_checkpoint, read_checkpoint
+from training.errors import UserError
+from training.lock import RunLock
 
 ENDLESS = ["--max_iters=1000000", "--eval_interval=1000000", "--batch_size=4"]
 
@@ -267,26 +269,27 @@ def test_ranks_with_different_weights_do_not_train(corpus, tmp_path, form):
     assert done.stderr.count("error: ") == 1 and not list(tmp_path.glob("node*/out/c*"))
 
 
-def test_a_second_run_in_out_dir_is_refused_and_removes_nothing(corpus, tmp_path):
+def test_a_second_run_in_out_dir_is_refused_and_removes_nothing(corpus, tmp_path, monkeypatch, capsys):
     words = tiny_words(corpus, tmp_path / "out")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_adam.py"), *words, *ENDLESS],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     wait_for_step(process, 3)
-    second = [sys.executable, str(ROOT / "train_adam.py"), *words, "--init_from=auto"]
-    tasks = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
-    done = subprocess.run(second, capture_output=True, text=True, env={**os.environ, **tasks})
-    assert done.returncode == 2
-    assert f"in use by the run of process {process.pid} on {socket.gethostname()}" in done.stderr
-    assert "warning: SLURM_NTASKS = 4, but RANK is not set" in done.stderr
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(RunLock, "WAIT", 0.5)
+    owner = f"in use by the run of process {process.pid} on {socket.gethostname()}"
+    with pytest.raises(UserError, match=owner):
+        train_adam.main([*words, "--init_from=auto"])
+    assert "warning: SLURM_NTASKS = 4, but RANK is not set" in capsys.readouterr().err
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=30)
     assert process.returncode == 0, "a closed terminal is a reason to checkpoint"
     steps = [line["step"] for line in read_lines(tmp_path / "out")]
     assert steps == list(range(len(steps))) and load_checkpoint(tmp_path / "out")[0]["step"] == len(steps)
-    done = subprocess.run([*second, f"--max_iters={len(steps) + 5}"], capture_output=True, text=True)
-    assert done.returncode == 0 and f"resumed at step {len(steps)}" in done.stdout
+    train_adam.main([*words, "--init_from=auto", f"--max_iters={len(steps) + 5}"])
+    assert f"resumed at step {len(steps)}" in capsys.readouterr().out
 
 
 SRUN = """

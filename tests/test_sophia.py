@@ -252,7 +252,7 @@ def test_groups_have_their_own_settings_and_can_be_added():
         ({"max_grad_norm": 0.0}, ValueError, "Invalid max_grad_norm: 0.0"),
         ({"foreach": True, "fused": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together."),
         ({"fused": True}, RuntimeError, "`fused=True` requires all the params to be floating point Tensors"),
-        ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor([1.0, 2.0])}, ValueError, r"Invalid learning rate: tensor\(\[1., 2.\]\)"),
         ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable"),
     ],
 )

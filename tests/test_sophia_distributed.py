@@ -102,8 +102,10 @@ def rank_main(rank, ranks, port, results):
                 tensors = [t.detach().numpy().copy() for t in [*params, *hessians]]
                 results[name, implementation] = (tensors, norms, statistics)
     results["zero", rank] = zero_1(rank, ranks)
+    results["fsdp1", rank] = fsdp_1(rank, ranks)
     results["hutchinson", rank] = hutchinson_under_ddp(rank)
     results["partial", rank] = estimates_of_some_ranks(rank)
+    results["partial_sums", rank] = partial_sums(flat)
     results["sharded", rank] = sharded_edges(rank, lambda model: shard(model, flat))
     dist.destroy_process_group()
 
@@ -113,11 +115,32 @@ def zero_1(rank, ranks):
 
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Net())
-    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, lr=0.05, rho=0.5, bs=48)
+    settings = {"lr": 0.05, "rho": 0.5, "bs": 48, implementations()[-1]: True}
+    zero = ZeroRedundancyOptimizer(model.parameters(), SophiaG, **settings)
     train(model, zero, rank, ranks, sophia=zero.optim)
     zero.consolidate_state_dict()
     kept = [] if rank else [state["hessian"] for _, state in sorted(zero.state_dict()["state"].items())]
-    return [t.detach().numpy() for t in [*model.parameters(), *kept]]
+    tensors = [t.detach().clone().numpy() for t in [*model.parameters(), *kept]]
+    saved = [None if rank else copy.deepcopy(zero.state_dict())]
+    dist.broadcast_object_list(saved)
+    resumed = ZeroRedundancyOptimizer((twin := copy.deepcopy(model)).parameters(), SophiaG, **settings)
+    resumed.load_state_dict(saved[0])
+    for each, its in ((zero, model), (resumed, twin)):
+        train(its, each, rank, ranks, sophia=each.optim)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    return tensors
+
+
+def fsdp_1(rank, ranks):
+    """Parameters are pieces of flat ones; with every step they may lie elsewhere."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48, **{implementations()[-1]: True})
+    train(model, optimizer, rank, ranks)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return [p.detach().clone().numpy() for p in model.parameters()]
 
 
 def batch(rank, step):
@@ -151,10 +174,28 @@ def estimates_of_some_ranks(rank):
     """Rank 1 has no estimate of the second parameter: not waited for, and nobody's mean is taken for that of all."""
     first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = SophiaH([first, second])
+    with pytest.raises(RuntimeError, match="the ranks have estimates of different parameters"):
+        SophiaH([first, second][rank:]).update_hessian([torch.ones(3)] * (2 - rank))  # their shares, as of ZeRO-1
     try:
         optimizer.update_hessian({first: torch.ones(3), second: torch.ones(3) if rank == 0 else None})
     except RuntimeError as error:
         return str(error), len(optimizer.state)
+
+
+def partial_sums(mesh):
+    """Two steps of a parameter that all ranks have, with gradients to be summed over them (tensor parallelism)."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    ends = []
+    for implementation in implementations():
+        p = nn.Parameter(DTensor.from_local(torch.ones(64, 64), mesh, [Replicate()]))
+        optimizer = SophiaG([p], lr=0.1, rho=0.5, bs=2, **{implementation: True})
+        for step in range(2):
+            p.grad = DTensor.from_local(torch.full((64, 64), step - 0.25 + mesh.get_rank()), mesh, [Partial()])
+            optimizer.update_hessian()
+            optimizer.step()
+        ends.append([p.to_local().detach().numpy(), optimizer.state[p]["hessian"].to_local().numpy()])
+    return ends
 
 
 def sharded_edges(rank, wrap):
@@ -212,15 +253,30 @@ def test_two_ranks_equal_one(two_ranks, name, implementation):
     assert 0 < statistics["win_rate"] < 1
 
 
-def test_zero_1_equals_one_rank(two_ranks):
+def test_gradients_that_are_still_to_be_summed_over_the_ranks(two_ranks):
+    """The sum is a temporary tensor: the kernels must not read it after it is gone."""
+    p = nn.Parameter(torch.ones(64, 64))
+    optimizer = SophiaG([p], lr=0.1, rho=0.5, bs=2)
+    for step in range(2):
+        p.grad = torch.full((64, 64), 2 * step + 0.5)
+        optimizer.update_hessian()
+        optimizer.step()
+    for rank in (0, 1):
+        for weights, hessian in two_ranks["partial_sums", rank]:
+            torch.testing.assert_close(torch.from_numpy(weights), p.detach())
+            torch.testing.assert_close(torch.from_numpy(hessian), optimizer.state[p]["hessian"])
+
+
+@pytest.mark.parametrize("name", ["zero", "fsdp1"])
+def test_zero_1_and_fsdp_1_equal_one_rank(two_ranks, name):
     torch.manual_seed(0)
     model = Net()
     optimizer = SophiaG(model.parameters(), lr=0.05, rho=0.5, bs=48)
     train(model, optimizer)
     expected = [*model.parameters(), *(optimizer.state[p]["hessian"] for p in model.parameters())]
-    for ours, theirs in zip(expected, two_ranks["zero", 0], strict=True):
+    for ours, theirs in zip(expected, two_ranks[name, 0], strict=name == "zero"):
         torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=2e-5, atol=2e-6)
-    for a, b in zip(two_ranks["zero", 0], two_ranks["zero", 1], strict=False):
+    for a, b in zip(two_ranks[name, 0], two_ranks[name, 1], strict=False):
         assert (a == b).all()
 
 

@@ -258,6 +258,19 @@ def test_a_parameter_that_is_twice_in_a_group_is_refused():
             cls([p, p])
 
 
+@implementations
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_parameter_that_is_written_into_groups_twice_is_refused(group, implementation):
+    p, q = matrix(0), matrix(1)
+    optimizer = train(SophiaG([{"params": [p]}, {"params": [q]}], **implementation))
+    optimizer.param_groups[group]["params"].append(p)
+    before = p.detach().clone()
+    for call in (optimizer.step, optimizer.update_hessian):
+        with pytest.raises(ValueError, match="the same parameter twice"):
+            call()
+    assert torch.equal(p, before)
+
+
 def test_groups_of_one_name_share_a_win_rate():
     a, b, c = matrix(0), matrix(1, (3,)), matrix(2)
     groups = [{"params": [a], "name": "x", "rho": 1e9}, {"params": [b], "name": "x", "rho": 0.0}, {"params": [c]}]
@@ -273,13 +286,62 @@ def test_a_bad_max_grad_norm_is_named(value):
     assert SophiaG([matrix()], max_grad_norm=math.inf).max_grad_norm == math.inf  # only measures
 
 
-@pytest.mark.parametrize("name", ["maximize", "capturable", "bias_correction", "nesterov"])
+@pytest.mark.parametrize("name", ["maximize", "capturable", "bias_correction", "nesterov", "foreach", "fused"])
 @pytest.mark.parametrize("value", ["False", None, 2])
 def test_a_switch_that_is_no_truth_value_is_named(name, value):
     """As a configuration file may give it: "False" would be true."""
+    if value is None and name in ("foreach", "fused"):
+        pytest.skip("the default")
     for cls in (SophiaG, SophiaH):
         with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}"):
             cls([matrix()], **{name: value})
+
+
+@implementations
+def test_torchs_default_dtype_changes_nothing(implementation):
+    """In bfloat16 a count stops at 256, and 1 / 30011 is off by 0.2%."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(torch.float32)
+        p = matrix()
+        optimizer = SophiaG([p], lr=0.1, rho=0.5, bs=2, max_grad_norm=1.0, **implementation)
+        give_gradients([p], scale=30011.0)
+        try:
+            torch.set_default_dtype(dtype)
+            optimizer.update_hessian(grad_scale=30011.0)
+            optimizer.grad_scale, optimizer.found_inf = 30011.0, 0.0
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+            p.grad.fill_(math.nan)
+            for _ in range(258 if implementation == {"foreach": False} else 2):
+                optimizer.update_hessian()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append((p.tolist(), optimizer.state[p]["hessian"].tolist(), float(optimizer.skipped_estimates)))
+    assert ends[0] == ends[1]
+
+
+@implementations
+def test_parameters_that_come_after_the_estimates_are_warned_of_once(implementation):
+    """A layer that is unfrozen moves by lr until the next estimate; one whose curvature is 0 was estimated."""
+    p, q, late = matrix(0), matrix(1), matrix(2)
+    optimizer = SophiaG([p, q, late], **implementation)
+    give_gradients([p, q])
+    q.grad.zero_()
+    estimate(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    give_gradients([p, q, late])
+    with pytest.warns(
+        UserWarning, match=r"before any update_hessian\(\) that took effect on 1 parameters: without a cur"
+    ):
+        optimizer.step()
+    optimizer.add_param_group({"params": [matrix(3)]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        train(optimizer)
 
 
 # --- hutchinson ------------------------------------------------------------------------------------------------------
@@ -312,6 +374,16 @@ def test_a_loss_that_does_not_reach_the_parameters_is_refused(case):
     params = model.weight if case == "single tensor" else model.parameters()
     with pytest.raises(RuntimeError, match=r"the loss does not depend on (\d) of \1 parameters"):
         hutchinson(losses[case], params)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda x: x, lambda x: (x.sum(), x), lambda x: x.sum().item(), lambda x: x.sum() * 1j]
+)
+def test_a_loss_that_is_not_one_real_number_is_named(made):
+    """The output of a model of the Hugging Face world is its loss and more."""
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="hutchinson needs the loss, a tensor of one real number, and got"):
+        hutchinson(lambda: made(model(torch.ones(3))), model.parameters())
 
 
 def test_a_parameter_that_the_loss_does_not_use_is_warned_of_and_has_the_estimate_0():
@@ -351,6 +423,29 @@ def test_an_ignored_index_without_targets_is_refused():
         sampled_label_loss(torch.randn(3, 4), ignore_index=0)
 
 
+@pytest.mark.parametrize("logits", [(torch.ones(3, 4), None), torch.ones(3, 4).long(), torch.ones(()), None])
+def test_what_is_no_logits_is_named(logits):
+    """A model may return its logits and more."""
+    with pytest.raises(ValueError, match=r"expected floating-point logits \(..., classes\), got"):
+        sampled_label_loss(logits)
+
+
+def test_torch_func_takes_the_gradient_of_every_sequence():
+    """As many backward passes of one sequence each give."""
+    model, x, uniform = nn.Linear(4, 7), torch.randn(5, 3, 4), torch.rand(5, 3)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params, x, uniform):
+        return sampled_label_loss(torch.func.functional_call(model, params, (x,)), uniform=uniform)
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, x, uniform)
+    for i in range(5):
+        model.zero_grad()
+        sampled_label_loss(model(x[i]), uniform=uniform[i]).backward()
+        torch.testing.assert_close(found["weight"][i], model.weight.grad)
+        torch.testing.assert_close(found["bias"][i], model.bias.grad)
+
+
 def test_a_batch_of_padding_alone_does_not_change_the_curvature():
     head = nn.Linear(4, 7)
     optimizer = train(SophiaG(head.parameters()))
@@ -386,3 +481,13 @@ def test_a_tied_embedding_trains():
         optimizer.step(bs=7)
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_on_the_meta_device_have_no_numbers_to_look_at():
+    p = nn.Parameter(torch.empty(3, 3, device="meta"))
+    p.grad = torch.empty(3, 3, device="meta")
+    optimizer = SophiaG([p])
+    optimizer.update_hessian()
+    optimizer.step()
+    assert {key: value.is_meta for key, value in optimizer.state[p].items()} == dict.fromkeys(optimizer.state[p], True)

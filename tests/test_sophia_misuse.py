@@ -230,6 +230,18 @@ def test_a_post_hook_has_the_last_word():
     assert new.state[new.param_groups[0]["params"][0]]["hessian_step"] == 0
 
 
+@implementations
+def test_a_loaded_state_is_a_copy(implementation):
+    """Two optimizers that share a state would both move it."""
+    old = train(SophiaG([matrix()], bias_correction=True, **implementation))
+    new = SophiaG([matrix()], bias_correction=True, **implementation)
+    new.load_state_dict(old.state_dict())
+    before = copy.deepcopy(list(new.state.values()))
+    train(old, 1)
+    for state, kept in zip(new.state.values(), before, strict=True):
+        assert len(state) == 4 and all(torch.equal(state[key], kept[key]) for key in kept)
+
+
 @classes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_counts_keep_their_precision(cls, dtype):

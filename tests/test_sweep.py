@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,12 +44,21 @@ COMMON = {"total_bs": 8, "batch_size": 8, "block_size": 4, "max_iters": 5, "warm
 
 
 @pytest.fixture
-def stub(tmp_path, monkeypatch):
+def stub(request, tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(sweep, "FIRST_ORDER", (str(tmp_path / "stub.py"), sweep.AdamConfig))
     monkeypatch.setattr(sweep, "SOPHIA", (str(tmp_path / "stub.py"), sweep.SophiaConfig))
     monkeypatch.setattr(sweep, "git_state", lambda: ("0" * 40, []))
+    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10), monotonic=time.monotonic)
+    monkeypatch.setattr(sweep, "time", clock)
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(sweep, "draw_sweep", lambda *_: [])
     return tmp_path
+
+
+@pytest.fixture
+def figures():
+    """For a test that looks at them; the others save their time."""
 
 
 def write_sweep(tmp_path, optimizers, runs=None, **common):
@@ -71,7 +81,7 @@ def name(optimizer, rate, **more):
     return label(optimizer, {"learning_rate": rate, **more})
 
 
-def test_a_sweep_runs_what_is_missing_and_repeats_the_best(stub, capsys):
+def test_a_sweep_runs_what_is_missing_and_repeats_the_best(figures, stub, capsys):
     optimizers = {
         "adamw": {"learning_rate": [0.1, 0.2, 0.3, 0.4, 0.6, 9.0], "weight_decay": 0.5},
         "sophiag": {"learning_rate": [0.5, 0.7, 8.0], "rho": [0.01, 0.1]},
@@ -247,6 +257,8 @@ def test_a_sweep_files_parameters_are_options(stub, capsys):
     path.write_text(FUNCTION)
     sweep.main([str(path), f"--out_dir={out}", "--steps=3", "--rates=0.3", "--longer=True"])
     assert list(state(out)) == [label("adamw", {"max_iters": 4, "learning_rate": 0.3})]
+    sweep.main([str(out / "sweep.json"), f"--out_dir={stub / 'again'}"])
+    assert state(stub / "again") == state(out), "its sweep.json runs it again"
     with pytest.raises(SystemExit) as done:
         sweep.main([str(path), "--help"])
     printed = capsys.readouterr().out
@@ -301,7 +313,7 @@ def test_runs_that_share_a_gpu_start_apart(stub, monkeypatch):
     assert all(b - a > 0.9 for own in times.values() for a, b in itertools.pairwise(own))
 
 
-def test_a_seed_that_is_swept_is_not_tuned(stub, capsys):
+def test_a_seed_that_is_swept_is_not_tuned(figures, stub, capsys):
     """The stub's loss is 1 + (rate - 0.5)^2 + seed: the mean over seeds 0, 1 and 2 of the best rate is 2."""
     path, out = write_sweep(stub, {"adamw": {"learning_rate": [0.3, 0.5], "seed": [0, 1, 2]}}), stub / "out"
     sweep.main([path, f"--out_dir={out}"])
@@ -310,7 +322,7 @@ def test_a_seed_that_is_swept_is_not_tuned(stub, capsys):
     assert len(state(out)) == 6
 
 
-def test_a_random_search_runs_as_many_of_each_optimizer(stub, capsys):
+def test_a_random_search_runs_as_many_of_each_optimizer(figures, stub, capsys):
     rates = [0.1, 0.2, 0.3, 0.4, 0.6, 0.7]
     optimizers = {
         "adamw": {"learning_rate": rates, "beta1": [0.8, 0.9, 0.95]},
@@ -539,7 +551,7 @@ def test_bad_files_are_refused(stub, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("common = 1 / 0")
     refused(capsys, [str(tmp_path / "bad.py"), "--out_dir=x"], "ZeroDivisionError")
     refused(capsys, [str(tmp_path / "none.py"), "--out_dir=x"], "cannot read")
-    refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "ends in .py")
+    refused(capsys, [str(tmp_path / "none"), "--out_dir=x"], "a sweep file is NAME.py or sweep.json")
     path = write_sweep(tmp_path, {"adamw": {}})
     refused(capsys, [path, f"--out_dir={tmp_path}/bad.py"], "cannot be read or written")
     refused(capsys, [path, "--out_dir=x", "--jobs=0"], "--jobs 1 to 1000")

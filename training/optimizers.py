@@ -186,31 +186,29 @@ class OptimizerContainer(torch.optim.Optimizer):
     def __init__(self, **optimizers):
         self.optimizers = optimizers
         self._step_supports_amp_scaling = all(map(supports_amp_scaling, optimizers.values()))
-        super().__init__(self._groups(), {})
+        super().__init__(self.param_groups, {})
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len({*params}) < len(params):
+            raise ValueError("two of the optimizers have the same parameter")
+
+    def add_param_group(self, param_group):
+        """For the constructor only: RuntimeError for a group of none of the optimizers, which nobody would step."""
+        if not any(param_group is group for group in self.param_groups):
+            raise RuntimeError("add the group to one of the optimizers")
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
 
     def _groups(self):
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
-    def add_param_group(self, param_group):
-        """For the constructor only: RuntimeError for a group of none of the optimizers, which nobody would step."""
-        if not any(param_group is group for group in self._groups()):
-            raise RuntimeError("add the group to one of the optimizers before OptimizerContainer takes them")
-        super().add_param_group(param_group)
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k != "param_groups"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        super().__setstate__({"param_groups": self._groups()})
-
-    @property
-    def state(self):
+    def _states(self):
         return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
 
-    @state.setter
-    def state(self, empty):
-        """torch.optim.Optimizer's constructor sets it; the states are the optimizers' own."""
+    def _keep(self, _):
+        """torch.optim.Optimizer's constructor sets groups and state, which are the optimizers' own."""
+
+    param_groups, state = property(lambda self: self._groups(), _keep), property(_states, _keep)
 
     def step(self, closure=None, **arguments):
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -227,15 +225,24 @@ class OptimizerContainer(torch.optim.Optimizer):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict):
-        if missing := self.optimizers.keys() - state_dict.keys():
-            raise ValueError(f"the state is not of these optimizers: it has no {min(missing)!r}")
+        if other := self.optimizers.keys() ^ state_dict.keys():
+            has = "has" if min(other) in state_dict else "has no"
+            raise ValueError(f"the state is not of these optimizers: it {has} {min(other)!r}")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])
-        self.param_groups = self._groups()  # loading replaces the optimizers' groups
 
-    def register_load_state_dict_pre_hook(self, hook, prepend=False):
-        for optimizer in self.optimizers.values():
-            optimizer.register_load_state_dict_pre_hook(hook, prepend)
+    def _forwarded(name):
+        def register(self, hook, prepend=False):
+            """Register the hook with each of the optimizers. It cannot be removed."""
+            for optimizer in self.optimizers.values():
+                getattr(optimizer, name)(hook, prepend)
+
+        return register
+
+    register_state_dict_pre_hook = _forwarded("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _forwarded("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _forwarded("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _forwarded("register_load_state_dict_post_hook")
 
 
 class WithAuxAdam(OptimizerContainer):

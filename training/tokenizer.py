@@ -34,9 +34,9 @@ def get_tokenizer(spec, vocab_size=None):
     Raises UserError for an unknown `spec` and for a vocabulary that cannot be fetched.
     """
     check_spec(spec)
-    if spec is None and vocab_size is None:
-        raise UserError("the meta.json names no tokenizer; add it there, or use the ids themselves")
     if spec is None:
+        if vocab_size is None:
+            raise UserError("the meta.json names no tokenizer; add it there, or use the ids themselves")
         tokenizer = IdTokenizer(vocab_size)
     elif isinstance(spec, str):
         tokenizer = TiktokenTokenizer(spec)
@@ -112,12 +112,10 @@ class Tokenizer:
         for part in parts_of(text):
             text, start = waiting + part, 0
             while len(text) - start > PIECE:
-                if match := self._cut.search(text, start + PIECE, start + LONGEST_PIECE):
-                    end = match.start()
-                elif len(text) - start > LONGEST_PIECE:
-                    end = start + LONGEST_PIECE
-                else:
+                match = self._cut.search(text, start + PIECE, start + LONGEST_PIECE)
+                if not match and len(text) - start <= LONGEST_PIECE:
                     break
+                end = match.start() if match else start + LONGEST_PIECE
                 yield text[start:end]
                 start = end
             waiting = text[start:]

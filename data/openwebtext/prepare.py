@@ -25,7 +25,7 @@ def from_hub():
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.0005, required=False)
+    sources.add_arguments(parser, val_fraction=0.0005)
     hub = f"{NAME} from the Hugging Face hub, nanoGPT's split", from_hub
     sources.prepare(parser.parse_args(), "OpenWebText", hub)
 

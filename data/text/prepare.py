@@ -20,7 +20,7 @@ from training.errors import command
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005, required=True)
+    sources.add_arguments(parser, val_fraction=0.005)
     sources.prepare(parser.parse_args(), "text")
 
 

@@ -19,7 +19,7 @@ NAME = "roneneldan/TinyStories"
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.01, required=False, separator="<|endoftext|>")
+    sources.add_arguments(parser, val_fraction=0.01, separator="<|endoftext|>")
     hub = f"{NAME} from the Hugging Face hub", lambda: sources.hub_splits(sources.load_from_hub(NAME))
     sources.prepare(parser.parse_args(), "TinyStories", hub, by_name=True)
 

@@ -46,7 +46,7 @@ def from_hub():
 
 def main():
     parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005, required=False)
+    sources.add_arguments(parser, val_fraction=0.005)
     hub = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub
     sources.prepare(parser.parse_args(), "WikiText-103", hub, articles, by_name=True)
 

@@ -1,7 +1,7 @@
 # A curriculum of ten sequence lengths at 30M, with AdamW, with AdamW and then Sophia-G, and without the curriculum.
 #   python data/python/prepare.py
 #   python sweep.py experiments/30m_curriculum/sweep.py --out_dir=out/30m_curriculum
-# The lengths are those of config/train_yxanul_hybrid.py; the model is of its kind.
+# The lengths are those of config/train_yxanul_hybrid.py; the model is of its kind, with GPT-2 30M's depth and width.
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048)
 STEPS = 78  # of a stage
@@ -11,10 +11,7 @@ common = {
     "total_bs": 36,
     "batch_size": 36,
     "block_size": 2048,
-    "n_layer": 6,
-    "n_head": 6,
     "n_kv_head": 2,
-    "n_embd": 384,
     "norm": "rmsnorm",
     "position": "rope",
     "mlp": "swiglu",
@@ -23,7 +20,6 @@ common = {
     "eval_interval": STEPS,
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
-    "grad_clip": 1.0,
     "seed": [3, 4],
 }
 curriculum = {"block_size_schedule": ",".join(f"{i * STEPS}:{length}" for i, length in enumerate(LENGTHS))}

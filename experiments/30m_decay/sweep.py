@@ -1,15 +1,12 @@
 """A learning rate that falls in a straight line to 0, with every optimizer's best settings and held-out seeds.
 
-max_iters and the seed are swept, so that labels hold them. min_lr is 0 where a linear schedule does not set it.
+min_lr is 0 where a linear schedule does not set it.
 """
 
-from experiments.best import best_of
+from experiments.best import best_of, with_seeds
 
 
 def sweep(steps=780, held_out="3,4,5", only=""):
-    """steps: the training horizon; held_out: the seeds, which no tuning used; only: some of the optimizers."""
     best = best_of("30m_tuning", steps, only=("adamw", "muon")) | best_of("30m_spectral", steps)
     best["adamw_further"] = best_of("30m_further", steps, only=("adamw",))["adamw"]
-    names = only.split(",") if only else best
-    common = {"max_iters": [steps], "seed": [int(seed) for seed in held_out.split(",")], "lr_schedule": "linear"}
-    return {"common": common, "optimizers": {name: best[name] for name in names}}
+    return with_seeds(best, held_out, only, max_iters=[steps], lr_schedule="linear")

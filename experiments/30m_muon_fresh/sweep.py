@@ -1,7 +1,7 @@
 # Whitened Muon at 30M with inverse roots of the newest factors, and cheaper forms of it.
 #   python sweep.py experiments/30m_muon_fresh/sweep.py --out_dir=out/30m_muon_fresh
 
-from experiments.best import sweep_of
+from experiments.best import sweep_of, with_seeds
 
 whitening = sweep_of("30m_whitening")
 every = whitening["variants"]["both"] | {"whiten_interval": 1}
@@ -20,7 +20,4 @@ variants = {
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
-    names = only.split(",") if only else variants
-    common = whitening["settings"] | {"seed": [int(seed) for seed in held_out.split(",")]}
-    return {"common": common, "optimizers": {name: variants[name] for name in names}}
+    return with_seeds(variants, held_out, only, **whitening["settings"])

@@ -3,7 +3,7 @@
 #   python sweep.py experiments/30m_muon_variants/sweep.py --out_dir=out/30m_muon_variants
 # Muon has the settings of its tuning. Whitened Muon has those of 30m_muon_fresh's best variant.
 
-from experiments.best import best_of, sweep_of
+from experiments.best import best_of, sweep_of, with_seeds
 
 fresh = sweep_of("30m_muon_fresh")
 settings = fresh["whitening"]["settings"]
@@ -39,8 +39,5 @@ variants = {
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
-    names = only.split(",") if only else variants
-    common = {"seed": [int(seed) for seed in held_out.split(",")]}
-    own = {"script": "experiments/30m_muon_variants/variants.py", "max_iters": settings["max_iters"]}
-    return {"common": common, "optimizers": {name: variants[name] | own for name in names}}
+    script = "experiments/30m_muon_variants/variants.py"
+    return with_seeds(variants, held_out, only, script=script, max_iters=settings["max_iters"])

@@ -1,23 +1,14 @@
-"""Whitened Muon in blocks against Muon, with what was best for each in 30m_muon_momentum: held-out seeds, any horizon.
+"""Whitened Muon in blocks with the best settings of 30m_muon_momentum against Muon with those of 30m_tuning.
 
-max_iters and the seed are swept, so that labels hold them.
+Held-out seeds, any horizon.
 """
 
-from experiments.best import sweep_of
+from experiments.best import best_of, sweep_of, with_seeds
 
 
-def sweep(steps=780, held_out="5,6,7,8,9,10,11,12", blocks="0.85,0.2", muon="0.85,0.2", only=""):
-    """steps: the training horizon; held_out: the seeds. blocks, muon: momentum and weight decay of each.
-
-    only: some of the two.
-    """
-    variants, settings = sweep_of("30m_muon_momentum")["variants"], sweep_of("30m_whitening")["settings"]
-    warmup = round(settings["warmup_iters"] * steps / settings["max_iters"])
-    seeds = [int(seed) for seed in held_out.split(",")]
-    common = settings | {"warmup_iters": warmup, "max_iters": [steps], "seed": seeds}
-    optimizers = {}
-    for name, given in (("blocks", blocks), ("muon", muon)):
-        momentum, weight_decay = map(float, given.split(","))
-        optimizers[name] = variants[name] | {"momentum": momentum, "weight_decay": weight_decay}
-    names = only.split(",") if only else optimizers
-    return {"common": common, "optimizers": {name: optimizers[name] for name in names}}
+def sweep(steps=780, held_out="5,6,7,8,9,10,11,12", only=""):
+    whitening = dict(sweep_of("30m_whitening")["settings"])
+    warmup = round(whitening["warmup_iters"] * steps / whitening.pop("max_iters"))
+    blocks = sweep_of("30m_muon_momentum")["blocks"] | {"momentum": 0.85, "weight_decay": 0.2, "warmup_iters": warmup}
+    optimizers = {"blocks": whitening | blocks, **best_of("30m_tuning", steps, only=("muon",))}
+    return with_seeds(optimizers, held_out, only, max_iters=[steps])

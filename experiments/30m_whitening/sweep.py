@@ -4,6 +4,8 @@
 # All have the learning rates, decay, momentum and warm-up that were best for the spectral step (30m_spectral),
 # 780 steps of 128 x 512 tokens, and by default seeds 3 and 4.
 
+from experiments.best import with_seeds
+
 settings = {
     "dataset": "python",
     "total_bs": 128,
@@ -38,7 +40,4 @@ variants = {
 
 
 def sweep(held_out="3,4", only=""):
-    """held_out: the seeds of every variant; only: some of the variants."""
-    names = only.split(",") if only else variants
-    swept = settings | {"seed": [int(seed) for seed in held_out.split(",")]}
-    return {"common": swept, "optimizers": {name: variants[name] for name in names}}
+    return with_seeds(variants, held_out, only, **settings)

@@ -95,12 +95,18 @@ def test_the_tokens_of_every_micro_batch_have_to_fit_before_the_run_begins(tiny,
 @pytest.mark.parametrize(
     ("width", "tokens", "errors", "message"),
     [
-        (64, [8192], (0.03, 0.06), None),
-        (40, [8192], (0.03, 0.06), "n_embd to be a multiple of 16, got 40"),
-        (64, [9000, 8192], (0.03, 0.06), "fp8_loss needs a multiple of 16 tokens .* has 9000"),
-        (64, [8192, 4096], (0.03, 0.06), "8,192 tokens or more in a micro-batch, .* has 4,096; raise batch_size"),
-        (64, [8192], (0.03, 0.2), "wrong gradients here .* 0.03 and 0.2"),
-        (64, [8192], (float("nan"), 0.03), "wrong gradients here"),
+        (64, [8192], (0.03, 0.06, 0.002), None),
+        (40, [8192], (0.03, 0.06, 0.002), "n_embd to be a multiple of 16, got 40"),
+        (64, [9000, 8192], (0.03, 0.06, 0.002), "fp8_loss needs a multiple of 16 tokens .* has 9000"),
+        (
+            64,
+            [8192, 4096],
+            (0.03, 0.06, 0.002),
+            "8,192 tokens or more in a micro-batch, .* has 4,096; raise",
+        ),
+        (64, [8192], (0.03, 0.2, 0.002), "wrong gradients here .* 0.03 and 0.2, 0.002 of a sum"),
+        (64, [8192], (0.03, 0.06, 0.02), "wrong gradients here .* 0.02 of a sum of probabilities"),
+        (64, [8192], (float("nan"), 0.03, 0.002), "wrong gradients here"),
     ],
 )
 def test_fp8_loss_is_refused_where_it_would_not_be_used_or_be_wrong(monkeypatch, width, tokens, errors, message):

@@ -243,6 +243,32 @@ def test_a_container_refuses_a_group_that_nobody_would_step_and_the_state_of_ano
     assert len(optimizer.param_groups) == len(made)
     with pytest.raises(ValueError, match="it has no 'adamw'"):
         optimizer.load_state_dict({"sophia": optimizer.state_dict()["sophia"]})
+    with pytest.raises(ValueError, match="it has 'muon'"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "muon": {}})
+    with pytest.raises(ValueError, match="two of the optimizers have the same parameter"):
+        OptimizerContainer(sophia=SophiaG(made[:1]), adamw=torch.optim.AdamW(made[0]["params"]))
+
+
+def test_a_containers_groups_are_those_that_its_optimizers_have_now():
+    """A scheduler would set the learning rate of groups that a load of one optimizer has replaced."""
+    _, optimizer = container()
+    sophia, late = optimizer.optimizers["sophia"], torch.nn.Parameter(torch.ones(3))
+    sophia.load_state_dict(sophia.state_dict())
+    sophia.add_param_group({"params": [late], "name": "late"})
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert [group["lr"] for group in sophia.param_groups] == [5e-3] * 2
+    late.grad = torch.ones(3)
+    optimizer.zero_grad()
+    assert late.grad is None
+
+
+@pytest.mark.parametrize("name", ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"])
+def test_a_containers_hooks_are_called_for_each_optimizer(name):
+    _, optimizer = container()
+    seen = []
+    getattr(optimizer, f"register_{name}_hook")(lambda part, *_: seen.append(part))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == list(optimizer.optimizers.values())
 
 
 def test_gradscaler_steps_a_container_and_skips_all_of_it_on_infinity():
