@@ -105,7 +105,7 @@ class Run:
                 warn(f"overwrite has no effect with init_from = resume or auto: the run in {config.out_dir} goes on.")
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             first = Path(checkpoint["config"].get("out_dir", config.out_dir))
-            if elsewhere or ((first / METRICS).exists() and not os.path.samefile(first, config.out_dir)):
+            if elsewhere or (os.path.exists(first / METRICS) and not os.path.samefile(first, config.out_dir)):
                 checkpoint["wandb_id"] = None  # the run that out_dir is a copy of goes on under it
             with restoring(origin, "settings"):
                 before = types.SimpleNamespace(**{**vars(config), **checkpoint["config"]})
@@ -750,7 +750,7 @@ def _check_out_dir(config):
     if config.init_from == "auto":
         if checkpoints.all_checkpoints(config.out_dir):
             return "resume"
-        if (Path(config.out_dir) / METRICS).exists() and not config.overwrite:
+        if os.path.exists(Path(config.out_dir) / METRICS) and not config.overwrite:
             warn(f"{config.out_dir} holds a run and no checkpoint of it; training begins at step 0, in its place.")
         return "scratch"
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
