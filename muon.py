@@ -128,8 +128,7 @@ class Muon(Optimizer):
     def _apply(self, update: Tensor, batch: "_Batch", group: dict[str, Any]) -> None:
         if batch.fused:
             settings = 0.2 * math.sqrt(batch.longest), batch.lr, group["weight_decay"], group["cautious"]
-            batch.fused.apply(batch.params, update, *settings, batch.found_inf)
-            return
+            return batch.fused.apply(batch.params, update, *settings, batch.found_inf, batch.ratios)
         lr, update = batch.lr, update.to(batch.params[0].dtype)
         scale = 0.2 * math.sqrt(batch.longest) * lr
         updates = list(update * scale if isinstance(scale, Tensor) else update)
@@ -187,9 +186,7 @@ class Muon(Optimizer):
             with contextlib.suppress(TypeError):
                 rows = _rows(split, param)
             if min(rows, default=0) < min(param.shape[0], 1) or sum(rows) != param.shape[0]:
-                raise ValueError(
-                    f"split = {split} does not divide the rows of a parameter of shape {tuple(param.shape)}"
-                )
+                raise ValueError(f"split = {split} does not divide the rows of a parameter of shape {(*param.shape,)}")
 
     def __getstate__(self) -> dict[str, Any]:
         if self._share:
@@ -304,6 +301,7 @@ class WhitenedMuon(Muon):
     """
 
     skipped_estimates: Tensor | float = 0.0  # how many calls of update_factors() took no effect, on the device
+    skipped_matrices: Tensor | float = 0.0  # how many updates of a matrix were not finite and took no effect
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1, *,
@@ -375,7 +373,10 @@ class WhitenedMuon(Muon):
         orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
         update = _whiten(orthogonal, roots)
         lengths = [torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=batch.dtype) for x in (orthogonal, update)]
-        return update * (lengths[0] / (lengths[1] + _TINY))
+        ratio = lengths[0] / (lengths[1] + _TINY)
+        self.skipped_matrices = self.skipped_matrices + (~ratio.isfinite()).sum()
+        batch.ratios = torch.where(ratio.isfinite(), ratio, 0)
+        return update if batch.fused else torch.where(batch.ratios > 0, update * batch.ratios, 0)
 
     def _update_factors(
         self, grads: Tensor, batch: "_Batch", group: dict[str, Any], roots: bool, scale: float = 1.0
@@ -405,10 +406,9 @@ class WhitenedMuon(Muon):
         for key in ("exponent", "ridge"):
             _check_number(key, group[key])
         _check_number("decay", group["decay"], below=1)
-        _check_number("interval", group["interval"], least=1, whole=True)
         _check_number("step", group["step"], whole=True)
-        if group["max_width"] is not None:
-            _check_number("max_width", group["max_width"], least=1, whole=True)
+        for key in ("interval", "max_width")[: 1 if group["max_width"] is None else 2]:
+            _check_number(key, group[key], least=1, whole=True)
 
 
 # ----- The mathematics: batches of matrices in, batches of matrices out
@@ -571,6 +571,7 @@ class _Batch:
         self.longest = longest
         self.route: Any = None  # of muon_distributed.py
         self.fused: Any = None  # the module muon_fused, if this step uses it
+        self.ratios: Tensor | None = None  # (matrices, 1, 1), by which the kernels multiply the updates
         self.members: list[tuple[Tensor, list[int], int]] = []
         self.states: list[_State] = []
         self._params: list[Tensor] = []
@@ -597,7 +598,7 @@ class _Batch:
 
         With `fused`, and if the kernels can take the tensors, they do this later; self.fused is then their module.
         """
-        self.params, self.momenta, self.grads = self._params, self._momenta, []
+        self.params, self.momenta, self.grads, self.ratios = self._params, self._momenta, [], None
         device, dtype = self.params[0].device, self.dtype
         self.grad_scale, self.found_inf = (
             x if x is None else torch.as_tensor(x, dtype=torch.float32).to(device, non_blocking=True).reshape(())
@@ -740,10 +741,9 @@ def _fused() -> Any:
 
 def _stack(matrices: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as one, on GPUs in bfloat16, in which the products are."""
-    first = matrices[0]
-    if not first.is_cuda:
+    if not matrices[0].is_cuda:
         return torch.stack(list(matrices))
-    stack = first.new_empty(len(matrices), *first.shape, dtype=torch.bfloat16)
+    stack = matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=torch.bfloat16)
     torch._foreach_copy_(list(stack), list(matrices))
     return stack
 

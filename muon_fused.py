@@ -55,13 +55,16 @@ def average(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float,
 
 
 def apply(params: Sequence[Tensor], updates: Tensor, scale: float, lr: float | Tensor, weight_decay: float,
-          cautious: bool, found_inf: Tensor | None) -> None:  # fmt: skip
-    """p <- (1 - lr weight_decay) p - lr scale update; nothing if found_inf is not 0. updates: (params, ...)."""
+          cautious: bool, found_inf: Tensor | None, ratios: Tensor | None = None) -> None:  # fmt: skip
+    """p <- (1 - lr weight_decay) p - lr scale ratio update; nothing if found_inf is not 0.
+
+    updates: (params, ...). ratios: one for each, in float32; where it is 0 the update counts as 0, finite or not.
+    """
     updates = updates.contiguous()  # a copy has to live until the launch
     columns = [_addresses(params), _addresses(updates)]
     _launch(
         _apply_kernel, columns, params, found_inf, lr if isinstance(lr, Tensor) else float(lr), float(scale),
-        float(weight_decay), P=_type(params[0].dtype), U=_type(updates.dtype), TENSOR_LR=isinstance(lr, Tensor),
+        float(weight_decay), ratios, P=_type(params[0].dtype), U=_type(updates.dtype), TENSOR_LR=isinstance(lr, Tensor),
         CAUTIOUS=cautious,
     )  # fmt: skip
     increment_version(params)  # so that a backward pass through the old values is an error
@@ -149,10 +152,11 @@ def _average_kernel(rows, chunks, found_inf, grad_scale, weight, A: tl.constexpr
 
 
 @triton.jit
-def _apply_kernel(rows, chunks, found_inf, lr, scale, weight_decay, P: tl.constexpr, U: tl.constexpr,
+def _apply_kernel(rows, chunks, found_inf, lr, scale, weight_decay, ratios, P: tl.constexpr, U: tl.constexpr,
                   TENSOR_LR: tl.constexpr, CAUTIOUS: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
                   BLOCK: tl.constexpr, ITERATIONS: tl.constexpr):  # fmt: skip
-    row = rows + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 3
+    index = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    row = rows + index * 3
     part = tl.load(chunks + 2 * tl.program_id(0) + 1)
     params = tl.load(row).to(tl.pointer_type(P))
     updates = tl.load(row + 1).to(tl.pointer_type(U))
@@ -170,6 +174,9 @@ def _apply_kernel(rows, chunks, found_inf, lr, scale, weight_decay, P: tl.conste
             p_at = tl.multiple_of(params + at, ALIGNMENT)
             p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
             u = tl.load(tl.multiple_of(updates + at, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+            if ratios is not None:
+                ratio = tl.load(ratios + index)
+                u = tl.where(ratio > 0, u * ratio, 0.0)
             decay = rate * weight_decay
             if CAUTIOUS:
                 p = p * (1.0 - tl.where(p * u > 0, decay, 0.0)) - rate * scale * u

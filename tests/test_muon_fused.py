@@ -69,6 +69,29 @@ def test_a_skipped_fused_step_changes_nothing(device, cls):
 
 
 @devices
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_that_is_not_finite_is_skipped_for_its_matrix_until_its_root_is_finite_again(device, fused):
+    settings = {"interval": 3, "weight_decay": 0.0, "fused": fused}
+    start = [p.detach().to(device) for p in parameters([(8, 16)] * 3, torch.float32)]
+    params, expected = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizer, undisturbed = (WhitenedMuon(of, lr=0.1, **settings) for of in (params, expected))
+    for step in range(4):
+        for of in (params, expected):
+            set_gradients(of, step)
+        if step == 1:
+            optimizer.state[params[1]]["left_root"][0, 0, 0, 0] = torch.nan
+            before = params[1].detach().clone()
+        optimizer.step()
+        undisturbed.step()
+        assert torch.equal(params[0], expected[0]) and torch.equal(params[2], expected[2])
+        assert torch.equal(params[1], before) if step in (1, 2) else params[1].isfinite().all()
+        assert int(optimizer.skipped_matrices) == min(step, 2) and int(undisturbed.skipped_matrices) == 0
+    assert not torch.equal(params[1], before) and torch.equal(
+        optimizer.state[params[1]]["left_root"], undisturbed.state[expected[1]]["left_root"]
+    )
+
+
+@devices
 def test_learning_rates_are_floats_or_tensors(device):
     params = [run(Muon, torch.float32, device, fused=True, lr=lr)[0] for lr in (0.1, torch.tensor(0.1, device=device))]
     assert all(torch.equal(p, q) for p, q in zip(*params, strict=True))

@@ -30,6 +30,7 @@ NAMES = {
     "stage/length": "tokens in a sequence of the stage of block_size_schedule that ends before this line's step",
     "stage/clip_rate": "train/clip_rate of that stage's steps",
     "train/skipped": "steps that were not finite and were skipped",
+    "train/skipped_matrices": "whitened Muon's updates of single matrices that were not finite and were skipped",
     "curvature/loss": "cross-entropy of the last curvature estimate against its sampled labels (sophiah has none)",
     "curvature/grad_norm": "global 2-norm of its gradient (sophiah: of its Hessian-vector product)",
     "curvature/skipped": "curvature estimates that were not finite and were skipped",

@@ -341,6 +341,15 @@ def statistics(config, optimizer):
     return {f"train/{name}" if name.startswith("win_rate") else name: value for name, value in numbers.items()}
 
 
+def skipped_matrices(optimizer, world):
+    """{metric name: number on the device} of whitened Muon's updates that were not finite; {} for other optimizers."""
+    counts = [part.skipped_matrices for part in _parts(optimizer) if isinstance(part, WhitenedMuon)]
+    if not counts:
+        return {}
+    count = torch.as_tensor(sum(counts), dtype=torch.float32, device=world.device)
+    return {"train/skipped_matrices": world.sum(count) if has_parts(optimizer) else count}
+
+
 def take_momentum(optimizer, before):
     """Give `optimizer` the momentum, step counts and learning rates of the AdamW `before`, whose states are freed."""
     momenta = {n: {"step": s["step"], "exp_avg": s["exp_avg"]} for n, s in before.state_dict()["state"].items()}

@@ -174,6 +174,7 @@ class Run:
                 warn(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
             self._best = math.inf
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
+        self._has_skipped_matrices = False
         self._logged = None  # (step, seconds) of the last line with both
         self._peak_flops = peak_flops(world.device_name, config.dtype)
         before = checkpoint.get("flops") if resume else None  # perhaps with other settings
@@ -598,6 +599,7 @@ class Run:
             "curvature/skipped": done.counts["curvature_skipped"],
             "curvature_skipped_in_a_row": done.counts["curvature_skipped_in_a_row"],
             "param_norm": total_norm(done.parameters, world),
+            **optimizers.skipped_matrices(self.optimizer, world),
         }
         states = self.optimizer.state.values()
         momenta = [m for s in states for m in (s.get("exp_avg"), s.get("momentum_buffer")) if m is not None]
@@ -611,6 +613,10 @@ class Run:
         in_a_row["curvature estimates"] = metrics.pop("curvature_skipped_in_a_row")
         if not optimizers.OPTIMIZERS[config.optimizer_name].estimate:
             del metrics["curvature/skipped"]
+        if metrics.get("train/skipped_matrices") and not self._has_skipped_matrices:
+            self._has_skipped_matrices = True
+            world.is_rank0 and warn("updates of single matrices were not finite and are skipped; metrics.jsonl counts "
+                                    "them as train/skipped_matrices.")  # fmt: skip
         for what, count in in_a_row.items():
             if count < config.max_skipped:
                 continue

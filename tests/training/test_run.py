@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import muon
 import train_adam
 import train_sophiag
 from tests.conftest import Interrupted, interrupt, losses, read_lines, tiny_words, torchrun, write_corpus
@@ -233,6 +235,17 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_and_counted(tiny, tmp
     lines = read_lines(tmp_path / "out")
     assert [line["train/skipped"] for line in lines[:-1]] == [0, 0, 0, 1, 1, 1]
     assert lines[3]["train/loss"] is None and math.isfinite(lines[-1]["val/loss"])
+
+
+def test_updates_of_single_matrices_that_are_not_finite_are_counted_and_said_once(tiny, tmp_path, monkeypatch, capfd):
+    root, calls = muon.inverse_root, itertools.count()
+    monkeypatch.setattr(muon, "inverse_root", lambda *a: root(*a) * (math.nan if next(calls) < 2 else 1.0))
+    argv = [*tiny, "--optimizer_name=whitened_muon", "--whiten_interval=2", "--max_iters=5"]
+    train_adam.main(argv)
+    lines = read_lines(tmp_path / "out")
+    counts = [line["train/skipped_matrices"] for line in lines if "train/skipped_matrices" in line]
+    assert 0 < counts[0] < counts[1] == counts[-1] and math.isfinite(lines[-1]["val/loss"])
+    assert capfd.readouterr().err.count("updates of single matrices were not finite") == 1
 
 
 @pytest.mark.parametrize(
