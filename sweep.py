@@ -51,6 +51,7 @@ from train_sophiag import SophiaConfig
 from training.checkpoint import all_checkpoints
 from training.config import ALIASES, TrainConfig, load_config, run_config_file, run_file
 from training.foreign import is_plain_name, read_json
+from training.hf import MODEL_SETTINGS
 from training.lock import lock_file
 from training.metrics import CONFIG, METRICS, STATE, read_metrics
 from training.tracking import SHARED, git_state, write_atomically
@@ -64,8 +65,8 @@ APART = 10  # seconds between starts on one GPU, so that its runs do not all eva
 @dataclass
 class Trial:
     """One run of a sweep. swept: its values of the swept settings; config: all of its settings; seed: its held-out seed
-    if it repeats the best run, else None; loss: None until it ends; wanted: the swept values as its config.json is to
-    have them."""
+    if it repeats the best run, else None; loss: None until it ends; wanted: the settings that the sweep or its config
+    file names, as its config.json is to have them."""
 
     optimizer: str
     swept: dict
@@ -98,9 +99,9 @@ class Trial:
             facts = read_json(path)
             changed = [key for key in changed_keys(facts) if key not in HARMLESS]
             other = [
-                f"{key} = {facts['config'].get(key)!r}"
+                f"{key} = {facts['config'][key]!r}"
                 for key, value in self.wanted.items()
-                if facts["config"].get(key) != value
+                if facts["config"].get(key, value) != value
             ]
         except FileNotFoundError:
             return ""
@@ -254,6 +255,7 @@ def grid(definition, out_dir, known=()):
         files = [settings.pop("config")] if "config" in settings else []
         script, config_class = script_of(settings)
         swept = {key: values for key, values in settings.items() if isinstance(values, list)}
+        named = {ALIASES.get(key, key) for key in settings}.union(*(run_config_file(config_class, f) for f in files))
         budgets[optimizer] = []
         if (count := math.prod(map(len, swept.values()))) > MOST:
             raise UserError(f"{optimizer} has {count:,} combinations, more than {MOST:,}; give fewer values.")
@@ -268,8 +270,8 @@ def grid(definition, out_dir, known=()):
                 raise UserError(f"{optimizer} has eval_only, or init_from = 'resume'; a sweep trains, leave it out.")
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             argv = [str(Path(__file__).parent / script), *argv]
-            wanted = {key: getattr(config, key) for key in (ALIASES.get(key, key) for key in point)}
-            wanted = {k: v for k, v in wanted.items() if k not in HARMLESS and v not in (None, "auto")}
+            other = HARMLESS if config.init_from in ("scratch", "auto") else HARMLESS.union(MODEL_SETTINGS)
+            wanted = {k: v for k in sorted(named - other) if (v := getattr(config, k)) not in (None, "auto")}
             trials.append(Trial(optimizer, point, argv, folder, config, wanted=wanted))
     if not trials or len(folders) < len(trials):
         raise UserError("an optimizer sweeps an empty list, or one with a value twice; list each value once.")

@@ -452,6 +452,7 @@ def test_a_run_ended_by_a_signal_is_no_result(stub, ending):
     [
         ({"history": [{"step": 3, "changed": {"beta1": [0.9, 0.8], "torch": ["2.11", "2.13"]}}]}, "beta1 changed mid"),
         ({"config": {"learning_rate": 0.5}}, "it has learning_rate = 0.5"),
+        ({"config": {"learning_rate": 0.2, "batch_size": 4}}, "it has batch_size = 4"),  # of a config file, for example
         ({"history": 3}, "config.json is damaged"),
         ({"history": [{"step": 0, "changed": {"beta1": [0.9, 0.8]}}]}, ""),
         ({"history": [{"step": 3, "changed": {"log_interval": [1, 2]}}]}, ""),

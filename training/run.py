@@ -105,7 +105,7 @@ class Run:
                 warn(f"overwrite has no effect with init_from = resume or auto: the run in {config.out_dir} goes on.")
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             first = Path(checkpoint["config"].get("out_dir", config.out_dir))
-            if elsewhere or ((first / METRICS).exists() and not os.path.samefile(first, config.out_dir)):
+            if elsewhere or (os.path.exists(first / METRICS) and not os.path.samefile(first, config.out_dir)):
                 checkpoint["wandb_id"] = None  # the run that out_dir is a copy of goes on under it
             with restoring(origin, "settings"):
                 before = types.SimpleNamespace(**{**vars(config), **checkpoint["config"]})
@@ -167,8 +167,9 @@ class Run:
 
         self._resumed, self._origin = checkpoint, origin
         self._shared_device = SHARED in os.environ or (resume and checkpoint.get("shared_device") is True)
-        remeasured = {"eval_tokens", "val_sha256"} & self._changed.keys()  # on other windows
-        self._best = checkpoint["best_val_loss"] if checkpoint and not remeasured else math.inf
+        windows = [self._windows(tokens) for tokens in self._changed.get("eval_tokens", ())]
+        self._remeasured = "val_sha256" in self._changed or any(count != windows[0] for count in windows)
+        self._best = checkpoint["best_val_loss"] if checkpoint and not self._remeasured else math.inf
         if not self._best > -math.inf:  # no loss is below NaN
             if world.is_rank0:
                 warn(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
@@ -310,7 +311,7 @@ class Run:
             yield f"the order of the data is another from sequence {seen} on; some may be read twice"
         elif "total_bs" in changed:
             yield f"total_bs changed: the data go on at sequence {seen}; none is left out or read twice"
-        if {"eval_tokens", "val_sha256"} & changed.keys():
+        if self._remeasured:
             yield "val/loss is measured on other tokens than before, so earlier checkpoints do not count for ckpt_best"
         if (lr := learning_rate(step, config)) != self._lr_before:
             yield f"the learning rate of step {step} is {lr:.4g} instead of {self._lr_before:.4g}"
@@ -547,6 +548,13 @@ class Run:
         estimate = optimizers.OPTIMIZERS[self.config.optimizer_name].estimate
         return run_flops(step, self.config, self.model.flops_per_token, ESTIMATE_COST[estimate])
 
+    def _windows(self, eval_tokens):
+        """How many windows of each corpus an evaluation reads: a small val.bin is read in full by any eval_tokens."""
+        return [
+            len(data.evaluation_starts(len(part.val), eval_tokens, self.config.block_size))
+            for part, _ in self.corpus.parts
+        ]
+
     def evaluate(self):
         """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
 
@@ -756,7 +764,7 @@ def _check_out_dir(config):
     if config.init_from == "auto":
         if checkpoints.all_checkpoints(config.out_dir):
             return "resume"
-        if (Path(config.out_dir) / METRICS).exists() and not config.overwrite:
+        if os.path.exists(Path(config.out_dir) / METRICS) and not config.overwrite:
             warn(f"{config.out_dir} holds a run and no checkpoint of it; training begins at step 0, in its place.")
         return "scratch"
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):

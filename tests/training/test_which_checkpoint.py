@@ -79,6 +79,18 @@ def test_a_run_that_diverged_keeps_the_checkpoints_from_before(tiny, tmp_path, c
     assert step_of(tmp_path / "out" / "ckpt.pt") == 20 and np.isfinite(losses(tmp_path / "out")).all()
 
 
+@pytest.mark.parametrize("eval_tokens, best", [(800, 10), (400, 20)])
+def test_other_eval_tokens_begin_the_search_for_the_best_again_only_where_they_are_others(
+    tiny, tmp_path, monkeypatch, capsys, eval_tokens, best
+):
+    """val.bin has 700 tokens, which 1,600 and 800 read in full."""
+    evaluations(monkeypatch, 4.0, 1.0, 2.0, 2.0, 3.0)
+    train(tiny, 20, "--eval_tokens=1600")
+    train(tiny, 30, f"--eval_tokens={eval_tokens}", "--init_from=resume")
+    assert step_of(tmp_path / "out" / "ckpt_best.pt") == best
+    assert ("val/loss is measured on other tokens" in capsys.readouterr().out) == (best == 20)
+
+
 def test_two_stops_leave_the_best_one(tiny, tmp_path, monkeypatch):
     """Without always_save_checkpoint a stop writes the only checkpoint of its step, and a second stop the next."""
     evaluations(monkeypatch, 4.0, 2.0, *[5.0] * 20)
