@@ -451,8 +451,7 @@ class _Sophia(Optimizer):
             raise RuntimeError("update_hessian() found no gradient; call it after the backward pass before zero_grad()")
         _check_number("grad_scale", 1.0 if grad_scale is None else grad_scale, above=0.0)
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
+        if (found_inf := getattr(self, "found_inf", None)) is None:
             self.skipped_estimates = _scalar(self.skipped_estimates, buckets[0].device)
             if self._all_fused(buckets):
                 found_inf = _fused().check_estimate(buckets, scale, squared, self.skipped_estimates)
@@ -469,6 +468,8 @@ class _Sophia(Optimizer):
             settings = {"beta2": bucket.group["betas"][1], "scale": float(scale), "squared": squared}
             settings["skip"] = _scalar(found_inf, bucket.device)
             self._implementation(bucket).hessian(bucket, multiplier=multiplier, **settings)
+            for state in () if bucket.hessian_steps else bucket.states:
+                state.pop("hessian_step", None)  # of a bias correction that is off now
 
     @torch.no_grad()
     def _statistics(self, bs=None):
@@ -638,8 +639,7 @@ class SophiaH(_Sophia):
 
 
 # ----- Plumbing: buckets of tensors, and each operation for a bucket. Arithmetic is in float32 or better.
-# multiplier: scalar tensor that multiplies the gradients, or None. skip: scalar tensor, or None; where it is not 0
-# nothing changes, whatever the gradients hold, because averages move towards themselves and lr is 0.
+# multiplier: a scalar tensor times the gradients, or None. skip: the same; where it is not 0 nothing changes.
 
 _AVERAGES = ("exp_avg", "hessian")
 _LABELS = {"params", "param_names", "name", "split", "lr_scale"}  # of groups, for others to read

@@ -491,3 +491,20 @@ def test_steps_on_the_meta_device_have_no_numbers_to_look_at():
     optimizer.update_hessian()
     optimizer.step()
     assert {key: value.is_meta for key, value in optimizer.state[p].items()} == dict.fromkeys(optimizer.state[p], True)
+
+
+@implementations
+def test_a_bias_correction_that_was_off_for_a_while_corrects_no_more(implementation):
+    """Its count stood still meanwhile: with it h would be divided by 1 - beta2^2 after five estimates."""
+    optimizer = train(SophiaG([matrix()], lr=0.1, weight_decay=0.0, bias_correction=True, **implementation))
+    (group,) = optimizer.param_groups
+    group["bias_correction"] = False
+    train(optimizer, steps=3, seed=2)
+    group["bias_correction"] = True
+    p, state = only(optimizer)
+    give_gradients([p], 5)
+    before, m = p.detach().double(), state["exp_avg"].double().lerp(p.grad.double(), 1 - group["betas"][0])
+    optimizer.step(bs=3)
+    ratios = m.abs() / (group["rho"] * 3 * state["hessian"].double() + 1e-15)
+    torch.testing.assert_close(p.detach().double(), before - 0.1 * m.sign() * ratios.clamp(max=1), rtol=1e-5, atol=1e-6)
+    assert (ratios < 1).any()
