@@ -165,7 +165,7 @@ def test_logits_that_are_not_finite_make_a_loss_that_is_not_finite(device):
     assert not torch.isfinite(LinearLoss.apply(hidden, weight, targets, cross_entropy, True))
 
 
-def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monkeypatch):
+def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monkeypatch, capfd):
     if device == "cuda":
         pytest.skip("its batches are too small")
     monkeypatch.setattr(run_module, "check_fp8_loss", lambda *_: None)
@@ -180,6 +180,7 @@ def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monke
         curves.append([line[key] for line in lines for key in ("train/loss", "grad_norm")])
     assert curves[0] != curves[1]
     assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert capfd.readouterr().err.count("fp8_loss is an experiment") == 1
 
 
 def test_where_it_is_used(monkeypatch):
