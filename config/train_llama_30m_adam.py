@@ -16,7 +16,8 @@ norm = "rmsnorm"
 position = "rope"
 mlp = "swiglu"
 
-# GPT-2's best settings in runs of this length (experiments/30m_tuning); not tuned for this model.
+# GPT-2's best settings of 30m_tuning, not tuned for this model. In experiments/30m_llama (780 steps, other settings)
+# half of this learning rate was best.
 learning_rate = 4e-3
 embedding_lr = 1.6e-2
 weight_decay = 0.2
