@@ -264,6 +264,7 @@ def test_the_factors_inputs_are_what_the_layers_get(corpus, tmp_path, monkeypatc
     assert found == [True] * 6
 
 
+@pytest.mark.slow  # a run of every variant; their updates have references above
 def test_every_run_of_the_experiment_trains_and_evaluates(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     file = "experiments/30m_muon_variants/sweep.py"

@@ -60,6 +60,7 @@ def fp8_gradients(hidden, weight, targets):
     w8_t = _transposed(w8)
     alpha = back_h * back_w * LOG2_E  # logits in base 2
     own, reference, sums, factors = torch.zeros(4, n_rows, device=hidden.device)
+    own += torch.nan  # of a label that is no class
     factors += 1
     d_hidden, d_weight = torch.empty_like(hidden), None
     chunks = min(-(-n_rows * n_classes // ELEMENTS), max(n_rows // ROWS, 1))
@@ -73,7 +74,7 @@ def fp8_gradients(hidden, weight, targets):
         e, e_t = room[0, : n * n_classes].view(n, n_classes), room[1, : n * n_classes].view(n_classes, n)
         sample = _product(q, w8[:SAMPLE].t(), back_h, back_w, torch.bfloat16)
         kernels["reference"][(n,)](
-            sample, q, w8, t, alpha, r, sample.shape[1], width,
+            sample, q, w8, t, alpha, r, sample.shape[1], n_classes, width,
             SAMPLE=_power_of_2(sample.shape[1]), WIDTH=_power_of_2(width), num_warps=8,
         )  # fmt: skip
         _exponentials(q, w8, e, e_t, t, o, r, s, alpha)
@@ -86,7 +87,7 @@ def fp8_gradients(hidden, weight, targets):
         product = _product(e_t, h8_t.t(), back_e, back_h * 2, torch.float32)
         d_weight = product if d_weight is None else d_weight.add_(product)
     kernels["label"][(n_rows,)](
-        d_hidden, hidden, weight, targets, factors, own, reference, d_weight, width,
+        d_hidden, hidden, weight, targets, factors, own, reference, d_weight, n_classes, width,
         WIDTH=_power_of_2(width), num_warps=4,
     )  # fmt: skip
     losses = torch.where(factors > 0, (sums.log2() + reference - own) / LOG2_E, 0.0)
@@ -183,14 +184,16 @@ def _kernels():
 
     @triton.jit
     def reference(
-        sample, hidden, weight, targets, alpha, out, columns, width, SAMPLE: tl.constexpr, WIDTH: tl.constexpr
-    ):
+        sample, hidden, weight, targets, alpha, out, columns, classes, width,
+        SAMPLE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
         """out <- log-sum-exp of the sample and the label, in base 2."""
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, WIDTH)
         a = tl.load(hidden + row * width + at, mask=at < width, other=0.0).to(tl.float32)
         target = tl.load(targets + row)
-        b = tl.load(weight + target * width + at, mask=at < width, other=0.0).to(tl.float32)
+        known = (target >= 0) & (target < classes)
+        b = tl.load(weight + target * width + at, mask=(at < width) & known, other=0.0).to(tl.float32)
         label = tl.sum(a * b) * tl.load(alpha)
         at = tl.arange(0, SAMPLE)
         x = tl.load(sample + row * columns + at, mask=at < columns, other=-float("inf")).to(tl.float32)
@@ -229,18 +232,22 @@ def _kernels():
             out_t.store([column, row], tl.trans(e8))
 
     @triton.jit
-    def label(d_hidden, hidden, weight, targets, factors, own, reference, d_weight, width, WIDTH: tl.constexpr):
+    def label(
+        d_hidden, hidden, weight, targets, factors, own, reference, d_weight, classes, width, WIDTH: tl.constexpr
+    ):
         """d_hidden <- factor * d_hidden + (p - 1) * the label's weight, d_weight += (p - 1) * hidden at the label."""
         row = tl.program_id(0).to(tl.int64)
-        target, factor = tl.load(targets + row) * width, tl.load(factors + row)
+        target, factor = tl.load(targets + row), tl.load(factors + row)
+        known = (target >= 0) & (target < classes)
+        target *= width
         excess = tl.exp2(tl.load(own + row) - tl.load(reference + row)) * factor - 1.0  # p - 1
         excess = tl.where(factor > 0, excess, 0.0)
         at = tl.arange(0, WIDTH)
         inside = at < width
         gradient = tl.load(d_hidden + row * width + at, mask=inside).to(tl.float32) * factor
-        gradient += excess * tl.load(weight + target + at, mask=inside)
+        gradient += excess * tl.load(weight + target + at, mask=inside & known, other=0.0)
         tl.store(d_hidden + row * width + at, gradient.to(d_hidden.dtype.element_ty), mask=inside)
         h = tl.load(hidden + row * width + at, mask=inside).to(tl.float32)
-        tl.atomic_add(d_weight + target + at, excess * h, mask=inside, sem="relaxed")
+        tl.atomic_add(d_weight + target + at, excess * h, mask=inside & known, sem="relaxed")
 
     return {"cast": cast, "reference": reference, "exponentials": exponentials, "label": label}

@@ -165,6 +165,15 @@ def test_logits_that_are_not_finite_make_a_loss_that_is_not_finite(device):
     assert not torch.isfinite(LinearLoss.apply(hidden, weight, targets, cross_entropy, True))
 
 
+@pytest.mark.parametrize("label", [-1, -100, 50304])
+def test_a_label_that_is_no_class_makes_the_loss_nan(device, label):
+    hidden, weight, targets = (x.detach() for x in case(device))
+    clean = fp8_gradients(hidden, weight, targets)[2]
+    targets[5] = label
+    total, d_hidden, d_weight, _ = fp8_gradients(hidden, weight, targets)
+    assert total.isnan() and d_hidden[5].isnan().all() and (d_weight - clean).norm() < 0.2 * clean.norm()
+
+
 def test_a_run_with_accumulation_learns_as_in_bf16(device, tiny, tmp_path, monkeypatch, capfd):
     if device == "cuda":
         pytest.skip("its batches are too small")
