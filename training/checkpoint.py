@@ -85,8 +85,8 @@ class CheckpointWriter:
     """Write checkpoints in a thread, one at a time. A write that fails warns, leaves the last good checkpoint and is
     tried again until it succeeds, a newer checkpoint arrives, or the run ends. No error ends the thread.
 
-    Training waits for the copy to host memory, never for the disk. While a checkpoint is being written, only the newest
-    of those that arrive, and the best, are kept for the next writes; the others are skipped with a warning.
+    Training waits for the copy to host memory, never for the disk. Of the checkpoints that arrive during a write, the
+    newest and the best are kept for the next ones. The others are skipped with a warning.
 
     step: of the newest checkpoint on disk, None before the first. error: of the last write, None if it succeeded.
     """

@@ -30,15 +30,14 @@ def to_fp8(model, device, emulate=False):
 
 
 def check_fp8_tokens(tokens, name="fp8"):
-    """UserError if a micro-batch, of one of the sizes `tokens`, has no multiple of 16: a weight's gradient sums over
-    them."""
+    """Refuse micro-batches of `tokens` (sizes) if one is no multiple of 16. A weight's gradient sums over it."""
     if wrong := [n for n in tokens if n % 16]:
         few = f"{name} needs a multiple of 16 tokens in every micro-batch, one of this run has {wrong[0]}"
         raise UserError(f"{few}; change batch_size, hess_bs or the length of a sequence, or leave {name} off.")
 
 
 def check_fp8_loss(device, config, tokens):
-    """UserError where training/fp8_loss.py cannot serve micro-batches of the sizes `tokens` with a `config`'s model."""
+    """Refuse a device, a model's `config` or sizes of micro-batches (`tokens`) that fp8_loss.py cannot serve."""
     if device.type != "cuda" or not is_hopper(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(f"fp8_loss needs a Hopper GPU (H100, H200), this is {name}; leave it off.")

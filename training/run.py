@@ -154,7 +154,7 @@ class Run:
             tokens = self._batches.tokens_at_once(config.total_bs)
             world.on_all_ranks(lambda: check_fp8_loss(world.device, model_config, tokens))
             if world.is_rank0:
-                warn("fp8_loss is an experiment: its losses have not been compared with bf16's (docs/scaling.md).")
+                warn("fp8_loss is an experiment: no run shows yet that it ends at bf16's loss (docs/scaling.md).")
         if config.fp8:
             estimates = getattr(config, "hess_bs", config.total_bs)
             tokens = [n for count in (config.total_bs, estimates) for n in self._batches.tokens_at_once(count)]
