@@ -48,9 +48,9 @@ def fp8_gradients(hidden, weight, targets):
     first SAMPLE classes. The loss has the sum over all classes, in float32. The label's entry, the largest of a row's
     gradient, is added in float32.
 
-    A gradient is a small difference of large sums, so sums of probabilities must not be off by a percent. Two things
-    keep them right: Hopper's fast accumulation, which cuts off small terms, is off for the gradients' products; and the
-    label's logit comes from the same product as the other logits.
+    A gradient is a small difference of large sums, so sums of probabilities must not be off by a percent. Three things
+    keep them right: Hopper's fast accumulation, which cuts off small terms, is off for the gradients' products; the
+    label's logit comes from the same product as the other logits; and its row is rounded as the other rows are.
     """
     kernels, (n_rows, width), n_classes = _kernels(), hidden.shape, len(weight)
     largest = (torch.linalg.vector_norm(x, float("inf")).float() for x in (hidden, weight))
@@ -87,7 +87,7 @@ def fp8_gradients(hidden, weight, targets):
         product = _product(e_t, h8_t.t(), back_e, back_h * 2, torch.float32)
         d_weight = product if d_weight is None else d_weight.add_(product)
     kernels["label"][(n_rows,)](
-        d_hidden, hidden, weight, targets, factors, own, reference, d_weight, n_classes, width,
+        d_hidden, h8, w8, back_h, back_w, targets, factors, own, reference, d_weight, n_classes, width,
         WIDTH=_power_of_2(width), num_warps=4,
     )  # fmt: skip
     losses = torch.where(factors > 0, (sums.log2() + reference - own) / LOG2_E, 0.0)
@@ -233,8 +233,9 @@ def _kernels():
 
     @triton.jit
     def label(
-        d_hidden, hidden, weight, targets, factors, own, reference, d_weight, classes, width, WIDTH: tl.constexpr
-    ):
+        d_hidden, hidden, weight, back_h, back_w, targets, factors, own, reference, d_weight, classes, width,
+        WIDTH: tl.constexpr,
+    ):  # fmt: skip
         """d_hidden <- factor * d_hidden + (p - 1) * the label's weight, d_weight += (p - 1) * hidden at the label."""
         row = tl.program_id(0).to(tl.int64)
         target, factor = tl.load(targets + row), tl.load(factors + row)
@@ -245,9 +246,10 @@ def _kernels():
         at = tl.arange(0, WIDTH)
         inside = at < width
         gradient = tl.load(d_hidden + row * width + at, mask=inside).to(tl.float32) * factor
-        gradient += excess * tl.load(weight + target + at, mask=inside & known, other=0.0)
+        w = tl.load(weight + target + at, mask=inside & known, other=0.0).to(tl.float32) * tl.load(back_w)
+        gradient += excess * w
         tl.store(d_hidden + row * width + at, gradient.to(d_hidden.dtype.element_ty), mask=inside)
-        h = tl.load(hidden + row * width + at, mask=inside).to(tl.float32)
+        h = tl.load(hidden + row * width + at, mask=inside).to(tl.float32) * tl.load(back_h)
         tl.atomic_add(d_weight + target + at, excess * h, mask=inside & known, sem="relaxed")
 
     return {"cast": cast, "reference": reference, "exponentials": exponentials, "label": label}
