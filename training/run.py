@@ -625,8 +625,8 @@ class Run:
             del metrics["curvature/skipped"]
         if metrics.get("train/skipped_matrices") and not self._has_skipped_matrices:
             self._has_skipped_matrices = True
-            world.is_rank0 and warn("updates of single matrices were not finite and are skipped; metrics.jsonl counts "
-                                    "them as train/skipped_matrices.")  # fmt: skip
+            if world.is_rank0:
+                warn("updates of single matrices were not finite and are skipped (train/skipped_matrices counts them).")
         for what, count in in_a_row.items():
             if count < config.max_skipped:
                 continue
