@@ -19,7 +19,7 @@ import train_sophiag
 from tests.conftest import tiny_words, write_corpus
 from training.checkpoint import load_checkpoint
 from training.config import describe
-from training.errors import command
+from training.errors import UserError, command
 
 NAMES = [name for name, *_ in describe(train_sophiag.SophiaConfig)]
 KEPT = ("out_dir", "dataset", "wandb_log", "compile", "device", "backend", "init_from")  # what would leave the sandbox
@@ -52,6 +52,15 @@ def ends_well(main, argv):
     if code == 2:
         assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 20, lines
     return code
+
+
+@pytest.mark.parametrize("script, argv", [(sample, []), (evaluate, []), (export_hf, ["--to=hf"])])
+def test_scripts_of_one_process_are_refused_under_torchrun(monkeypatch, script, argv):
+    """Each rank would do all of it, and print all of it."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start it without torchrun"):
+        script.main(argv)
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), max_size=12)

@@ -175,6 +175,19 @@ def test_bfloat16_autocast_stays_close(kind):
     assert abs(loss - model(idx, idx)[1]) < 0.05
 
 
+@kinds
+def test_a_model_of_bfloat16_weights_stays_close(kind):
+    model, idx = small(kind), tokens(2, 16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    expected = model(idx, idx)[1].item()
+    loss = model.bfloat16()(idx, idx)[1]
+    loss.backward()
+    assert abs(loss.item() - expected) < 0.05
+    generate(model, idx[:, :4], 20)
+
+
 @pytest.mark.gpu
 @kinds
 def test_compiled_bfloat16_on_cuda_agrees_with_float32_on_cpu(kind):

@@ -263,11 +263,16 @@ class ModelSource:
     checkpoint: str = setting("newest", CHECKPOINT)
 
     def check(self):
-        """UserError if no folder is named, or a checkpoint that would not be read. A shell leaves --key=~ as it is."""
+        """UserError if no folder is named, a checkpoint would not be read, or a ModelSource's script has several ranks.
+
+        A shell leaves --key=~ as it is.
+        """
         self.out_dir, self.checkpoint = map(os.path.expanduser, (self.out_dir, self.checkpoint))
         self.init_from = ":".join(map(os.path.expanduser, self.init_from.split(":", 1)))
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
+        if isinstance(self, ModelSource) and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+            raise UserError("this script works in one process; start it without torchrun.")
         if self.checkpoint != "newest" and self.init_from != "resume":
             needs = f"checkpoint = {self.checkpoint!r} needs init_from = 'resume', not {self.init_from!r}"
             remedy = "use --init_from=resume to go on from it, or ckpt:PATH to start new from its weights"

@@ -427,7 +427,7 @@ def _read_folder(path):
         if (layers := config.get(key := family.keys["n_layer"], 0)) > 10_000:  # transformers would build them all first
             raise ValueError(f"{path} has {key}={layers!r} in its config.json, more than 10,000; is it damaged?")
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        hf_model, info = family.cls.from_pretrained(path, **options)
+        hf_model, info = family.cls.from_pretrained(path, dtype=torch.float32, **options)  # not the config's: it rounds
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything there

@@ -321,6 +321,18 @@ def test_logits_of_other_families_both_ways(tmp_path, name, settings):
     assert all(torch.equal(read["model"][key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_are_not_rounded_to_the_dtype_of_the_config(tmp_path, name):
+    """As of a bfloat16 model that was fine-tuned in float32."""
+    hf_model = other_hf(name)
+    hf_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    expected = from_hf(hf_model).state_dict()
+    for key, tensor in load_pretrained(f"hf:{tmp_path}")["model"].items():
+        assert torch.equal(tensor, expected[key]), key
+
+
 @pytest.mark.parametrize("name", ["GPT2Config", *SETTINGS])
 def test_two_matrices_in_a_file_stay_two_although_its_config_ties_them(tmp_path, name):
     """As transformers has it, which warns of that."""
