@@ -102,6 +102,8 @@ def write(args, documents, tokenizer, source, max_tokens=None):
                 document = []
         for split in bins:
             if not bins[split].tokens:
+                if not total:
+                    raise UserError("the sources hold no text; name others")
                 none = f"none of the {count.total()} documents came into {split}.bin"
                 kind = EmptySplit if count.total() else UserError
                 raise kind(f"{none}: more of them are needed, or another --val_fraction")

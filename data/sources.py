@@ -504,7 +504,9 @@ def _text_in(record, field, path, line):
     text = record.get(field) if isinstance(record, dict) else record
     if isinstance(text, str):
         return text
-    return UserError(f"{path}, line {line}: no text in the field {field!r}; name another one with --field")
+    fields = f"; its fields are {', '.join(record):.200}" if isinstance(record, dict) else ""
+    remedy = "name another one with --field, or leave such records out with --skip_bad"
+    return UserError(f"{path}, line {line}: no text in the field {field!r}{fields}; {remedy}")
 
 
 def _read_json(path, stream, field, separator):

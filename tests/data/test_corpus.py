@@ -354,7 +354,7 @@ BAD_INPUT = {
     "empty.parquet": (b"", "empty.parquet"),
     "kind.csv": (b"a,b\n", "kind.csv"),
     "twice.csv": (b"text,b,text\n1,2,3\n", "several columns are named 'text'"),
-    "blank.txt": (b" \n", "none of the 0 documents"),
+    "blank.txt": (b" \n", "the sources hold no text"),
 }
 
 

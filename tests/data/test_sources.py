@@ -66,10 +66,14 @@ def test_the_shortest_texts_are_split_too(tmp_path, text):
     assert found["train"] + found["val"] == text and found["train"] and found["val"]
 
 
-@pytest.mark.parametrize("text", ["", " \n", "x"])
-def test_a_text_that_cannot_be_split_is_one_sentence(tmp_path, text):
-    result, out = one_text(tmp_path / "a.txt", text=text)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "came into" in result.stderr
+@pytest.mark.parametrize(
+    "name, text, said",
+    [("a.txt", "", "no text;"), ("a.txt", " \n", "no text;"), ("a.jsonl", '{"text": ""}', "no text;"),
+     ("a.txt", "x", "came into")],
+)  # fmt: skip
+def test_a_text_that_cannot_be_split_is_one_sentence(tmp_path, name, text, said):
+    result, out = one_text(tmp_path / name, text=text)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr
     assert list(out.iterdir()) == []
 
 
@@ -197,7 +201,7 @@ def test_records_in_json_and_csv(tmp_path, monkeypatch, name, block, suffix):
 GOOD = '{"text": "good"}\n'
 BAD = {
     "a.jsonl": (GOOD + '{"text": "cut\n' + GOOD, "line 2: not JSON", 2),
-    "b.jsonl": (GOOD + '{"txt": "x"}\n\n[1]\n' + GOOD, "line 2: no text in the field 'text'", 2),
+    "b.jsonl": (GOOD + '{"txt": "x"}\n\n[1]\n' + GOOD, "line 2: no text in the field 'text'; its fields are txt; ", 2),
     "a.json": (GOOD + '{"text": "cut\n' + GOOD, "line 2: not JSON", 2),
     "b.json": ('[{"text": "good"},\n{"text": 3},\n{"text": oops},\n{"text": "good"}]\n', "line 2: no text", 2),
     "c.json": ('[{"text": "good"},\n{"text": "good"},\n{"text": "go', "line 3: not JSON", 2),
