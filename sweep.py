@@ -48,7 +48,6 @@ from analysis.figures import draw_sweep
 from analysis.runs import HARMLESS, changed_keys, label, read_sweep
 from train_adam import AdamConfig
 from train_sophiag import SophiaConfig
-from training.checkpoint import all_checkpoints
 from training.config import ALIASES, TrainConfig, load_config, run_config_file, run_file
 from training.foreign import is_plain_name, read_json
 from training.hf import MODEL_SETTINGS
@@ -115,9 +114,7 @@ class Trial:
         environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
         environment |= {SHARED: "1"} if shared else {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        is_auto = self.config.init_from in ("scratch", "auto") or all_checkpoints(self.folder)
-        begin = ["--init_from=auto"] if is_auto else ["--overwrite=True"]  # the latter from the weights that argv names
-        command = [sys.executable, *self.argv, *begin]
+        command = [sys.executable, *self.argv, "--init_from=auto"]  # new, with the weights that argv names, or resumed
         log = open(self.folder / "log.txt", "ab")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         inherited = [lock.fileno()] if os.name == "posix" else ()
@@ -270,7 +267,7 @@ def grid(definition, out_dir, known=()):
                 raise UserError(f"{optimizer} has eval_only, or init_from = 'resume'; a sweep trains, leave it out.")
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             argv = [str(Path(__file__).parent / script), *argv]
-            other = HARMLESS if config.init_from in ("scratch", "auto") else HARMLESS.union(MODEL_SETTINGS)
+            other = HARMLESS if config.start == "scratch" else HARMLESS.union(MODEL_SETTINGS)
             wanted = {k: v for k in sorted(named - other) if (v := getattr(config, k)) not in (None, "auto")}
             trials.append(Trial(optimizer, point, argv, folder, config, wanted=wanted))
     if not trials or len(folders) < len(trials):

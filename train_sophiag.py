@@ -68,9 +68,10 @@ class SophiaConfig(TrainConfig):
             self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
-        if self.sophia_start_iter and self.init_from.startswith("import:"):
+        imports = self.start.startswith("import:")
+        if self.sophia_start_iter and imports:
             raise UserError("an import continues with its own optimizer; leave sophia_start_iter at 0.")
-        if self.adamw_for != "none" and (self.sophia_start_iter or self.init_from.startswith("import:")):
+        if self.adamw_for != "none" and (self.sophia_start_iter or imports):
             raise UserError("adamw_for works with neither sophia_start_iter nor an import; leave it at none.")
         if self.adamw_lr and not self.learning_rate:
             raise UserError("adamw_lr is kept as a multiple of learning_rate, which is 0; raise learning_rate.")

@@ -192,7 +192,7 @@ def test_a_sweep_keeps_where_its_runs_begin_and_holds_seeds_out(stub, monkeypatc
     path = write_sweep(stub, {"adamw": {"learning_rate": [0.5]}}, init_from="ckpt:weights.pt", seed=2)
     sweep.main([path, f"--out_dir={stub / 'out'}", "--seeds=3"])
     begins = [[word for word in words if word.startswith(("--init_from", "--overwrite"))] for words in commands]
-    assert begins == [["--init_from=ckpt:weights.pt", "--overwrite=True"]] * 4
+    assert begins == [["--init_from=ckpt:weights.pt", "--init_from=auto"]] * 4
     assert [words[0][-6:] for words in started(stub / "out")[1:]] == ["_seed1", "_seed3", "_seed4"]
 
 

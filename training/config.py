@@ -49,9 +49,13 @@ def setting(default, help, **limits):
 
 
 class Given:
-    """Holds the names of the settings that the command line gave; a slot, which is not in vars() of a config."""
+    """Slots, which are not in vars() of a config.
 
-    __slots__ = ("given",)
+    given: names of the settings that the command line gave.
+    start: init_from; for auto the value before it, such as a config file's, with which a run starts new.
+    """
+
+    __slots__ = ("given", "start")
 
 
 @dataclass
@@ -61,7 +65,8 @@ class TrainConfig(Given):
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
         "scratch",
-        "start new (scratch), go on with out_dir's run (resume), either (auto), or start new from other weights",
+        "start new (scratch), go on with out_dir's run (resume), or start new from other weights; auto: resume if there "
+        "is a run, else start as the init_from before it says, such as a config file's",
         choices=STARTS,
     )
     checkpoint: str = setting("newest", CHECKPOINT)
@@ -268,7 +273,8 @@ class ModelSource:
         A shell leaves --key=~ as it is.
         """
         self.out_dir, self.checkpoint = map(os.path.expanduser, (self.out_dir, self.checkpoint))
-        self.init_from = ":".join(map(os.path.expanduser, self.init_from.split(":", 1)))
+        for name in ("init_from", "start"):
+            setattr(self, name, ":".join(map(os.path.expanduser, getattr(self, name, "").split(":", 1))))
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
         if isinstance(self, ModelSource) and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
@@ -291,7 +297,7 @@ def load_config(cls, argv=None):
         for name, kind, default, help in describe(cls):
             print(f"  {name:<32}{kind:<6} {default:<14} {help}")
         sys.exit(0)
-    values, on_command_line = {}, set()
+    values, on_command_line, start = {}, set(), "scratch"
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
@@ -310,8 +316,10 @@ def load_config(cls, argv=None):
             field = _field(cls, key, "the command line")
             values[field.name] = _parse(field, text)
             on_command_line.add(field.name)
+        if values.get("init_from") not in (None, "auto", "resume"):
+            start = values["init_from"]
     config = cls(**with_current_values(cls, values))
-    config.given = on_command_line
+    config.given, config.start = on_command_line, start if config.init_from == "auto" else config.init_from
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()

@@ -488,6 +488,23 @@ def test_fine_tuning_starts_from_the_weights(gpt2_corpus, tmp_path, monkeypatch,
     assert read_lines(tmp_path / "out")[-1]["step"] == 6
 
 
+@pytest.mark.parametrize("make", [small_gpt2, lambda: other_hf("Qwen3Config", vocab_size=50257)], ids=["gpt2", "qwen3"])
+def test_auto_starts_from_the_weights_that_the_config_names_and_then_resumes(gpt2_corpus, tmp_path, make):
+    """As slurm/train.sbatch has it, which adds --init_from=auto to a command."""
+    make().save_pretrained(tmp_path / "hf")
+    (tmp_path / "config.py").write_text(f'init_from = "hf:{tmp_path}/hf"\n')
+    tiny = tiny_words(gpt2_corpus, tmp_path / "out")
+    argv = [str(tmp_path / "config.py"), *tiny, "--eval_interval=2", "--eval_tokens=128", "--lr_decay_iters=4"]
+    train_adam.main([*argv, "--max_iters=4"])
+    for steps in (2, 4):
+        train_adam.main([*argv, f"--max_iters={steps}", f"--out_dir={tmp_path}/auto", "--init_from=auto"])
+        (tmp_path / "hf" / "model.safetensors").unlink(missing_ok=True)
+    expected, found = ([line.get("val/loss") for line in read_lines(tmp_path / name)] for name in ("out", "auto"))
+    assert found == expected and len(found) == 5
+    with pytest.raises(UserError, match="hf"):
+        train_adam.main([*argv, "--max_iters=4", f"--out_dir={tmp_path}/new", "--init_from=auto"])
+
+
 @pytest.mark.parametrize("name", ["adam", "sophiag"])
 def test_the_fine_tuning_configs(name):
     script = {"adam": train_adam.AdamConfig, "sophiag": train_sophiag.SophiaConfig}[name]
