@@ -65,8 +65,8 @@ class TrainConfig(Given):
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
         "scratch",
-        "start new (scratch), go on with out_dir's run (resume), or start new from other weights; auto: resume if there "
-        "is a run, else start as the init_from before it says, such as a config file's",
+        "start new (scratch), go on with out_dir's run (resume), either (auto), or start new from other weights; with "
+        "auto after weights, such as a config file's, a new run starts from these",
         choices=STARTS,
     )
     checkpoint: str = setting("newest", CHECKPOINT)
