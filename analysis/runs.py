@@ -207,6 +207,8 @@ def read_run(folder):
         clean = bool(commit) and not commit.endswith("-dirty") and facts.get("clean", True) is True
         keys = changed_keys(facts)
         clean = clean and "source_sha256" not in keys
+        if (weights := facts.get("weights", config.get("init_from"))) not in (None, "scratch", "resume", "auto"):
+            config["weights"] = weights  # with which training began
         if "adamw_for" in config:  # older runs call the group of parameters "vectors"
             config["adamw_for"] = config["adamw_for"].replace("vectors", "scalars")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

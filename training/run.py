@@ -131,6 +131,8 @@ class Run:
         world.assert_same_on_all_ranks(self._hashes, different, "give all machines the same files")
         self._facts = {"source_sha256": source_hash(), "torch": str(torch.__version__)}
         self._facts |= {"device_name": world.device_name, "world_size": world.size}
+        weights = checkpoint.get("facts", {}).get("weights", "scratch") if resume else config.init_from
+        self._facts |= {"weights": weights} if weights != "scratch" else {}
 
         torch.manual_seed(config.seed)
         if world.device.type == "cuda":

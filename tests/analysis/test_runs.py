@@ -145,6 +145,15 @@ def test_settings_that_are_off_or_unknown_to_older_runs_make_no_group(tmp_path):
     assert found == [("adamw", 5), ("adamw, embedding_lr=0.1", 2)]
 
 
+def test_runs_from_other_weights_are_no_seeds_of_each_other(tmp_path):
+    runs = write_seeds(tmp_path, "adamw", [2.0, 2.01])
+    for i, facts in enumerate([{"config": {"init_from": "hf:base"}}, {"weights": "hf:base"}, {"weights": "gpt2"}], 7):
+        config = {"max_iters": 100, "seed": i, "init_from": "resume"} | facts.pop("config", {})
+        runs.append(write_run(tmp_path / str(i), config=config, **facts))
+    found = [(one.label, len(one.runs)) for one in groups_of(*runs)]
+    assert found == [("adamw", 2), ("adamw, weights=hf:base", 2), ("adamw, weights=gpt2", 1)]
+
+
 def test_the_former_name_of_the_scalars_makes_no_group(tmp_path):
     runs = [
         write_run(tmp_path / name, config={"seed": i, "adamw_for": f"embeddings+{name}"})

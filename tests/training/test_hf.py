@@ -501,6 +501,7 @@ def test_auto_starts_from_the_weights_that_the_config_names_and_then_resumes(gpt
         (tmp_path / "hf" / "model.safetensors").unlink(missing_ok=True)
     expected, found = ([line.get("val/loss") for line in read_lines(tmp_path / name)] for name in ("out", "auto"))
     assert found == expected and len(found) == 5
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["weights"] == f"hf:{tmp_path}/hf"
     with pytest.raises(UserError, match="hf"):
         train_adam.main([*argv, "--max_iters=4", f"--out_dir={tmp_path}/new", "--init_from=auto"])
 
