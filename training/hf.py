@@ -416,7 +416,8 @@ def _read_folder(path):
 
     disable_progress_bar()
     if not (Path(path) / "config.json").exists():
-        raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json")
+        remedy = "name one, or get one from the hub with: hf download NAME --local-dir DIR"
+        raise ValueError(f"{path} is no folder with a Hugging Face model, it has no config.json; {remedy}")
     try:
         config = read_json(Path(path) / "config.json")
         model_type = config.get("model_type")
