@@ -23,7 +23,7 @@ from training.config import ModelSource, load_config, setting
 from training.errors import UserError, command, file_errors
 from training.hf import load_model, quiet, to_hf
 from training.terminal import warn
-from training.tokenizer import gpt2_files
+from training.tokenizer import gpt2_files, in_characters
 
 
 @dataclass
@@ -97,15 +97,12 @@ def tiktoken_tokenizer(tokenizer):
     make a third."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    encoding, of_byte = tokenizer.encoding, bytes_to_unicode()
-    ranks = encoding._mergeable_ranks
-    text = {token: "".join(of_byte[byte] for byte in token) for token in ranks}
+    encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
+    text = {token: in_characters(token) for token in ranks}
     cuts = ((token[:i], token[i:], rank) for token, rank in ranks.items() for i in range(1, len(token)))
     pairs = sorted((rank, ranks[a], ranks[b], a, b) for a, b, rank in cuts if a in ranks and b in ranks)
-    vocabulary = {text[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
-    merged = Tokenizer(models.BPE(vocabulary, [(text[a], text[b]) for *_, a, b in pairs]))
+    merged = Tokenizer(models.BPE(tokenizer.ids, [(text[a], text[b]) for *_, a, b in pairs]))
     merged.add_special_tokens(list(encoding._special_tokens))
     pattern = re.sub(r"(?<=[+*?])\+|(?<=\d})\+", "", encoding._pat_str).replace("$", r"\z")  # in that package's dialect
     split = pre_tokenizers.Split(Regex(pattern), "isolated")

@@ -267,7 +267,7 @@ def grid(definition, out_dir, known=()):
                 raise UserError(f"{optimizer} has eval_only, or init_from = 'resume'; a sweep trains, leave it out.")
             budgets[optimizer].append(config.max_iters * config.total_bs * config.block_size)
             argv = [str(Path(__file__).parent / script), *argv]
-            other = HARMLESS if config.start == "scratch" else HARMLESS.union(MODEL_SETTINGS)
+            other = HARMLESS if config.new_from == "scratch" else HARMLESS.union(MODEL_SETTINGS)
             wanted = {k: v for k in sorted(named - other) if (v := getattr(config, k)) not in (None, "auto")}
             trials.append(Trial(optimizer, point, argv, folder, config, wanted=wanted))
     if not trials or len(folders) < len(trials):

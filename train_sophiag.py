@@ -68,7 +68,7 @@ class SophiaConfig(TrainConfig):
             self.adamw_for = "embeddings+scalars"
         if self.hess_bs is None:
             self.hess_bs = min(32, self.total_bs) if hutchinson else max(1, self.total_bs // 4)
-        imports = self.start.startswith("import:")
+        imports = self.new_from.startswith("import:")
         if self.sophia_start_iter and imports:
             raise UserError("an import continues with its own optimizer; leave sophia_start_iter at 0.")
         if self.adamw_for != "none" and (self.sophia_start_iter or imports):

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.test_sample import CHARACTERS, write_run
 from training.errors import command
 from training.hf import load_model
-from training.tokenizer import get_tokenizer
+from training.tokenizer import get_tokenizer, read_tokenizer_json, same
 
 TEXTS = [
     "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer",
@@ -93,6 +93,7 @@ def test_its_tokenizer_encodes_like_tiktoken(tmp_path):
         assert ids == tokenizer.encode(text)
         assert exported.decode(ids, clean_up_tokenization_spaces=False) == text
     assert exported("<|endoftext|>")["input_ids"] == [50256] and exported.model_max_length == 16
+    assert same(read_tokenizer_json(tmp_path / "hf" / "tokenizer.json"), "gpt2"), "data of either fine-tune it"
 
 
 def test_the_two_classic_files_make_the_same_tokenizer(tmp_path):

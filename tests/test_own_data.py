@@ -21,7 +21,7 @@ from tests.data.test_sources import byte_level
 from training.checkpoint import load_checkpoint
 from training.data import open_dataset
 from training.errors import command
-from training.tokenizer import get_tokenizer
+from training.tokenizer import get_tokenizer, same
 
 TEXT = "".join(f"Chapter {i}. The whale swam {i * i} miles; naïve 日本語 followed.\n" for i in range(700))
 TINY = {
@@ -150,6 +150,8 @@ def test_exported_tokenizers_split_as_tiktoken_does(monkeypatch, name):
     ):
         assert exported(text)["input_ids"] == tokenizer.encode(text) and exported.decode(tokenizer.encode(text)) == text
     assert exported("<|endoftext|>")["input_ids"] == [tokenizer.eot] == [exported.eos_token_id]
+    spec = {"file": "tokenizer.json", "sha256": "0", "json": exported.backend_tokenizer.to_str()}
+    assert same(spec, name) and same(name, spec) and not same(spec, "gpt2")
 
 
 # Mixtures

@@ -52,10 +52,10 @@ class Given:
     """Slots, which are not in vars() of a config.
 
     given: names of the settings that the command line gave.
-    start: init_from; for auto the value before it, such as a config file's, with which a run starts new.
+    new_from: init_from; for auto the value before it, such as a config file's, with which a run starts new.
     """
 
-    __slots__ = ("given", "start")
+    __slots__ = ("given", "new_from")
 
 
 @dataclass
@@ -273,7 +273,7 @@ class ModelSource:
         A shell leaves --key=~ as it is.
         """
         self.out_dir, self.checkpoint = map(os.path.expanduser, (self.out_dir, self.checkpoint))
-        for name in ("init_from", "start"):
+        for name in ("init_from", "new_from"):
             setattr(self, name, ":".join(map(os.path.expanduser, getattr(self, name, "").split(":", 1))))
         if not self.out_dir:  # it would be the working directory
             raise UserError("out_dir = '': name a folder.")
@@ -297,7 +297,7 @@ def load_config(cls, argv=None):
         for name, kind, default, help in describe(cls):
             print(f"  {name:<32}{kind:<6} {default:<14} {help}")
         sys.exit(0)
-    values, on_command_line, start = {}, set(), "scratch"
+    values, on_command_line, new_from = {}, set(), "scratch"
     for argument in argv:
         key, equals, text = argument[2:].partition("=")
         if not argument.startswith("--"):
@@ -317,9 +317,9 @@ def load_config(cls, argv=None):
             values[field.name] = _parse(field, text)
             on_command_line.add(field.name)
         if values.get("init_from") not in (None, "auto", "resume"):
-            start = values["init_from"]
+            new_from = values["init_from"]
     config = cls(**with_current_values(cls, values))
-    config.given, config.start = on_command_line, start if config.init_from == "auto" else config.init_from
+    config.given, config.new_from = on_command_line, new_from if config.init_from == "auto" else config.init_from
     for field in dataclasses.fields(cls):
         _check_limits(field, getattr(config, field.name))
     config.check()

@@ -28,7 +28,6 @@ from training.foreign import is_plain_name, read_json
 from training.terminal import warn
 from training.token_files import DATA, command, find_folder, guess_why_beyond, is_folder, open_split
 from training.tokenizer import check_spec, describe, read_tokenizer_json, same
-from training.tokenizer import identity as tokenizer_identity
 from training.tracking import write_atomically
 
 GPT2_VOCAB_SIZE = 50257
@@ -111,8 +110,9 @@ class MixtureDataset:
     def __init__(self, corpora, weights):
         first, total = corpora[0], sum(weights)
         self.corpora, self._shares = corpora, [weight / total for weight in weights]
-        kinds = [(tokenizer_identity(corpus.tokenizer), corpus.model_vocab_size) for corpus in corpora]
-        if other := next((corpus for corpus, kind in zip(corpora, kinds, strict=True) if kind != kinds[0]), None):
+        rows = first.model_vocab_size
+        fits = [c.model_vocab_size == rows and same(c.tokenizer, first.tokenizer) for c in corpora]
+        if other := next((corpus for corpus, fit in zip(corpora, fits, strict=True) if not fit), None):
             both = f"{first.name} holds {describe(first.tokenizer)} and {other.name} {describe(other.tokenizer)}"
             raise UserError(f"{both}; a mixture needs one tokenizer: prepare one of them again with the other's.")
         self._counts = _shares_of(MIXED, self._shares)

@@ -25,7 +25,7 @@ from training.data import GPT2_VOCAB_SIZE
 from training.errors import UserError
 from training.foreign import Checkpoint, check_weights, load_tensors, read_json, restoring
 from training.optimizers import optimizer_of_state
-from training.tokenizer import get_tokenizer, gpt2_files, read_tokenizer_json
+from training.tokenizer import get_tokenizer, read_tokenizer_json, same
 
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "dropout")]
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -406,7 +406,7 @@ def _find_tokenizer(rows, folder):
     ids, characters = tokenizer.ids, "".join(sorted(tokenizer.ids, key=tokenizer.ids.get))
     if len(characters) == len(ids) == tokenizer.vocab_size and json.loads(spec["json"])["model"]["type"] == "WordLevel":
         return {"characters": characters}
-    return "gpt2" if len(ids) == GPT2_VOCAB_SIZE and ids == json.loads(gpt2_files()[0]) else spec
+    return "gpt2" if len(ids) == GPT2_VOCAB_SIZE and same(spec, "gpt2") else spec
 
 
 @quiet()

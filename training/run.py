@@ -103,7 +103,7 @@ class Run:
                 world.on_rank0(lambda: _check_empty(config))
             elif config.overwrite and world.is_rank0:
                 warn(f"overwrite has no effect with init_from = resume or auto: the run in {config.out_dir} goes on.")
-            if config.start not in ("scratch", "resume"):  # the weights that it started with say what model it is
+            if config.new_from not in ("scratch", "resume"):  # the weights that it started with say what model it is
                 args = vars(GPTConfig(**checkpoint["model_args"]))
                 vars(config).update({key: args[key] for key in MODEL_SETTINGS if key != "block_size"})
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
@@ -773,7 +773,7 @@ def _check_out_dir(config):
             return "resume"
         if os.path.exists(Path(config.out_dir) / METRICS) and not config.overwrite:
             warn(f"{config.out_dir} holds a run and no checkpoint of it; training begins at step 0, in its place.")
-        return config.start
+        return config.new_from
     if config.init_from != "resume" and not (config.overwrite or config.eval_only) and _run_files(config.out_dir):
         remedy = "go on with --init_from=resume, replace it with --overwrite=True, or name another --out_dir"
         raise UserError(f"{config.out_dir} already holds a run; {remedy}.")

@@ -68,10 +68,11 @@ def identity(spec):
 
 
 def same(one, other):
-    """Whether ids of two specs stand for the same tokens; transformers saves a tokenizer.json in another form."""
-    if all(isinstance(spec, dict) and "json" in spec for spec in (one, other)) and identity(one) != identity(other):
-        return get_tokenizer(one).ids == get_tokenizer(other).ids
-    return identity(one) == identity(other)
+    """Whether ids of two specs stand for the same tokens: a tokenizer.json has other forms, and may be tiktoken's."""
+    if identity(one) == identity(other) or None in (one, other) or not any("json" in spec for spec in (one, other)):
+        return identity(one) == identity(other)
+    ids, others = (getattr(get_tokenizer(spec), "ids", None) for spec in (one, other))
+    return ids == others
 
 
 def describe(spec):
@@ -154,6 +155,12 @@ class TiktokenTokenizer(Tokenizer):
         if name in GPT2_PATTERN:  # a new token always starts before the last blank of a run of blanks
             self._cut = _LAST_BLANK
 
+    @property
+    def ids(self):
+        """{token: id} as a tokenizer.json has it."""
+        ranks, special = self.encoding._mergeable_ranks, self.encoding._special_tokens
+        return {in_characters(token): i for token, i in ranks.items()} | special
+
     def _encode(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
@@ -171,6 +178,14 @@ class TiktokenTokenizer(Tokenizer):
         """(vocab_size,) int64; 0 for special tokens such as the end of a document, which are no text."""
         special = set(self.encoding._special_tokens.values())
         return np.array([0 if i in special else len(self._bytes_of(i) or b"") for i in range(self.vocab_size)])
+
+
+_HIDDEN = [*range(33), *range(127, 161), 173]  # bytes that a tokenizer.json shows by other characters
+
+
+def in_characters(token):
+    """The bytes of a token as a tokenizer.json has them, in GPT-2's alphabet of 256 characters."""
+    return token.decode("latin-1").translate(dict(zip(_HIDDEN, range(256, 324), strict=True)))
 
 
 def gpt2_files():
