@@ -22,6 +22,7 @@ from training.optimizers import OPTIMIZERS, amp_scaling, second_order, step_argu
 from training.schedule import sequence_length, stages
 from training.sharding import total_norm
 
+GRAPHS = 64  # of a function that torch.compile makes at most, in a run of few stages
 PLAIN_ATTENTION = 8  # a Hessian-vector product takes so many times fewer sequences at once than a training pass
 COUNTS = ("clipped", "skipped", "skipped_in_a_row", "curvature_skipped", "curvature_skipped_in_a_row")
 STAGE = ("stage_start", "stage_clipped")  # the step at which this stage of the schedule began, "clipped" before it
@@ -122,8 +123,10 @@ class TrainStep:
         self._clock, self._compiled = clock, set()
         self._estimate = OPTIMIZERS[config.optimizer_name].estimate
         self._settled = config.fsdp or world.size <= 2
-        if config.compile:  # a graph for each loss, sequence length and mode; beyond the limit torch stops compiling
-            torch._dynamo.config.recompile_limit = 64
+        if config.compile:  # a graph for each loss, sequence length and mode; beyond the limits torch stops compiling
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(GRAPHS, 4 * len(stages(config)))
+            limits.accumulated_recompile_limit = 4 * limits.recompile_limit
         self._forward = ModelLoss(model, config.compile, config.fsdp, config.fp8_loss)
         self._product = compiler(config.compile)(functools.partial(hessian_vector_product, model))
         self._ddp = None

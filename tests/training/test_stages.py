@@ -1,5 +1,7 @@
 """Stages of block_size_schedule, lengths that do not divide block_size among them."""
 
+import functools
+
 import pytest
 import torch
 
@@ -47,6 +49,20 @@ def test_every_length_reads_the_tokens_and_labels_of_full_sequences_in_a_row(tin
 def test_a_micro_batch_holds_as_many_tokens_in_every_stage(tiny):
     found = batches(tiny, (0, 7, 14), STAGES, "--hess_bs=6", "--batch_size=12")
     assert [found[step, False][0][0].shape for step in (0, 7, 14)] == [(96, 2), (16, 12), (12, 16)]
+
+
+def test_all_stages_of_a_compiled_run_are_compiled(tiny, monkeypatch):
+    """Also those beyond the number of graphs at which torch stops, of which the last is the longest."""
+    graphs = []
+
+    def compiler(on):
+        return functools.partial(torch.compile, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph)
+
+    monkeypatch.setattr("training.step.GRAPHS", 2)
+    monkeypatch.setattr("training.step.compiler", compiler)
+    words = ["--block_size_schedule=0:1,1:2,2:4,3:8,4:16", "--max_iters=5", "--warmup_iters=0", "--eval_interval=5"]
+    train_adam.main([*tiny, *words, "--n_layer=1", "--compile=True"])
+    assert len(graphs) == 5 + 1, "one for each length, and the evaluation's"
 
 
 def test_hessian_vector_products_of_short_sequences_are_taken_on_as_many_tokens(tiny, monkeypatch):
