@@ -222,7 +222,7 @@ def _kernels():
             shift = tl.load(reference + r, mask=r < m, other=0.0)
             target = tl.load(targets + r, mask=r < m, other=-1).to(tl.int32)
             labels = c[None, :] == target[:, None]
-            here = (target >= column) & (target < column + COLUMNS)
+            here = (target >= column) & (target < tl.minimum(column + COLUMNS, n))
             tl.store(own + r, tl.sum(tl.where(labels, logits, 0.0), axis=1) * scale, mask=here)
             e = tl.exp2(tl.minimum(logits * scale - shift[:, None], 100.0))
             e = tl.where(c[None, :] < n, e, 0.0)
