@@ -146,7 +146,8 @@ class Muon(Optimizer):
         batch.write_back()
 
     def _direction(self, moved: Tensor, grads: Tensor, batch: "_Batch", group: dict[str, Any]) -> Tensor:
-        return orthogonalize(moved, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        steps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        return orthogonalize(moved, *steps, kernels=_kernels(group, [moved]))
 
     # ----- plumbing
 
@@ -367,9 +368,7 @@ class WhitenedMuon(Muon):
             warnings.warn("update_factors() had no gradient of some matrices yet; they take Muon's step", stacklevel=4)
         if all(unknown) or not sides:
             return super()._direction(moved, grads, batch, group)
-        for side in sides:  # checks their shapes
-            batch.collect(f"{side}_root", _factor_shape(moved, side, group), moved.dtype, identity=True)
-        roots = {side: batch.stacked(f"{side}_root") for side in sides}
+        roots = {side: batch.stacked(f"{side}_root", _factor_shape(moved, side, group), moved.dtype) for side in sides}
         orthogonal = super()._direction(_whiten(moved, roots), grads, batch, group)
         update = _whiten(orthogonal, roots)
         lengths = [torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=batch.dtype) for x in (orthogonal, update)]
@@ -388,14 +387,14 @@ class WhitenedMuon(Muon):
                 what = f"the loaded state lacks a {side}_factor, which begins anew. After muon_distributed.share()"
                 warnings.warn(f"{what} a rank's state_dict has only its own; give each rank those of all", stacklevel=4)
             factors = batch.collect(f"{side}_factor", shape, batch.dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                moments = _product(x, x.mT, batch.dtype)
-            moments = moments if scale == 1 else moments * scale
-            batch.average(factors, moments, 1 - group["decay"])
-            known = all(f"{side}_root" in state for state in batch.states)
-            if roots or not known:
+            if kernels := _kernels(group, factors):
+                kernels.average_products(factors, x, 1 - group["decay"], scale, batch.found_inf)
+            else:
+                moments = batch.for_states(_second_moments(x, batch.dtype, scale), factors)
+                torch._foreach_lerp_(factors, moments, 1 - group["decay"])
+            if roots or any(f"{side}_root" not in state for state in batch.states):
                 old = batch.collect(f"{side}_root", shape, grads.dtype, identity=True)
-                inverse = inverse_root(torch.cat(factors), group["exponent"], group["ridge"])
+                inverse = inverse_root(torch.cat(factors), group["exponent"], group["ridge"], kernels)
                 torch._foreach_copy_(old, batch.for_states(inverse.to(grads.dtype), old))
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -415,31 +414,24 @@ class WhitenedMuon(Muon):
 
 
 def orthogonalize(
-    matrices: Tensor,
-    coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN,
-    steps: int = 5,
-    eps: float = 1e-7,
-) -> Tensor:
+    matrices: Tensor, coefficients: Sequence[float] | Sequence[Sequence[float]] = JORDAN, steps: int = 5,
+    eps: float = 1e-7, kernels: Any = None,
+) -> Tensor:  # fmt: skip
     """Approximate U V^T of every U S V^T in (..., rows, columns), by Newton-Schulz steps.
 
     The matrices are first divided by their Frobenius norm, or by eps if that is larger. coefficients, steps: as Muon's
     ns_coefficients, ns_steps. On GPUs the products are in bfloat16, else in float32 or better. The result has the
-    matrices' dtype.
+    matrices' dtype. kernels: the module muon_fused, whose products of symmetric results are faster.
     """
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
     x = x.bfloat16() if x.is_cuda else x.to(_opmath_dtype(x))
     tall = x.shape[1] > x.shape[2]
+    inverse = torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=_opmath_dtype(x)).clamp(min=eps).reciprocal()
     with torch.autocast(x.device.type, enabled=False):
         for step, (a, b, c) in enumerate(_ns_schedule(coefficients, steps)):
-            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-            if step == 0:  # of x / norm; dividing the squares costs less
-                squares = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=_opmath_dtype(x))[:, None, None]
-                norm = squares.sqrt().clamp(min=eps)
-                gram.div_(norm**2)
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            polynomial.diagonal(dim1=1, dim2=2).add_(a)
-            if step == 0:
-                polynomial.div_(norm)
+            wide, first = x.mT if tall else x, step == 0  # its products are divided: they are smaller than x
+            gram = _symmetric(wide, wide, kernels, scales=inverse**2 if first else None)
+            polynomial = _symmetric(gram, gram, kernels, c, gram, b, a, inverse if first else None)
             x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x.to(matrices.dtype).view(matrices.shape)
 
@@ -456,7 +448,7 @@ _ROOT_STEPS = {
 }  # fmt: skip
 
 
-def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
+def inverse_root(factors: Tensor, exponent: float, ridge: float, kernels: Any = None) -> Tensor:
     """(A / mean eigenvalue + ridge + b / 1024)^-exponent of the symmetric semi-definite A in (..., width, width).
 
     With B = A / mean eigenvalue + ridge, b is an upper bound of B's largest eigenvalue: 1.01 sqrt(norm of B^2).
@@ -470,39 +462,49 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     norm = torch.linalg.matrix_norm(scaled)[..., None, None].clamp(min=_FLOOR)  # of zeros without a ridge it is 0
     m = (scaled / norm).flatten(0, -3)
     dtype = torch.float16 if m.is_cuda and m.dtype == torch.float32 else m.dtype
-    with torch.autocast(m.device.type, enabled=False):
-        square = m.to(dtype) @ m.to(dtype)
+    square = _symmetric(m.to(dtype), m.to(dtype), kernels)
     bound = 1.01 * torch.linalg.matrix_norm(square.to(m.dtype))[:, None, None].sqrt().clamp(min=_FLOOR)
     m = m / bound
     m.diagonal(dim1=-2, dim2=-1).add_(_FLOOR)
     if (power := round(1 / exponent) if exponent else 0) in _ROOT_STEPS and power * exponent == 1:
         m = m / (1 + _FLOOR)
         bound = bound * (1 + _FLOOR)
-        root = _inverse_root(m.to(dtype), power).to(m.dtype)
+        root = _inverse_root(m.to(dtype), power, kernels).to(m.dtype)
     else:
         values, vectors = torch.linalg.eigh((m.cpu() if m.device.type == "mps" else m).double())  # mps: no float64
         root = ((vectors * (values.clamp(min=_TINY) ** -exponent)[..., None, :]) @ vectors.mT).to(m.dtype).to(m.device)
     return root.view(factors.shape) * (norm * bound.view(norm.shape)) ** -exponent
 
 
-def _inverse_root(m: Tensor, power: int) -> Tensor:
+def _inverse_root(m: Tensor, power: int, kernels: Any = None) -> Tensor:
     """M^(-1/power) of symmetric M in (n, width, width) with eigenvalues from 9.5e-4 to 1.
 
     The coupled iteration M <- T^power M, X <- X T, T a polynomial of M (N. Higham, Functions of Matrices, 7.3).
     """
-    steps, root = _ROOT_STEPS[power], None
-    with torch.autocast(m.device.type, enabled=False):
-        for i, (a, b, c) in enumerate(steps):
-            t = torch.baddbmm(m, m, m, beta=b, alpha=c)
-            t.diagonal(dim1=-2, dim2=-1).add_(a)
-            root = t if root is None else root @ t
-            if i + 1 < len(steps):
-                for _ in range(power.bit_length() - 1):
-                    t = t @ t
-                m = m @ t
-                m = (m + m.mT) / 2
-    assert root is not None
-    return (root + root.mT) / 2
+    steps, root = _ROOT_STEPS[power], m
+    for i, (a, b, c) in enumerate(steps):
+        t = _symmetric(m, m, kernels, c, m, b, a)
+        root = t if i == 0 else _symmetric(root, t, kernels)
+        if i + 1 < len(steps):
+            for _ in range(power.bit_length() - 1):
+                t = _symmetric(t, t, kernels)
+            m = _symmetric(m, t, kernels)
+    return root
+
+
+def _symmetric(
+    x: Tensor, y: Tensor, kernels: Any, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0,
+    diagonal: float = 0.0, scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """scales (alpha x y^T + beta addend + diagonal I) of (n, width, depth) with symmetric x y^T; scales: (n, 1, 1)."""
+    if kernels:
+        return kernels.symmetric_product(x, y, alpha, addend, beta, diagonal, scales)
+    with torch.autocast(x.device.type, enabled=False):
+        out = torch.bmm(x, y.mT) if addend is None else torch.baddbmm(addend, x, y.mT, beta=beta, alpha=alpha)
+    out = out if x is y else (out + out.mT) / 2
+    if diagonal:
+        out.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return out if scales is None else out.mul_(scales.to(out.dtype))
 
 
 def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
@@ -518,13 +520,15 @@ def _whiten(x: Tensor, roots: dict[str, Tensor]) -> Tensor:
     return x
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of (matrices, blocks, ., .), summed and returned in `dtype`."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=dtype).unflatten(0, a.shape[:2])
-    return a.to(dtype) @ b.to(dtype)
+def _second_moments(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """scale x x^T of (matrices, blocks, width, depth), summed and returned in `dtype`."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype != dtype:
+            flat = x.flatten(0, 1)
+            product = torch.bmm(flat, flat.mT, out_dtype=dtype).unflatten(0, x.shape[:2])
+        else:
+            product = x.to(dtype) @ x.to(dtype).mT
+    return product if scale == 1 else product.mul_(scale)
 
 
 # ----- Batches
@@ -608,10 +612,8 @@ class _Batch:
         if isinstance(lr, Tensor):
             self.lr = lr.item() if lr.device.type == "cpu" else lr.to(device).reshape(())
         for param, rows, height in self.members:
-            assert param.grad is not None
             self.grads += _matrices(_local(param.grad), rows, height)
-        kernels = _fused() if fused else None
-        self.fused = kernels if kernels and kernels.fits(self.params, self.momenta, self.grads) else None
+        self.fused = _kernels({"fused": fused}, self.params, self.momenta, self.grads)
         if self.fused:
             return
         self.params, self.momenta = (
@@ -651,9 +653,9 @@ class _Batch:
                 state[key] = state[key].to(self.params[0].device, dtype)
         return [state[key] for state in self.states]
 
-    def stacked(self, key: str) -> Tensor:
-        """The states under `key` as one tensor, in the dtype of the products; kept until one of them changes."""
-        tensors = [state[key] for state in self.states]
+    def stacked(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """collect()'s states as one tensor, in the dtype of the products; kept until one of them changes."""
+        tensors = self.collect(key, shape, dtype, identity=True)
         present = [x for t in tensors for x in (id(t), t._version, t)]  # t stays, so that no other tensor has its id
         if self._stacks.get(key, ([], None))[0] != present:
             stack = torch.cat(tensors)
@@ -668,13 +670,6 @@ class _Batch:
         self.fused.average(self.momenta, self.grads, 1 - momentum, self.found_inf, self.grad_scale, nesterov, moved,
                            grads if with_grads else None)  # fmt: skip
         return moved, grads
-
-    def average(self, old: list[Tensor], new: Tensor, weight: float) -> None:
-        """old <- old + weight (new - old), unless found_inf is set. new: (all matrices, ...)."""
-        if self.fused and self.fused.fits(old, [new]):
-            self.fused.average(old, new.split([state.count for state in self.states]), weight, self.found_inf)
-        else:
-            torch._foreach_lerp_(old, self.for_states(new, old), weight)
 
     def for_states(self, new: Tensor, old: list[Tensor]) -> list[Tensor]:
         """`new` (all matrices, ...) cut into one tensor a state; `old` in its place where found_inf is set."""
@@ -728,6 +723,12 @@ def _momentum_dtype(param: Tensor) -> torch.dtype:
 
 def _opmath_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _kernels(group: dict[str, Any], *lists: Sequence[Tensor]) -> Any:
+    """The module muon_fused, if the group uses it and it can take these lists of tensors."""
+    kernels = _fused() if group["fused"] else None
+    return kernels if kernels and kernels.fits(*lists) else None
 
 
 def _fused() -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 LAUNCH = (1024, 4, 4)  # elements a program works on at a time, how many times, warps
+TILE = (128, 64, 3, 4)  # of a symmetric product: rows and columns, depth, stages, warps
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -68,6 +69,55 @@ def apply(params: Sequence[Tensor], updates: Tensor, scale: float, lr: float | T
         CAUTIOUS=cautious,
     )  # fmt: skip
     increment_version(params)  # so that a backward pass through the old values is an error
+
+
+def symmetric_product(x: Tensor, y: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0,
+                      diagonal: float = 0.0, scales: Tensor | None = None) -> Tensor:  # fmt: skip
+    """scales (alpha x y^T + beta addend + diagonal I), of which one triangle is computed and mirrored.
+
+    x, y: (matrices, width, depth) with symmetric x y^T, on any strides. addend: (matrices, width, width), contiguous.
+    scales: one for each matrix, in float32. Sums are in float32, the result in x's dtype.
+    """
+    out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+    left = x[:, None]
+    _multiply(left, left if y is x else y[:, None], out, None, addend, scales, None, alpha, beta, diagonal)
+    return out
+
+
+def average_products(averages: Sequence[Tensor], x: Tensor, weight: float, scale: float = 1.0,
+                     found_inf: Tensor | None = None) -> None:  # fmt: skip
+    """a <- a + weight (scale x x^T - a), unless found_inf is not 0.
+
+    averages: contiguous, (some matrices, blocks, width, width) each, in the order of x's matrices. x: (all matrices,
+    blocks, width, depth), on any strides.
+    """
+    size = x.shape[2] ** 2 * averages[0].itemsize
+    starts = [average.data_ptr() for average in averages]
+    addresses = (*(a for s, t in zip(starts, averages, strict=True) for a in range(s, s + t.nbytes, size)),)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    _multiply(
+        x, x, averages[0], _places(addresses, x.device, stream), None, None, found_inf, weight * scale, 1 - weight, 0.0
+    )
+    increment_version(averages)
+
+
+def _multiply(x, y, out, places, addend, scales, found_inf, alpha, beta, diagonal) -> None:
+    """Launch a program for each tile on and below the diagonals. x, y: (matrices, blocks, width, depth)."""
+    matrices, blocks, width, depth = x.shape
+    tile, step, stages, warps = TILE
+    tiles = -(-width // tile)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _symmetric_kernel[(matrices * blocks * (tiles * (tiles + 1) // 2),)](
+            x, y, out, places, addend, scales, found_inf, float(alpha), float(beta), float(diagonal), blocks, width,
+            depth, *x.stride(), *y.stride(), TWO=y is not x, EVEN=width % tile == 0 and depth % step == 0,
+            TILE=tile, STEP=step, num_stages=stages, num_warps=warps,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _places(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    places = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 def _addresses(tensors: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
@@ -183,3 +233,53 @@ def _apply_kernel(rows, chunks, found_inf, lr, scale, weight_decay, ratios, P: t
             else:
                 p = p * (1.0 - decay) - rate * scale * u
             tl.store(p_at, p.to(P), mask=inside)
+
+
+@triton.jit
+def _symmetric_kernel(x, y, out, places, addend, scales, found_inf, alpha, beta, diagonal, blocks, width, depth,
+                      x_matrix, x_block, x_row, x_column, y_matrix, y_block, y_row, y_column, EVEN: tl.constexpr,
+                      TWO: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    tiles = tl.cdiv(width, TILE)
+    pairs = tiles * (tiles + 1) // 2
+    matrix = (tl.program_id(0) // pairs).to(tl.int64)
+    pair = tl.program_id(0) % pairs
+    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5 + 1e-4).to(tl.int32)  # pair = i (i + 1) / 2 + j with j <= i
+    j = pair - i * (i + 1) // 2
+    rows, columns, inner = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
+    x += matrix // blocks * x_matrix + matrix % blocks * x_block
+    y += matrix // blocks * y_matrix + matrix % blocks * y_block
+    x_at = x + rows[:, None] * x_row + inner[None, :] * x_column
+    y_at = y + columns[:, None] * y_row + inner[None, :] * y_column
+    product = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, depth, STEP):
+        if EVEN:
+            a, b = tl.load(x_at), tl.load(y_at)
+        else:
+            deep = start + inner[None, :] < depth
+            a = tl.load(x_at, mask=(rows[:, None] < width) & deep, other=0.0)
+            b = tl.load(y_at, mask=(columns[:, None] < width) & deep, other=0.0)
+        product = tl.dot(a, b.T, product, input_precision="ieee")
+        x_at += STEP * x_column
+        y_at += STEP * y_column
+    if TWO and i == j:  # x y^T is symmetric up to rounding
+        product = (product + product.T) * 0.5
+    product *= alpha
+    end = width
+    if found_inf is not None:
+        end = tl.where(tl.load(found_inf) == 0, width, 0)
+    inside = (rows[:, None] < end) & (columns[None, :] < end)
+    at = rows[:, None] * width + columns[None, :]
+    if places is not None:  # averages at addresses of their own
+        out = tl.load(places + matrix).to(out.dtype)
+        product += beta * tl.load(out + at, mask=inside, other=0.0)
+    else:
+        out += matrix * width * width
+        if addend is not None:
+            product += beta * tl.load(addend + matrix * width * width + at, mask=inside, other=0.0).to(tl.float32)
+        product += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
+    if scales is not None:
+        product *= tl.load(scales + matrix)
+    product = product.to(out.dtype.element_ty)
+    tl.store(out + at, product, mask=inside)
+    if i != j:
+        tl.store(out + columns[:, None] * width + rows[None, :], product.T, mask=inside.T)

@@ -280,12 +280,16 @@ def curvature(report, model, args):
 def muon(report, model, args):
     """The extra time of Muon, whitened Muon and torch's Muon over AdamW's, as a share of AdamW's time.
 
-    A step has 128 sequences. Whitened Muon computes its roots every 10 steps; with `_blocks_2` it whitens in blocks as
-    wide as the model, and computes the roots every 2 steps.
+    A step has 128 sequences. Whitened Muon computes its roots every 10 steps. With `_blocks` it whitens in blocks as
+    wide as the model; with `_blocks_2` it also computes the roots every 2 steps.
     """
-    blocks = [f"--whiten_max_width={model_shape(model)['n_embd']}", "--whiten_interval=2"]
-    over_adamw(report, model, args, ("muon", "whitened_muon", "whitened_muon_blocks_2", "torch_muon"), 128,
-               "muon_overhead", {"whitened_muon_blocks_2": ("whitened_muon", blocks)})  # fmt: skip
+    blocks = [f"--whiten_max_width={model_shape(model)['n_embd']}"]
+    variants = {
+        "whitened_muon_blocks": ("whitened_muon", blocks),
+        "whitened_muon_blocks_2": ("whitened_muon", [*blocks, "--whiten_interval=2"]),
+    }
+    names = "muon", "whitened_muon", *variants, "torch_muon"
+    over_adamw(report, model, args, names, 128, "muon_overhead", variants)
 
 
 def over_adamw(report, model, args, names, total_bs, metric, variants=None):

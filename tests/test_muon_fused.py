@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="the fused steps need Triton")
 
+import muon
 import muon_fused
 from muon import Muon, WhitenedMuon
 from tests.test_muon import parameters, set_gradients
@@ -48,7 +49,7 @@ def test_fused_steps_are_those_of_float64(device, cls, settings, monkeypatch):
     assert launched.count(muon_fused._apply_kernel) == 5 * 5, "a launch for each of five shapes in each step"
     start = parameters(SHAPES)
     tight = 2e-3 if "cautious" in settings else 2e-5  # an update near 0 may have the other sign, and decays or not
-    tolerance = tight if device == "cpu" else 0.03 if cls is Muon else 0.1
+    tolerance = tight if device == "cpu" else 0.1  # bfloat16 changes small matrices by 2 to 7%
     for p, q, s in zip(ours, exact, start, strict=True):
         moved = p.detach().cpu().double() - s
         assert (moved - (q.detach() - s)).norm() < tolerance * (q.detach() - s).norm()
@@ -190,6 +191,87 @@ def test_a_backward_pass_through_values_before_a_fused_step_is_an_error(device, 
     cls([p], fused=True).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def operand(device, matrices, width, depth, tall, seed=0):
+    """Float64 numbers that bfloat16 has, and the same on the device: rows, or columns of a tall matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(matrices, *((depth, width) if tall else (width, depth)), generator=generator).bfloat16()
+    on_device = x.to(device) if device == "cuda" else x.float()
+    return (x.mT.double(), on_device.mT) if tall else (x.double(), on_device)
+
+
+@devices
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("width,depth", [(8, 3), (70, 200), (128, 64), (257, 64)])
+def test_symmetric_products_are_those_of_float64_and_symmetric(device, width, depth, tall):
+    exact, x = operand(device, 2, width, depth, tall)
+    other, addend = operand(device, 2, width, width, False, seed=1)
+    scales = torch.tensor([0.5, 3.0], device=device)[:, None, None]
+    bare = muon_fused.symmetric_product(x, x)
+    full = muon_fused.symmetric_product(x, x, 0.7, addend, -0.3, 1.5, scales)
+    gram = exact @ exact.mT
+    expected = scales.cpu().double() * (0.7 * gram - 0.3 * other + 1.5 * torch.eye(width, dtype=torch.float64))
+    tolerance = 1e-6 if device == "cpu" else 4e-3
+    assert torch.equal(bare, bare.mT)
+    assert (bare.cpu().double() - gram).norm() < tolerance * gram.norm()
+    lower = torch.ones(width, width, dtype=torch.bool).tril()  # the addend is not symmetric, and its mirror is not read
+    error = (full.cpu().double() - expected)[:, lower]
+    assert error.norm() < tolerance * expected[:, lower].norm()
+
+
+@devices
+def test_the_product_of_two_symmetric_matrices_that_commute_is_theirs(device):
+    exact, x = operand(device, 3, 150, 150, False)
+    exact, x = exact + exact.mT, x + x.mT
+    exact, x = (x.cpu().double(), x) if device == "cuda" else (exact, x)  # the sum is rounded
+    square = muon_fused.symmetric_product(x, x)
+    cube = muon_fused.symmetric_product(square, x)
+    expected = torch.linalg.matrix_power(exact, 3)
+    assert (cube.cpu().double() - expected).norm() < (1e-6 if device == "cpu" else 1e-2) * expected.norm()
+    assert torch.equal(cube, cube.mT)
+
+
+@devices
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_averages_of_products_are_those_of_float64(device, found_inf):
+    """Of the blocks of columns of 3 matrices, whose factors lie apart in memory."""
+    exact, grads = operand(device, 3, 40, 60, False)
+    x, exact = (m.mT.unflatten(1, (2, 30)) for m in (grads, exact))
+    averages = [torch.ones(n, 2, 30, 30, device=device) for n in (1, 2)]
+    found_inf = torch.tensor(found_inf, device=device)
+    muon_fused.average_products(averages, x, 0.25, 2.0, found_inf)
+    assert [a._version for a in averages] == [1, 1]
+    expected = torch.ones(3, 2, 30, 30) if found_inf else 0.75 + 0.25 * 2 * (exact @ exact.mT)
+    torch.testing.assert_close(torch.cat(averages).cpu().double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@devices
+def test_roots_and_orthogonal_matrices_with_the_kernels_are_those_without(device):
+    _, x = operand(device, 3, 40, 24, False)
+    factors = (x.mT @ x).float()[:, None]
+    for exponent in (0.5, 0.25, 0.125):
+        ours, plain = (muon.inverse_root(factors, exponent, 0.01, k) for k in (muon_fused, None))
+        assert (ours - plain).norm() < (1e-4 if device == "cpu" else 2e-2) * plain.norm()
+    ours, plain = (muon.orthogonalize(x, kernels=k) for k in (muon_fused, None))
+    assert (ours - plain).norm() < (1e-5 if device == "cpu" else 3e-2) * plain.norm()
+
+
+@devices
+def test_update_factors_takes_the_kernels_with_the_same_factors(device, monkeypatch):
+    ends, launched = [], []
+    original = muon_fused.average_products
+    monkeypatch.setattr(muon_fused, "average_products", lambda *args: launched.append(1) or original(*args))
+    for fused in (True, False):
+        params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters([(12, 8), (8, 8)], torch.float32)]
+        optimizer = WhitenedMuon(params, source="update_factors", fused=fused)
+        for step in range(2):
+            set_gradients(params, step)
+            optimizer.update_factors(scale=0.5)
+        ends.append([optimizer.state[p][key] for p in params for key in ("left_factor", "right_factor", "left_root")])
+    assert len(launched) == 2 * 2 * 2, "in each update, for each shape and side"
+    for ours, plain in zip(*ends, strict=True):
+        torch.testing.assert_close(ours.float(), plain.float(), rtol=1e-4 if device == "cpu" else 0.05, atol=1e-4)
 
 
 def test_torchs_default_device_does_not_matter():
