@@ -53,10 +53,6 @@ class Report:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
-    def value(self, contender, model, metric):
-        rows = self.content["rows"]
-        return next((r["value"] for r in rows if (contender, model, metric) == tuple(r.values())[:3]), None)
-
 
 def timed(function, calls, device):
     """Milliseconds a call of `calls` calls in a row, on the device's clock.

@@ -265,11 +265,6 @@ def speed(report, model, args):
     sizes = dict.fromkeys(makers, micro) | {"official": OFFICIAL_MICRO_BATCH.get(model)}
     for name in compare(report, model, makers, sizes, args):
         report.add(name, model, "micro_batch", sizes[name], "sequences")
-    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"):
-        for metric in ("tokens_per_second", "peak_gib"):
-            ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
-            if ours and peers:
-                print(f"{model:>6}  {metric}: ours over {name} {ours / peers:.3f}", flush=True)
 
 
 def curvature(report, model, args):
