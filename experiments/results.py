@@ -175,9 +175,8 @@ def speedups(baseline, names):
     """Speed-ups over the baseline, in steps and in seconds."""
     rows, costs = [], [(key, steps) for key in ("step", "seconds") for steps in HORIZONS]
     for name in names:
-        groups = [
-            horizon("30m_python", one, steps) for one in (name, baseline) for steps in (*HORIZONS, *OTHER_HORIZONS)
-        ]
+        every = *HORIZONS, *OTHER_HORIZONS
+        groups = [horizon("30m_python", one, steps) for one in (name, baseline) for steps in every]
         mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one)
         rows.append((NAMES[name] + mark, *(speedup_cell(name, steps, baseline, key) for key, steps in costs)))
     head = [f"{steps:,} steps, in {key.removesuffix('s')}s" for key, steps in costs]

@@ -71,9 +71,7 @@ class TrainConfig(Given):
 
     dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
     total_bs: int = setting(480, "sequences in one optimizer step, over all ranks", at_least=1)
-    batch_size: int = setting(
-        12, "sequences in a rank's forward pass; auto: as many as fit", at_least=1, words=("auto",)
-    )
+    batch_size: int = setting(12, "sequences in a rank's forward pass; auto: what fits", at_least=1, words=("auto",))
     gradient_accumulation_steps: int | None = setting(None, "derived: total_bs / (batch_size * ranks)", at_least=1)
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
     block_size_schedule: str = setting("", "sequence length from a step on: STEP:LENGTH,...; a step keeps its tokens")
@@ -87,9 +85,7 @@ class TrainConfig(Given):
     gelu: str = setting("tanh", "GELU: GPT-2's tanh approximation, or exact as in nanoGPT", choices=("tanh", "exact"))
     norm: str = setting("layernorm", "which normalization", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
-    position: str = setting(
-        "learned", "learned position embeddings, or rotary ones (rope)", choices=("learned", "rope")
-    )
+    position: str = setting("learned", "learned position embeddings, or rotary (rope)", choices=("learned", "rope"))
     rope_base: float = setting(10000.0, "rope: base of the frequencies", above=0.0)
     rope_dim: int = setting(0, "rope: number of rotated coordinates in each head; 0: all", at_least=0)
     n_kv_head: int = setting(0, "number of key/value heads (GQA); 0: n_head", at_least=0)
@@ -116,47 +112,29 @@ class TrainConfig(Given):
         choices=("jordan", "minimax"),
         needs=MUON,
     )
-    whiten_sides: str = setting(
-        "both", "sides of a matrix that are whitened", choices=("input", "output", "both"), needs=WHITENED
-    )
-    whiten_exponent: float = setting(
-        0.125, "power of the inverse whitening factors; 0: muon", at_least=0.0, needs=WHITENED
-    )
-    whiten_ridge: float = setting(
-        0.01, "added to a factor, relative to its mean eigenvalue", at_least=0.0, needs=WHITENED
-    )
+    whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
+    whiten_exponent: float = setting(0.125, "power of the inverse factors; 0: muon", at_least=0.0, needs=WHITENED)
+    whiten_ridge: float = setting(0.01, "added to a factor, times its mean eigenvalue", at_least=0.0, needs=WHITENED)
     whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
         10, "steps between updates of the factors' roots", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(
-        None, "sides wider than this are whitened in blocks", at_least=1, needs=WHITENED
-    )
+    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; False: learning_rate throughout")
-    lr_schedule: str = setting(
-        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
-    )
+    lr_schedule: str = setting("cosine", "how the learning rate falls after warm-up", choices=SCHEDULES, needs=DECAYS)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(
-        None, "step at which the decay to min_lr ends; default max_iters", at_least=1, needs=FALLS
-    )
+    lr_decay_iters: int | None = setting(None, "step where the decay ends; default max_iters", at_least=1, needs=FALLS)
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
-    wsd_decay: float = setting(
-        0.2, "last share of lr_decay_iters, in which the learning rate falls", above=0.0, at_most=1.0, needs=WSD
-    )
+    wsd_decay: float = setting(0.2, "last share of lr_decay_iters, the decay", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(
-        2.0, "length of a period over the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
-    )
+    restart_multiplier: float = setting(2.0, "each period over the last, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
-    eval_tokens: int = setting(
-        2**21, "tokens of val.bin in an evaluation; a smaller val.bin is used in full", at_least=1
-    )
+    eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation; a smaller one is used in full", at_least=1)
     eval_iters: int | None = setting(None, "sets eval_tokens to eval_iters * batch_size * block_size", at_least=1)
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
@@ -180,21 +158,15 @@ class TrainConfig(Given):
     )
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
-    fsdp_shard: int | None = setting(
-        None, "number of ranks over which one copy is split; default all", at_least=1, needs=SPLIT
-    )
+    fsdp_shard: int | None = setting(None, "ranks over which one copy is split; default all", at_least=1, needs=SPLIT)
     fsdp_keep: str = setting(
         "gradients",
         "what a rank keeps complete between micro-batches",
         choices=("nothing", "gradients", "all"),
         needs=SPLIT,
     )
-    backend: str = setting(
-        "auto", "torch.distributed's; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
-    )
-    nccl_timeout: int = setting(
-        600, "seconds that a rank waits for the others before it gives up", at_least=1, at_most=10**6
-    )
+    backend: str = setting("auto", "of the ranks; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo"))
+    nccl_timeout: int = setting(600, "seconds that a rank waits for the others", at_least=1, at_most=10**6)
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
@@ -372,9 +344,8 @@ def describe(cls):
     for field in dataclasses.fields(cls):
         default = "" if field.default in (None, "") else str(field.default)
         name, values = field.metadata.get("needs", ("", ()))
-        limits = "; ".join(
-            filter(None, [_allowed(field), f"with {name} {' or '.join(map(str, values))}" if name else ""])
-        )
+        needs = f"with {name} {' or '.join(map(str, values))}" if name else ""
+        limits = "; ".join(filter(None, [_allowed(field), needs]))
         yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
