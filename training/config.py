@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from training.errors import UserError
 from training.foreign import read_bytes
 from training.schedule import SCHEDULES, TO_ZERO, learning_rate, period, stages
-from training.terminal import warn
+from training.terminal import warn_once
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 # Settings of older versions, off by default, and files of config/: what somebody is told who still uses them.
@@ -186,7 +186,7 @@ class TrainConfig(Given):
             if self.lr_decay_iters < (end := round(start + length)):
                 cut = f"lr_decay_iters = {self.lr_decay_iters} cuts off the last period of cosine_restarts"
                 rate = f"at a learning rate of {learning_rate(self.lr_decay_iters - 1, self):.3g}"
-                _warn_once(f"{cut}, {rate}; complete periods end at steps {start:.0f} and {end}.")
+                warn_once(f"{cut}, {rate}; complete periods end at steps {start:.0f} and {end}.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
@@ -204,7 +204,7 @@ class TrainConfig(Given):
             starts["lr_decay_iters"] = self.lr_decay_iters - 1  # of a config file, perhaps for other max_iters
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
             end = f"the run ends at max_iters = {self.max_iters}"
-            _warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
+            warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"{name} = {getattr(self, name)} does not go with batch_size = 'auto'; give a number.")
@@ -266,7 +266,7 @@ def load_config(cls, argv=None):
             for name in on_command_line & found.keys():
                 if found[name] != values[name]:
                     later = f"{argument} comes after --{name}={values[name]} and sets it to {found[name]!r}"
-                    _warn_once(f"{later}; give config files first.")
+                    warn_once(f"{later}; give config files first.")
             on_command_line -= found.keys()
             values |= found
         elif _is_removed(key, text, "the command line"):
@@ -300,7 +300,7 @@ def _check_read(config, values, on_command_line):
             raise UserError(f"{unread_here}; leave it out{reads and f', or set {name} to {reads}'}.")
         unread.append(field.name)
     if unread:
-        _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
+        warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
 
 
 def _unmet(config, field):
@@ -309,12 +309,6 @@ def _unmet(config, field):
     if name is None or getattr(config, name) not in allowed:
         return name, allowed
     return _unmet(config, config.__dataclass_fields__[name])
-
-
-def _warn_once(text):
-    """Warn on one of the ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        warn(text)
 
 
 def with_current_values(cls, settings, where=""):
@@ -364,7 +358,7 @@ def run_config_file(cls, path):
     if left := [key for key in names.get("__annotations__", {}) if key not in names]:
         raise UserError(f"{path}: {left[0]}: assigns nothing, a config file is Python; write {left[0]} = ...")
     if not values:
-        _warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
+        warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
     return values
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.terminal import warn
+from training.terminal import warn_once
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SHARD, HEADER = 20240520, 1024  # the first number of llm.c's header, and its bytes
@@ -64,9 +64,9 @@ def find_folder(dataset):
     is_first = str(dataset).startswith(".") or os.sep not in str(dataset)
     folder = next(filter(os.path.exists, choices), choices[0 if is_first else 1])
     if os.path.isdir(folder):
-        here, is_rank0 = Path(dataset), os.environ.get("RANK", "0") == "0"
-        if is_rank0 and folder == DATA / here and os.path.isdir(here) and not os.path.samefile(folder, here):
-            warn(f"dataset = '{dataset}' is {folder}; for the folder of this name here give --dataset=./{here}.")
+        here = Path(dataset)
+        if folder == DATA / here and os.path.isdir(here) and not os.path.samefile(folder, here):
+            warn_once(f"dataset = '{dataset}' is {folder}; for the folder of this name here give --dataset=./{here}.")
         return folder
     if os.path.exists(folder):
         raise UserError(f"dataset = '{dataset}': {folder} is a file; name the folder that holds train.bin and val.bin.")
