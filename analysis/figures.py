@@ -287,8 +287,7 @@ def draw_speedups(by_horizon, by_size, literature, prefix):
             colour, apart = COLOURS[1 + list(by_horizon).index(name)], 1.04 ** (i - (len(curves) - 1) / 2)
             for x, value, low, high, beyond in points:
                 style = {"fmt": "o", "fillstyle": "none" if beyond else "full", "capsize": 4, "color": colour}
-                error = [[value - low], [high - value]] if low < high else None
-                axes.errorbar(x * apart, value, error, **style)
+                axes.errorbar(x * apart, value, [[value - low], [high - value]] if low < high else None, **style)
                 if beyond:
                     arrow = {"arrowstyle": "->", "color": colour}
                     axes.annotate("", (x * apart, value + 0.12 * beyond), (x * apart, value), arrowprops=arrow)

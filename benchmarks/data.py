@@ -114,8 +114,7 @@ def measure_training(report, folder, device):
     else:
         model, argv, settings = "tiny", [], TINY | {"dataset": folder / "shakespeare_char"}
     settings |= {"out_dir": folder / "out", "device": device}
-    config = load_config(AdamConfig, argv + [f"--{key}={value}" for key, value in settings.items()])
-    with Run(config) as run:
+    with Run(load_config(AdamConfig, argv + [f"--{key}={value}" for key, value in settings.items()])) as run:
         run.set_optimizer(make_optimizer)
         resident, steps = run.train_batch(0), itertools.count(1)
 

@@ -161,13 +161,11 @@ class Peer:
 
 def peer_model(module, model, args):
     shape = model_shape(model) | {"vocab_size": GPTConfig.vocab_size, "block_size": args.block_size}
-    config = module.GPTConfig(**shape, bias=False, dropout=0.0)
-    return module.GPT(config).to(args.device)
+    return module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
 
 
 def make_nanogpt(model, args):
-    module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
-    gpt = peer_model(module, model, args)
+    gpt = peer_model(load_module(Path(args.nanogpt) / "model.py", "nanogpt_model"), model, args)
     optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return Peer(gpt, optimizer, MICRO_BATCH[model], args)
 

@@ -38,8 +38,7 @@ def arguments(description, script):
     """The parser with the options of every prepare.py. The folder of its file `script` is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=description)
-    folder = Path(script).resolve().parent
-    parser.add_argument("--out_dir", type=expanded, default=folder, help="default: %(default)s")
+    parser.add_argument("--out_dir", type=expanded, default=Path(script).resolve().parent, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser

@@ -1,7 +1,6 @@
 """Read documents: from your own files, plain or compressed, or from the Hugging Face hub.
 
-    parser = sources.arguments(__doc__, __file__, val_fraction=0.005)
-    sources.prepare(parser.parse_args(), "text")
+    sources.prepare(sources.arguments(__doc__, __file__, val_fraction=0.005).parse_args(), "text")
 
 A document is a str. A text file of more than 16 MB is a TextFile: its parts, read again in each iteration.
 """

@@ -219,8 +219,7 @@ class Wandb:
                 self.run.log(metrics, step=metrics["step"], commit=True)
             if metrics["step"] == self._max_iters:  # the end
                 speed = metrics["tokens"] / max(metrics.get("seconds", 0.0), 1e-9)
-                final = {"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed}
-                self.run.summary.update(final)
+                self.run.summary.update({"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed})
             return True
 
         if self.run and not self._try("without wandb", send):

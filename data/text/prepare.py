@@ -19,8 +19,7 @@ from training.errors import command
 
 
 def main():
-    parser = sources.arguments(__doc__, __file__, val_fraction=0.005)
-    sources.prepare(parser.parse_args(), "text")
+    sources.prepare(sources.arguments(__doc__, __file__, val_fraction=0.005).parse_args(), "text")
 
 
 if __name__ == "__main__":
