@@ -18,10 +18,7 @@ class AdamConfig(TrainConfig):
     """The settings of a run with a first-order optimizer."""
 
     optimizer_name: str = setting(
-        "adamw",
-        "which optimizer; docs/settings.md explains them",
-        choices=FIRST_ORDER,
-        elsewhere=("train_sophiag.py", SECOND_ORDER),
+        "adamw", "the optimizer (docs/settings.md)", choices=FIRST_ORDER, elsewhere=("train_sophiag.py", SECOND_ORDER)
     )
     momentum: float = setting(
         0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))

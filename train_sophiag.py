@@ -41,10 +41,7 @@ class SophiaConfig(TrainConfig):
         former={"vectors": "scalars", "embeddings+vectors": "embeddings+scalars"},
     )
     adamw_lr: float | None = setting(
-        None,
-        "peak learning rate of adamw_for's groups; default learning_rate",
-        above=0.0,
-        needs=("adamw_for", ADAMW_FOR[1:]),
+        None, "peak learning rate in adamw_for; default learning_rate", above=0.0, needs=("adamw_for", ADAMW_FOR[1:])
     )
     sophia_start_iter: int = setting(0, "AdamW (betas 0.9, 0.95) trains before this step, then Sophia", at_least=0)
     hess_warmup: int = setting(10, "curvature estimates at sophia_start_iter, before Sophia's first step", at_least=0)

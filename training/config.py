@@ -60,9 +60,7 @@ class TrainConfig(Given):
 
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
-        "scratch",
-        "start new (scratch), go on with out_dir's run (resume), either (auto), or start new from other weights",
-        choices=STARTS,
+        "scratch", "start new (scratch), go on (resume), either (auto), or start from other weights", choices=STARTS
     )
     checkpoint: str = setting("newest", CHECKPOINT)
     max_skipped: int = setting(20, "stop after this many non-finite steps, or estimates, in a row", at_least=1)
@@ -107,10 +105,7 @@ class TrainConfig(Given):
 
     cautious_decay: bool = setting(False, "weight decay only where the update moves towards 0", needs=MUON)
     muon_steps: str = setting(
-        "jordan",
-        "Newton-Schulz coefficients: K. Jordan's, or Polar Express (minimax)",
-        choices=("jordan", "minimax"),
-        needs=MUON,
+        "jordan", "Newton-Schulz: K. Jordan's, or Polar Express (minimax)", choices=("jordan", "minimax"), needs=MUON
     )
     whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
     whiten_exponent: float = setting(0.125, "power of the inverse factors; 0: muon", at_least=0.0, needs=WHITENED)
@@ -160,10 +155,7 @@ class TrainConfig(Given):
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
     fsdp_shard: int | None = setting(None, "ranks over which one copy is split; default all", at_least=1, needs=SPLIT)
     fsdp_keep: str = setting(
-        "gradients",
-        "what a rank keeps complete between micro-batches",
-        choices=("nothing", "gradients", "all"),
-        needs=SPLIT,
+        "gradients", "what is kept complete between micro-batches", choices=("nothing", "gradients", "all"), needs=SPLIT
     )
     backend: str = setting("auto", "of the ranks; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo"))
     nccl_timeout: int = setting(600, "seconds that a rank waits for the others", at_least=1, at_most=10**6)

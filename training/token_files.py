@@ -29,23 +29,16 @@ OTHER_LLMC = {
 SIGNATURES = {
     b"\x93NUMPY": "a NumPy .npy file",
     b"PK\x03\x04": "a zip archive (.zip, .npz or .pt)",
-    b"PK\x05\x06": "an empty zip archive",
     b"\x1f\x8b\x08": "compressed by gzip",
     b"\xfd7zXZ\x00": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\x04\x22\x4d\x18": "compressed by lz4",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow stream",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"GGUF": "a GGUF model",
     b"MMIDIDX\x00\x00": "the index of a Megatron dataset",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"\x89PNG\r\n": "a PNG image",
-    b"%PDF-": "a PDF",
-    b"\x7fELF": "a program",
     b"version https://git-lfs": "a git-lfs pointer, not the file itself (git lfs pull fetches it)",
 }
 
