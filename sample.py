@@ -28,8 +28,6 @@ LONGEST = 1 << 24  # characters in it
 
 @dataclass
 class SampleConfig(ModelSource):
-    """The settings of sample.py."""
-
     start: str = setting("", "prompt, or FILE:PATH; default: the end-of-text token, or a newline if there is none")
     num_samples: int = setting(1, "texts to print; text i = 0, 1, ... uses seed + i", at_least=1)
     max_new_tokens: int = setting(500, "new tokens in a text, without the prompt", at_least=1)

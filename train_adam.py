@@ -15,8 +15,6 @@ from training.run import Run
 
 @dataclass
 class AdamConfig(TrainConfig):
-    """The settings of a run with a first-order optimizer."""
-
     optimizer_name: str = setting(
         "adamw", "the optimizer (docs/settings.md)", choices=FIRST_ORDER, elsewhere=("train_sophiag.py", SECOND_ORDER)
     )

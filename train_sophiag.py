@@ -18,8 +18,6 @@ ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
 
 @dataclass
 class SophiaConfig(TrainConfig):
-    """The settings of a run with Sophia."""
-
     optimizer_name: str = setting(
         "sophiag",
         "Sophia-G, Sophia-H, or Muon whitened by Sophia-G's sampled gradients (sophia_muon)",
