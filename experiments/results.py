@@ -364,19 +364,15 @@ def mid_run_bound(one, adamw):
 
 
 def speedups_by_horizon():
-    return {
-        NAMES[name]: [(steps, *point(name, steps)) for steps in HORIZONS if speedup(name, steps)] for name in MAIN[1:]
-    }
+    return {NAMES[name]: [(n, *point(name, n)) for n in HORIZONS if speedup(name, n)] for name in MAIN[1:]}
 
 
 def speedups_by_size():
     """At 30M the speed-up at 1,560 steps. At 30M and 124M the bounds of runs whose tokens a parameter are similar."""
     found, large = {}, {name: one for (name, *_), one in groups_of("124m_python").items()}
     for name in [name for name in MAIN[1:] if name in large]:
-        pairs = [
-            (horizon("30m_python", name, 1560), horizon("30m_python", "adamw", 1560)),
-            (large[name], large["adamw"]),
-        ]
+        small = (horizon("30m_python", one, 1560) for one in (name, "adamw"))
+        pairs = [small, (large[name], large["adamw"])]
         bounds = [(one.parameters, *[mid_run_bound(one, adamw)] * 3, 1) for one, adamw in pairs]
         found[NAMES[name]] = [(bounds[0][0], *point(name, 1560)), *bounds]
     return found

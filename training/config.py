@@ -188,9 +188,8 @@ class TrainConfig(Given):
                 raise UserError(f"{name} needs dtype = 'bfloat16', not {self.dtype!r}; change it, or leave {name} out.")
         if self.fp8_loss and self.fsdp:
             raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of the two out.")
-        starts = {
-            "block_size_schedule": stages(self)[-1][0],
-            "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
+        starts = {"block_size_schedule": stages(self)[-1][0]} | {
+            "sophia_start_iter": getattr(self, "sophia_start_iter", 0)
         }
         if self.decay_lr and self.lr_schedule != "constant" and "lr_decay_iters" not in getattr(self, "given", ()):
             starts["lr_decay_iters"] = self.lr_decay_iters - 1  # of a config file, perhaps for other max_iters

@@ -549,10 +549,8 @@ class Run:
 
     def _windows(self, eval_tokens):
         """How many windows of each corpus an evaluation reads: a small val.bin is read in full by any eval_tokens."""
-        return [
-            len(data.evaluation_starts(len(part.val), eval_tokens, self.config.block_size))
-            for part, _ in self.corpus.parts
-        ]
+        counts = (len(part.val) for part, _ in self.corpus.parts)
+        return [len(data.evaluation_starts(n, eval_tokens, self.config.block_size)) for n in counts]
 
     def evaluate(self):
         """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
