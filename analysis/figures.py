@@ -183,7 +183,6 @@ def draw_training(styled, prefix):
 
 
 def draw_accuracy(styled, prefix):
-    """Draw the accuracy of each run's evaluations against steps and epochs."""
     figure, panels = new_figure(1, 2)
     for axes, (label, key) in zip(panels, {"optimizer steps": "step", "epochs": "epoch"}.items(), strict=True):
         for group, style in styled:

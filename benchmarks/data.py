@@ -75,7 +75,6 @@ def measure_tokenizing(report, texts, folder):
         counts["tiktoken"] = sum(map(len, encoded))
 
     def prepare(module, *arguments):
-        """Run `prepare.py ARGUMENTS`."""
         name = module.__name__.split(".")[1]
         argv = ["prepare.py", *arguments, "--out_dir", folder / name, "--num_proc", threads, "--force"]
         patch, unseen = mock.patch("sys.argv", list(map(str, argv))), io.StringIO()

@@ -95,7 +95,6 @@ def alternate(functions, rounds, calls, device, failed):
 
 
 def load_module(path, name):
-    """Import a peer's file as a module."""
     if not path.is_file():
         raise UserError(f"{path} is missing: name a checkout of the peer's repository.")
     spec = importlib.util.spec_from_file_location(name, path)

@@ -88,7 +88,6 @@ def write_tokens(folder, count=4_000_000):
 
 
 def settings(model, args, micro_batch, **more):
-    """The command-line arguments of a run of `model`."""
     values = {
         "dataset": args.folder, **model_shape(model), "block_size": args.block_size,
         "batch_size": micro_batch, "total_bs": micro_batch, "max_iters": 10**6, "warmup_iters": 10,

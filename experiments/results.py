@@ -129,7 +129,6 @@ def results_main():
 
 
 def results_30m():
-    """All optimizers at all horizons."""
     rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in NAMES]
     others = [f"{loss_cell(horizon('30m_python', 'adamw', steps))} at {steps:,} steps" for steps in OTHER_HORIZONS]
     text = table(("optimizer", *(f"{steps:,} steps" for steps in HORIZONS)), rows)
@@ -222,7 +221,6 @@ def results_books():
 
 
 def results_llama():
-    """Llama-like model: the same."""
     folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed[345]")) for name in LLAMA}
     groups = {LLAMA[name]: group([*map(read_run, runs)])[0] for name, runs in folders.items() if runs}
     return beside_adamw(groups)

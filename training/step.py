@@ -150,7 +150,6 @@ class TrainStep:
             setattr(self, key, {name: torch.tensor(value, device=self.world.device) for name, value in values.items()})
 
     def close(self):
-        """Leave the process group."""
         self._ddp = None
 
     @property
