@@ -16,7 +16,7 @@ from training.run import Run
 @dataclass
 class AdamConfig(TrainConfig):
     optimizer_name: str = setting(
-        "adamw", "the optimizer (docs/settings.md)", choices=FIRST_ORDER, elsewhere=("train_sophiag.py", SECOND_ORDER)
+        "adamw", "see docs/settings.md", choices=FIRST_ORDER, elsewhere=("train_sophiag.py", SECOND_ORDER)
     )
     momentum: float = setting(
         0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))
