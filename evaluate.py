@@ -29,8 +29,6 @@ from training.terminal import warn
 
 @dataclass
 class EvaluateConfig(ModelSource):
-    """The settings of evaluate.py."""
-
     dataset: str = setting("", "folder under data/ (or its path), or a mixture; default: that of the run")
     split: str = setting("val", "which split of the dataset", choices=("train", "val"))
     stride: int | None = setting(None, "tokens between window starts; default half of block_size", at_least=1)

@@ -28,8 +28,6 @@ from training.tokenizer import gpt2_files, in_characters
 
 @dataclass
 class ExportConfig(ModelSource):
-    """The settings of export_hf.py."""
-
     to: str = setting("", "folder to write; it must be empty or not exist")
 
     def check(self):

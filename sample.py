@@ -28,16 +28,12 @@ LONGEST = 1 << 24  # characters in it
 
 @dataclass
 class SampleConfig(ModelSource):
-    """The settings of sample.py."""
-
     start: str = setting("", "prompt, or FILE:PATH; default: the end-of-text token, or a newline if there is none")
     num_samples: int = setting(1, "texts to print; text i = 0, 1, ... uses seed + i", at_least=1)
     max_new_tokens: int = setting(500, "new tokens in a text, without the prompt", at_least=1)
     temperature: float = setting(0.8, "0: always the most likely token; 1: the model's own probabilities", at_least=0.0)
     top_k: int | None = setting(200, "sample only among the k most likely tokens; None: all", at_least=1)
-    top_p: float | None = setting(
-        None, "sample only among the fewest tokens of this total probability", above=0.0, at_most=1.0
-    )
+    top_p: float | None = setting(None, "sample among the fewest tokens of this probability", above=0.0, at_most=1.0)
     seed: int = setting(1337, "the same seed gives the same text on the same device", at_least=0, below=2**32)
     device: str = setting("auto", "auto (cuda, mps or cpu, the first there is), cuda, cuda:1, mps, cpu")
 

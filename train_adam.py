@@ -15,13 +15,8 @@ from training.run import Run
 
 @dataclass
 class AdamConfig(TrainConfig):
-    """The settings of a run with a first-order optimizer."""
-
     optimizer_name: str = setting(
-        "adamw",
-        "which optimizer; docs/settings.md explains them",
-        choices=FIRST_ORDER,
-        elsewhere=("train_sophiag.py", SECOND_ORDER),
+        "adamw", "see docs/settings.md", choices=FIRST_ORDER, elsewhere=("train_sophiag.py", SECOND_ORDER)
     )
     momentum: float = setting(
         0.95, "Nesterov momentum", at_least=0.0, below=1.0, needs=("optimizer_name", ("sgd", "muon", "whitened_muon"))

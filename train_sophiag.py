@@ -18,8 +18,6 @@ ADAMW_FOR = ("none", "embeddings", "scalars", "embeddings+scalars")
 
 @dataclass
 class SophiaConfig(TrainConfig):
-    """The settings of a run with Sophia."""
-
     optimizer_name: str = setting(
         "sophiag",
         "Sophia-G, Sophia-H, or Muon whitened by Sophia-G's sampled gradients (sophia_muon)",
@@ -29,17 +27,11 @@ class SophiaConfig(TrainConfig):
     weight_decay: float = setting(0.2, "decoupled weight decay of the Linear weights", at_least=0.0)
     beta1: float = setting(0.965, "decay of the gradient average", at_least=0.0, below=1.0)
     beta2: float = setting(0.99, "decay of the curvature average", at_least=0.0, below=1.0)
-    rho: float | None = setting(
-        None, "clipping threshold, the paper's gamma; default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA
-    )
+    rho: float | None = setting(None, "clipping threshold (gamma); default 0.05, sophiah 0.01", above=0.0, needs=SOPHIA)
     hess_interval: int = setting(10, "steps between curvature estimates (the paper's k)", at_least=1)
-    hess_bs: int | None = setting(
-        None, "sequences in a curvature estimate; default total_bs / 4, sophiah 32", at_least=1
-    )
+    hess_bs: int | None = setting(None, "sequences in an estimate; default total_bs / 4, sophiah 32", at_least=1)
     bias_correction: bool = setting(False, "divide the curvature by 1 - beta2^n after n estimates", needs=SOPHIA)
-    nesterov: bool = setting(
-        False, "step by beta1 m + (1 - beta1) gradient instead of m, the gradient average", needs=SOPHIA
-    )
+    nesterov: bool = setting(False, "step by beta1 m + (1 - beta1) gradient instead of the average m", needs=SOPHIA)
     adamw_for: str = setting(
         "none",
         "parameter groups that AdamW (betas 0.9, 0.95) updates instead of Sophia",
@@ -47,14 +39,9 @@ class SophiaConfig(TrainConfig):
         former={"vectors": "scalars", "embeddings+vectors": "embeddings+scalars"},
     )
     adamw_lr: float | None = setting(
-        None,
-        "peak learning rate of adamw_for's groups; default learning_rate",
-        above=0.0,
-        needs=("adamw_for", ADAMW_FOR[1:]),
+        None, "peak learning rate in adamw_for; default learning_rate", above=0.0, needs=("adamw_for", ADAMW_FOR[1:])
     )
-    sophia_start_iter: int = setting(
-        0, "train with AdamW (betas 0.9, 0.95) before this step, then with Sophia", at_least=0
-    )
+    sophia_start_iter: int = setting(0, "AdamW (betas 0.9, 0.95) trains before this step, then Sophia", at_least=0)
     hess_warmup: int = setting(10, "curvature estimates at sophia_start_iter, before Sophia's first step", at_least=0)
 
     def check(self):

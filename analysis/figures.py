@@ -183,7 +183,6 @@ def draw_training(styled, prefix):
 
 
 def draw_accuracy(styled, prefix):
-    """Draw the accuracy of each run's evaluations against steps and epochs."""
     figure, panels = new_figure(1, 2)
     for axes, (label, key) in zip(panels, {"optimizer steps": "step", "epochs": "epoch"}.items(), strict=True):
         for group, style in styled:
@@ -287,8 +286,7 @@ def draw_speedups(by_horizon, by_size, literature, prefix):
             colour, apart = COLOURS[1 + list(by_horizon).index(name)], 1.04 ** (i - (len(curves) - 1) / 2)
             for x, value, low, high, beyond in points:
                 style = {"fmt": "o", "fillstyle": "none" if beyond else "full", "capsize": 4, "color": colour}
-                error = [[value - low], [high - value]] if low < high else None
-                axes.errorbar(x * apart, value, error, **style)
+                axes.errorbar(x * apart, value, [[value - low], [high - value]] if low < high else None, **style)
                 if beyond:
                     arrow = {"arrowstyle": "->", "color": colour}
                     axes.annotate("", (x * apart, value + 0.12 * beyond), (x * apart, value), arrowprops=arrow)

@@ -156,7 +156,6 @@ def unclean(runs):
 
 
 def loss_unit(runs):
-    """The unit of a loss."""
     of_characters = all("characters" in (run.conditions["tokenizer"] or "") for run in runs)
     return "nats a character" if of_characters else "nats a token"
 

@@ -48,10 +48,8 @@ def loss_rows(groups):
             p, words = verdict(group.losses, baseline.losses)
             difference = f"{group.losses.mean() - baseline.losses.mean():+.4f}"
         sizes = f"{len(group.runs)}", f"{group.mean('step'):,.0f}", f"{group.mean('tokens'):,.0f}"
-        own = dict(zip(HEADS, (group.label, *sizes, loss, difference, p_text(p), words), strict=True)) | {
-            "seconds": "shared",
-            "tokens/s": "",
-        }
+        own = dict(zip(HEADS, (group.label, *sizes, loss, difference, p_text(p), words), strict=True))
+        own |= {"seconds": "shared", "tokens/s": ""}
         for head, key, share, form in (
             ("train/loss", "train/loss", SMOOTHING, "{:.4f}"),
             ("accuracy", "val/accuracy", 0, "{:.2%}"),

@@ -75,7 +75,6 @@ def measure_tokenizing(report, texts, folder):
         counts["tiktoken"] = sum(map(len, encoded))
 
     def prepare(module, *arguments):
-        """Run `prepare.py ARGUMENTS`."""
         name = module.__name__.split(".")[1]
         argv = ["prepare.py", *arguments, "--out_dir", folder / name, "--num_proc", threads, "--force"]
         patch, unseen = mock.patch("sys.argv", list(map(str, argv))), io.StringIO()
@@ -97,13 +96,13 @@ def measure_tokenizing(report, texts, folder):
     contenders |= {"python": prepare_python, "shakespeare_char": prepare_characters}
 
     failed = partial(report.error, model="gpt2", metric="tokens_per_second")
-    for name, milliseconds in alternate(contenders, ROUNDS, 1, "cpu", failed).items():
-        tokens = "characters" if name == "shakespeare_char" else "gpt2"
-        report.add(name, tokens, "tokens_per_second", counts[name] / milliseconds * 1e3, "tokens/s")
-    bare = report.value("tiktoken", "gpt2", "tokens_per_second")
+    times = alternate(contenders, ROUNDS, 1, "cpu", failed)
+    speeds = {name: counts[name] / milliseconds * 1e3 for name, milliseconds in times.items()}
+    for name, speed in speeds.items():
+        report.add(name, "characters" if name == "shakespeare_char" else "gpt2", "tokens_per_second", speed, "tokens/s")
     for name in ("text", "python"):
-        if bare and (ours := report.value(name, "gpt2", "tokens_per_second")):
-            report.add(name, "gpt2", "share_of_tiktoken", ours / bare, "share")
+        if {name, "tiktoken"} <= speeds.keys():
+            report.add(name, "gpt2", "share_of_tiktoken", speeds[name] / speeds["tiktoken"], "share")
 
 
 def measure_training(report, folder, device):
@@ -114,8 +113,7 @@ def measure_training(report, folder, device):
     else:
         model, argv, settings = "tiny", [], TINY | {"dataset": folder / "shakespeare_char"}
     settings |= {"out_dir": folder / "out", "device": device}
-    config = load_config(AdamConfig, argv + [f"--{key}={value}" for key, value in settings.items()])
-    with Run(config) as run:
+    with Run(load_config(AdamConfig, argv + [f"--{key}={value}" for key, value in settings.items()])) as run:
         run.set_optimizer(make_optimizer)
         resident, steps = run.train_batch(0), itertools.count(1)
 

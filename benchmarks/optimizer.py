@@ -116,8 +116,7 @@ def measure_peak(report, name, model, build):
             if hasattr(optimizer, "update_hessian"):
                 optimizer.update_hessian()
             optimizer.step()
-        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
-        report.add(name, model, "peak_bytes", peak - start, "bytes")
+        report.add(name, model, "peak_bytes", torch.cuda.memory_stats()["requested_bytes.all.peak"] - start, "bytes")
         if name == "sophia":
             report.add("floor", model, "peak_bytes", 4 * sum(p.nbytes for p in params), "bytes")
     except Exception as error:
@@ -129,8 +128,7 @@ def measure_times(report, model, contenders, args):
     params = make_parameters(model, args.device)
     count = sum(p.numel() for p in params)
     # Gradients alternate between two places in memory, as in training, where they are freed and allocated again.
-    places = [make_gradients(params, seed) for seed in (1, 2)]
-    turn = itertools.cycle(places)
+    turn = itertools.cycle([make_gradients(params, seed) for seed in (1, 2)])
     optimizers = {name: build(params) for name, build in contenders.items()}
 
     def with_gradients(call, optimizer):

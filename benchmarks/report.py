@@ -53,10 +53,6 @@ class Report:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
-    def value(self, contender, model, metric):
-        rows = self.content["rows"]
-        return next((r["value"] for r in rows if (contender, model, metric) == tuple(r.values())[:3]), None)
-
 
 def timed(function, calls, device):
     """Milliseconds a call of `calls` calls in a row, on the device's clock.
@@ -99,7 +95,6 @@ def alternate(functions, rounds, calls, device, failed):
 
 
 def load_module(path, name):
-    """Import a peer's file as a module."""
     if not path.is_file():
         raise UserError(f"{path} is missing: name a checkout of the peer's repository.")
     spec = importlib.util.spec_from_file_location(name, path)

@@ -88,7 +88,6 @@ def write_tokens(folder, count=4_000_000):
 
 
 def settings(model, args, micro_batch, **more):
-    """The command-line arguments of a run of `model`."""
     values = {
         "dataset": args.folder, **model_shape(model), "block_size": args.block_size,
         "batch_size": micro_batch, "total_bs": micro_batch, "max_iters": 10**6, "warmup_iters": 10,
@@ -161,13 +160,11 @@ class Peer:
 
 def peer_model(module, model, args):
     shape = model_shape(model) | {"vocab_size": GPTConfig.vocab_size, "block_size": args.block_size}
-    config = module.GPTConfig(**shape, bias=False, dropout=0.0)
-    return module.GPT(config).to(args.device)
+    return module.GPT(module.GPTConfig(**shape, bias=False, dropout=0.0)).to(args.device)
 
 
 def make_nanogpt(model, args):
-    module = load_module(Path(args.nanogpt) / "model.py", "nanogpt_model")
-    gpt = peer_model(module, model, args)
+    gpt = peer_model(load_module(Path(args.nanogpt) / "model.py", "nanogpt_model"), model, args)
     optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return Peer(gpt, optimizer, MICRO_BATCH[model], args)
 
@@ -265,11 +262,6 @@ def speed(report, model, args):
     sizes = dict.fromkeys(makers, micro) | {"official": OFFICIAL_MICRO_BATCH.get(model)}
     for name in compare(report, model, makers, sizes, args):
         report.add(name, model, "micro_batch", sizes[name], "sequences")
-    for name in ("nanogpt", "official", "ours_fp8", "ours_fp8_loss", "ours_fp8_both"):
-        for metric in ("tokens_per_second", "peak_gib"):
-            ours, peers = report.value("ours", model, metric), report.value(name, model, metric)
-            if ours and peers:
-                print(f"{model:>6}  {metric}: ours over {name} {ours / peers:.3f}", flush=True)
 
 
 def curvature(report, model, args):

@@ -12,6 +12,5 @@ out_dir = "out/finetune_shakespeare_sophiag"
 optimizer_name = "sophiag"
 weight_decay = 0.2
 beta2 = 0.99
-rho = 0.05
 hess_interval = 5
 bias_correction = True

@@ -11,4 +11,3 @@ weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99
 rho = 0.08
-hess_interval = 10

@@ -12,4 +12,3 @@ weight_decay = 0.15
 beta1 = 0.965
 beta2 = 0.99
 rho = 0.05
-hess_interval = 10

@@ -15,4 +15,3 @@ weight_decay = 0.15
 beta1 = 0.965
 beta2 = 0.99
 rho = 0.04
-hess_interval = 10

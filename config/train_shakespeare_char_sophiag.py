@@ -12,5 +12,4 @@ optimizer_name = "sophiag"
 learning_rate = 1.5e-3
 weight_decay = 0.4
 rho = 0.2  # of rates and rhos tried: 0.05 ended at 1.786 with 9% of the coordinates unclipped, 0.2 at 1.757 with 20%
-hess_interval = 10
 bias_correction = True

@@ -9,6 +9,4 @@ out_dir = "out/shakespeare_char_sophiag_gpu"
 optimizer_name = "sophiag"
 learning_rate = 4e-4
 weight_decay = 0.2
-rho = 0.05
-hess_interval = 10
 bias_correction = True

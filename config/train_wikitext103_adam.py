@@ -18,8 +18,6 @@ max_iters = 12_800
 warmup_iters = 200
 lr_schedule = "cosine_restarts"  # periods of 1, 2 and 4 epochs: T_0 = 1800, T_mult = 2
 restart_iters = 1800
-restart_multiplier = 2.0
 
 eval_interval = 200
-log_interval = 10
 dtype = "auto"  # mixed precision: bfloat16 on a GPU, float16 on an older one

@@ -11,5 +11,3 @@ optimizer_name = "sophiag"
 weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99
-rho = 0.05
-hess_interval = 10

@@ -23,5 +23,4 @@ max_iters = 20_000
 warmup_iters = 1000
 
 eval_interval = 1000  # and at the end of every stage
-log_interval = 10
 fp8 = True

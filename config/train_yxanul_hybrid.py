@@ -10,6 +10,4 @@ optimizer_name = "sophiag"
 sophia_start_iter = 10_000  # stage 6; AdamW before it has betas 0.9 and 0.95
 beta1 = 0.965
 beta2 = 0.99
-rho = 0.05
-hess_interval = 10
 hess_bs = 60  # a multiple of 3 too

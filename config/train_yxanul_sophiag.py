@@ -10,6 +10,4 @@ optimizer_name = "sophiag"
 weight_decay = 0.2
 beta1 = 0.965
 beta2 = 0.99
-rho = 0.05
-hess_interval = 10
 hess_bs = 60  # a multiple of 3 too

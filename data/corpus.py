@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import Parser, UserError
-from training.foreign import is_plain_name, read_json
+from training.foreign import is_plain_name, read_json, sha256_of_file
 from training.lock import lock_file
 from training.tokenizer import get_tokenizer, identity, parts_of
 from training.tracking import write_atomically
@@ -38,8 +38,7 @@ def arguments(description, script):
     """The parser with the options of every prepare.py. The folder of its file `script` is the default --out_dir."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=description)
-    folder = Path(script).resolve().parent
-    parser.add_argument("--out_dir", type=expanded, default=folder, help="default: %(default)s")
+    parser.add_argument("--out_dir", type=expanded, default=Path(script).resolve().parent, help="default: %(default)s")
     parser.add_argument("--num_proc", type=positive, default=cores, help="tokenizing threads (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
     return parser
@@ -71,7 +70,7 @@ def is_prepared(args, source):
     if found != source:
         raise UserError(f"{folder} holds another corpus ({found}) than the one asked for ({source}); {remedy}")
     for name, sha256 in hashes.items():
-        if not is_plain_name(name) or not os.path.isfile(folder / name) or _sha256(folder / name) != sha256:
+        if not is_plain_name(name) or not os.path.isfile(folder / name) or sha256_of_file(folder / name) != sha256:
             print(f"{folder / name} is missing or damaged (not the SHA-256 of meta.json): preparing it again")
             return False
     print(f"{folder} is already prepared and intact ({counts}); --force prepares it again")
@@ -212,8 +211,3 @@ def _in_parallel(tasks, tokenizer, num_proc):
         yield from ((task, future.result()) for task, future in pending)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

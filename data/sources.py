@@ -1,8 +1,6 @@
 """Read documents: from your own files, plain or compressed, or from the Hugging Face hub.
 
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005)
-    sources.prepare(parser.parse_args(), "text")
+    sources.prepare(sources.arguments(__doc__, __file__, val_fraction=0.005).parse_args(), "text")
 
 A document is a str. A text file of more than 16 MB is a TextFile: its parts, read again in each iteration.
 """
@@ -44,8 +42,9 @@ VAL_OF_ONE_TEXT = 0.1  # share held out of a text that is not made of documents
 OUTPUT = ("meta.json", "tokenizer.json", ".checked.json")  # what is beside the tokens, and no source
 
 
-def add_arguments(parser, val_fraction, separator=None):
-    """Add the options of a corpus that can be read from files."""
+def arguments(description, script, val_fraction, separator=None):
+    """The parser of `corpus.arguments` with the options of a corpus that can be read from files."""
+    parser = corpus.arguments(description, script)
     parser.add_argument(
         "--source", nargs="+", metavar="PATH",
         help="files, folders, patterns in quotes: .txt, .md, .csv, .json, .jsonl, .parquet; also .gz, .bz2, .xz, .zst",
@@ -68,6 +67,7 @@ def add_arguments(parser, val_fraction, separator=None):
         f"text, the share at its end (default: {VAL_OF_ONE_TEXT})",
     )  # fmt: skip
     parser.set_defaults(default_fraction=val_fraction)
+    return parser
 
 
 def prepare(args, name, hub=None, articles=lambda texts: texts, by_name=False, max_tokens=None):

@@ -129,7 +129,6 @@ def results_main():
 
 
 def results_30m():
-    """All optimizers at all horizons."""
     rows = [(NAMES[name], *(loss_cell(horizon("30m_python", name, steps)) for steps in HORIZONS)) for name in NAMES]
     others = [f"{loss_cell(horizon('30m_python', 'adamw', steps))} at {steps:,} steps" for steps in OTHER_HORIZONS]
     text = table(("optimizer", *(f"{steps:,} steps" for steps in HORIZONS)), rows)
@@ -175,9 +174,8 @@ def speedups(baseline, names):
     """Speed-ups over the baseline, in steps and in seconds."""
     rows, costs = [], [(key, steps) for key in ("step", "seconds") for steps in HORIZONS]
     for name in names:
-        groups = [
-            horizon("30m_python", one, steps) for one in (name, baseline) for steps in (*HORIZONS, *OTHER_HORIZONS)
-        ]
+        every = *HORIZONS, *OTHER_HORIZONS
+        groups = [horizon("30m_python", one, steps) for one in (name, baseline) for steps in every]
         mark = f" {MARK}" * any(unclean(one.runs) for one in groups if one)
         rows.append((NAMES[name] + mark, *(speedup_cell(name, steps, baseline, key) for key, steps in costs)))
     head = [f"{steps:,} steps, in {key.removesuffix('s')}s" for key, steps in costs]
@@ -223,7 +221,6 @@ def results_books():
 
 
 def results_llama():
-    """Llama-like model: the same."""
     folders = {name: sorted(EXPERIMENTS.glob(f"30m_llama/runs/{name}_780_seed[345]")) for name in LLAMA}
     groups = {LLAMA[name]: group([*map(read_run, runs)])[0] for name, runs in folders.items() if runs}
     return beside_adamw(groups)
@@ -365,19 +362,15 @@ def mid_run_bound(one, adamw):
 
 
 def speedups_by_horizon():
-    return {
-        NAMES[name]: [(steps, *point(name, steps)) for steps in HORIZONS if speedup(name, steps)] for name in MAIN[1:]
-    }
+    return {NAMES[name]: [(n, *point(name, n)) for n in HORIZONS if speedup(name, n)] for name in MAIN[1:]}
 
 
 def speedups_by_size():
     """At 30M the speed-up at 1,560 steps. At 30M and 124M the bounds of runs whose tokens a parameter are similar."""
     found, large = {}, {name: one for (name, *_), one in groups_of("124m_python").items()}
     for name in [name for name in MAIN[1:] if name in large]:
-        pairs = [
-            (horizon("30m_python", name, 1560), horizon("30m_python", "adamw", 1560)),
-            (large[name], large["adamw"]),
-        ]
+        small = (horizon("30m_python", one, 1560) for one in (name, "adamw"))
+        pairs = [small, (large[name], large["adamw"])]
         bounds = [(one.parameters, *[mid_run_bound(one, adamw)] * 3, 1) for one, adamw in pairs]
         found[NAMES[name]] = [(bounds[0][0], *point(name, 1560)), *bounds]
     return found

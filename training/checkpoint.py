@@ -269,7 +269,6 @@ def _set_aside(folder, suffix):
 
 
 def remove(path):
-    """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(_set_aside(path, "gone"))
     else:

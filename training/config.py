@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from training.errors import UserError
 from training.foreign import read_bytes
 from training.schedule import SCHEDULES, TO_ZERO, learning_rate, period, stages
-from training.terminal import warn
+from training.terminal import warn_once
 
 ALIASES = {"interval": "hess_interval"}  # the official repository writes it this way
 # Settings of older versions, off by default, and files of config/: what somebody is told who still uses them.
@@ -65,8 +65,8 @@ class TrainConfig(Given):
     out_dir: str = setting("out", "folder of the run: checkpoints, metrics.jsonl, config.json")
     init_from: str = setting(
         "scratch",
-        "start new (scratch), go on with out_dir's run (resume), either (auto), or start new from other weights; with "
-        "auto after weights, such as a config file's, a new run starts from these",
+        "start new (scratch), go on (resume), either (auto), or start from other weights; auto over a config file's "
+        "weights starts from these",
         choices=STARTS,
     )
     checkpoint: str = setting("newest", CHECKPOINT)
@@ -76,9 +76,7 @@ class TrainConfig(Given):
 
     dataset: str = setting("openwebtext", "folder under data/ (or its path), or a mixture: NAME:SHARE,NAME:SHARE")
     total_bs: int = setting(480, "sequences in one optimizer step, over all ranks", at_least=1)
-    batch_size: int = setting(
-        12, "sequences in a rank's forward pass; auto: as many as fit", at_least=1, words=("auto",)
-    )
+    batch_size: int = setting(12, "sequences in a rank's forward pass; auto: what fits", at_least=1, words=("auto",))
     gradient_accumulation_steps: int | None = setting(None, "derived: total_bs / (batch_size * ranks)", at_least=1)
     block_size: int = setting(1024, "tokens in a sequence", at_least=1)
     block_size_schedule: str = setting("", "sequence length from a step on: STEP:LENGTH,...; a step keeps its tokens")
@@ -92,9 +90,7 @@ class TrainConfig(Given):
     gelu: str = setting("tanh", "GELU: GPT-2's tanh approximation, or exact as in nanoGPT", choices=("tanh", "exact"))
     norm: str = setting("layernorm", "which normalization", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, "added to the variance in every norm", above=0.0)
-    position: str = setting(
-        "learned", "learned position embeddings, or rotary ones (rope)", choices=("learned", "rope")
-    )
+    position: str = setting("learned", "learned position embeddings, or rotary (rope)", choices=("learned", "rope"))
     rope_base: float = setting(10000.0, "rope: base of the frequencies", above=0.0)
     rope_dim: int = setting(0, "rope: number of rotated coordinates in each head; 0: all", at_least=0)
     n_kv_head: int = setting(0, "number of key/value heads (GQA); 0: n_head", at_least=0)
@@ -116,52 +112,31 @@ class TrainConfig(Given):
 
     cautious_decay: bool = setting(False, "weight decay only where the update moves towards 0", needs=MUON)
     muon_steps: str = setting(
-        "jordan",
-        "Newton-Schulz coefficients: K. Jordan's, or Polar Express (minimax)",
-        choices=("jordan", "minimax"),
-        needs=MUON,
+        "jordan", "Newton-Schulz: K. Jordan's, or Polar Express (minimax)", choices=("jordan", "minimax"), needs=MUON
     )
-    whiten_sides: str = setting(
-        "both", "sides of a matrix that are whitened", choices=("input", "output", "both"), needs=WHITENED
-    )
-    whiten_exponent: float = setting(
-        0.125, "power of the inverse whitening factors; 0: muon", at_least=0.0, needs=WHITENED
-    )
-    whiten_ridge: float = setting(
-        0.01, "added to a factor, relative to its mean eigenvalue", at_least=0.0, needs=WHITENED
-    )
+    whiten_sides: str = setting("both", "sides that are whitened", choices=("input", "output", "both"), needs=WHITENED)
+    whiten_exponent: float = setting(0.125, "power of the inverse factors; 0: muon", at_least=0.0, needs=WHITENED)
+    whiten_ridge: float = setting(0.01, "added to a factor, times its mean eigenvalue", at_least=0.0, needs=WHITENED)
     whiten_decay: float = setting(0.95, "decay of the factors' averages", at_least=0.0, below=1.0, needs=WHITENED)
     whiten_interval: int = setting(
         10, "steps between updates of the factors' roots", at_least=1, needs=("optimizer_name", ("whitened_muon",))
     )
-    whiten_max_width: int | None = setting(
-        None, "sides wider than this are whitened in blocks", at_least=1, needs=WHITENED
-    )
+    whiten_max_width: int | None = setting(None, "wider sides are whitened in blocks", at_least=1, needs=WHITENED)
 
     max_iters: int = setting(100_000, "optimizer steps in the run", at_least=1)
     decay_lr: bool = setting(True, "warm-up and lr_schedule; False: learning_rate throughout")
-    lr_schedule: str = setting(
-        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES, needs=DECAYS
-    )
+    lr_schedule: str = setting("cosine", "how the learning rate falls after warm-up", choices=SCHEDULES, needs=DECAYS)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = setting(
-        None, "step at which the decay to min_lr ends; default max_iters", at_least=1, needs=FALLS
-    )
+    lr_decay_iters: int | None = setting(None, "step where the decay ends; default max_iters", at_least=1, needs=FALLS)
     min_lr: float | None = setting(
         None, "final learning rate; default learning_rate / 20, 0 for linear and wsd*", at_least=0.0, needs=FALLS
     )
-    wsd_decay: float = setting(
-        0.2, "last share of lr_decay_iters, in which the learning rate falls", above=0.0, at_most=1.0, needs=WSD
-    )
+    wsd_decay: float = setting(0.2, "last share of lr_decay_iters, the decay", above=0.0, at_most=1.0, needs=WSD)
     restart_iters: int | None = setting(None, "steps of the first period, torch's T_0", at_least=1, needs=RESTARTS)
-    restart_multiplier: float = setting(
-        2.0, "length of a period over the one before, torch's T_mult", at_least=1.0, needs=RESTARTS
-    )
+    restart_multiplier: float = setting(2.0, "each period over the last, torch's T_mult", at_least=1.0, needs=RESTARTS)
 
     eval_interval: int = setting(1000, "steps between evaluations", at_least=1)
-    eval_tokens: int = setting(
-        2**21, "tokens of val.bin in an evaluation; a smaller val.bin is used in full", at_least=1
-    )
+    eval_tokens: int = setting(2**21, "tokens of val.bin in an evaluation; a smaller one is used in full", at_least=1)
     eval_iters: int | None = setting(None, "sets eval_tokens to eval_iters * batch_size * block_size", at_least=1)
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "steps between lines of metrics", at_least=1)
@@ -185,21 +160,12 @@ class TrainConfig(Given):
     )
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")
-    fsdp_shard: int | None = setting(
-        None, "number of ranks over which one copy is split; default all", at_least=1, needs=SPLIT
-    )
+    fsdp_shard: int | None = setting(None, "ranks over which one copy is split; default all", at_least=1, needs=SPLIT)
     fsdp_keep: str = setting(
-        "gradients",
-        "what a rank keeps complete between micro-batches",
-        choices=("nothing", "gradients", "all"),
-        needs=SPLIT,
+        "gradients", "what is kept complete between micro-batches", choices=("nothing", "gradients", "all"), needs=SPLIT
     )
-    backend: str = setting(
-        "auto", "torch.distributed's; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo")
-    )
-    nccl_timeout: int = setting(
-        600, "seconds that a rank waits for the others before it gives up", at_least=1, at_most=10**6
-    )
+    backend: str = setting("auto", "of the ranks; auto: nccl on cuda, else gloo", choices=("auto", "nccl", "gloo"))
+    nccl_timeout: int = setting(600, "seconds that a rank waits for the others", at_least=1, at_most=10**6)
 
     def check(self):
         """Raise UserError if settings contradict each other; fill in those that follow from others."""
@@ -219,7 +185,7 @@ class TrainConfig(Given):
             if self.lr_decay_iters < (end := round(start + length)):
                 cut = f"lr_decay_iters = {self.lr_decay_iters} cuts off the last period of cosine_restarts"
                 rate = f"at a learning rate of {learning_rate(self.lr_decay_iters - 1, self):.3g}"
-                _warn_once(f"{cut}, {rate}; complete periods end at steps {start:.0f} and {end}.")
+                warn_once(f"{cut}, {rate}; complete periods end at steps {start:.0f} and {end}.")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; lower it.")
         if self.embedding_lr and not self.learning_rate:
@@ -229,15 +195,14 @@ class TrainConfig(Given):
                 raise UserError(f"{name} needs dtype = 'bfloat16', not {self.dtype!r}; change it, or leave {name} out.")
         if self.fp8_loss and self.fsdp:
             raise UserError("fp8_loss needs the complete output matrix, and fsdp splits it; leave one of the two out.")
-        starts = {
-            "block_size_schedule": stages(self)[-1][0],
-            "sophia_start_iter": getattr(self, "sophia_start_iter", 0),
+        starts = {"block_size_schedule": stages(self)[-1][0]} | {
+            "sophia_start_iter": getattr(self, "sophia_start_iter", 0)
         }
         if self.decay_lr and self.lr_schedule != "constant" and "lr_decay_iters" not in getattr(self, "given", ()):
             starts["lr_decay_iters"] = self.lr_decay_iters - 1  # of a config file, perhaps for other max_iters
         if late := [name for name, step in starts.items() if step >= self.max_iters]:
             end = f"the run ends at max_iters = {self.max_iters}"
-            _warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
+            warn_once(f"{end}, before the last change by {late[0]}, at step {starts[late[0]]}.")
         for name in ("fsdp", "eval_iters", "gradient_accumulation_steps"):
             if self.batch_size == "auto" and getattr(self, name):
                 raise UserError(f"{name} = {getattr(self, name)} does not go with batch_size = 'auto'; give a number.")
@@ -305,7 +270,7 @@ def load_config(cls, argv=None):
             for name in on_command_line & found.keys():
                 if found[name] != values[name]:
                     later = f"{argument} comes after --{name}={values[name]} and sets it to {found[name]!r}"
-                    _warn_once(f"{later}; give config files first.")
+                    warn_once(f"{later}; give config files first.")
             on_command_line -= found.keys()
             values |= found
         elif _is_removed(key, text, "the command line"):
@@ -341,7 +306,7 @@ def _check_read(config, values, on_command_line):
             raise UserError(f"{unread_here}; leave it out{reads and f', or set {name} to {reads}'}.")
         unread.append(field.name)
     if unread:
-        _warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
+        warn_once(f"some settings of the config files have no effect in this run: {', '.join(unread)}.")
 
 
 def _unmet(config, field):
@@ -350,12 +315,6 @@ def _unmet(config, field):
     if name is None or getattr(config, name) not in allowed:
         return name, allowed
     return _unmet(config, config.__dataclass_fields__[name])
-
-
-def _warn_once(text):
-    """Warn on one of the ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        warn(text)
 
 
 def with_current_values(cls, settings, where=""):
@@ -385,9 +344,8 @@ def describe(cls):
     for field in dataclasses.fields(cls):
         default = "" if field.default in (None, "") else str(field.default)
         name, values = field.metadata.get("needs", ("", ()))
-        limits = "; ".join(
-            filter(None, [_allowed(field), f"with {name} {' or '.join(map(str, values))}" if name else ""])
-        )
+        needs = f"with {name} {' or '.join(map(str, values))}" if name else ""
+        limits = "; ".join(filter(None, [_allowed(field), needs]))
         yield field.name, _kind(field)[0].__name__, default, field.metadata["help"] + (f" ({limits})" if limits else "")
 
 
@@ -406,7 +364,7 @@ def run_config_file(cls, path):
     if left := [key for key in names.get("__annotations__", {}) if key not in names]:
         raise UserError(f"{path}: {left[0]}: assigns nothing, a config file is Python; write {left[0]} = ...")
     if not values:
-        _warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
+        warn_once(f"{path} assigns no setting; a config file is Python, with lines such as batch_size = 8.")
     return values
 
 

@@ -185,19 +185,14 @@ class Shards:
         return int(self.ends[-1])
 
     def __getitem__(self, key):
-        """Tokens by a slice or by an array of places."""
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            cut = [
-                part[max(start - end + len(part), 0) : max(stop - end + len(part), 0)]
-                for part, end in zip(self.parts, self.ends, strict=True)
-            ]
-            return np.concatenate(cut)[::step]
-        which = np.searchsorted(self.ends, key, "right")
-        found = np.empty(np.shape(key), self.dtype)
-        for i in np.unique(which):
-            found[which == i] = self.parts[i][key[which == i] - (self.ends[i] - len(self.parts[i]))]
-        return found
+        """Tokens by a slice."""
+        start, stop, step = key.indices(len(self))
+        first, last = np.searchsorted(self.ends[:-1], (start, stop), "right")
+        cut = [
+            part[max(start - end + len(part), 0) : max(stop - end + len(part), 0)]
+            for part, end in zip(self.parts[first : last + 1], self.ends[first : last + 1], strict=True)
+        ]
+        return np.concatenate(cut)[::step]
 
 
 class Rings(Shards):
@@ -437,29 +432,15 @@ def evaluation_starts(n_tokens, eval_tokens, block_size):
 def take_windows(tokens, starts, block_size):
     """inputs and targets, (len(starts), block_size) int64: the targets are the inputs one token on, in the ring."""
     windows = np.empty((len(starts), block_size + 1), tokens.dtype)
-    if isinstance(tokens, Rings):
-        which = np.searchsorted(tokens.ends, starts, "right")
-        for i in np.unique(which):
+    for window, start in zip(windows, starts, strict=True):
+        ring = tokens
+        if isinstance(tokens, Rings):
+            i = np.searchsorted(tokens.ends, start, "right")
             ring = tokens.parts[i]
-            windows[which == i] = _ring_windows(ring, starts[which == i] - (tokens.ends[i] - len(ring)), block_size + 1)
-    else:
-        windows = _ring_windows(tokens, starts, block_size + 1)
+            start -= tokens.ends[i] - len(ring)
+        found = ring[start : start + len(window)]
+        window[: len(found)], window[len(found) :] = found, ring[: len(window) - len(found)]
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
-
-
-def _ring_windows(tokens, starts, size):
-    """(len(starts), size): from each start on, over the borders of shards and from the end on to the start."""
-    windows, inside = np.empty((len(starts), size), tokens.dtype), np.zeros(len(starts), bool)
-    parts, ends = (tokens.parts, tokens.ends) if isinstance(tokens, Shards) else ([tokens], np.array([len(tokens)]))
-    which = np.searchsorted(ends, starts, "right")
-    for i in np.unique(which):
-        here = (which == i) & (starts + size <= ends[i])
-        if here.any():
-            view = np.lib.stride_tricks.sliding_window_view(parts[i], size)
-            windows[here] = view[starts[here] - (ends[i] - len(parts[i]))]
-        inside |= here
-    windows[~inside] = tokens[(starts[~inside, None] + np.arange(size)) % len(tokens)]
-    return windows
 
 
 def label_uniforms(seed, step, sequences, block_size):

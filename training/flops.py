@@ -42,8 +42,6 @@ def peak_flops(device_name, dtype):
     None for a device that is not in the table: then there is no MFU rather than a guess. "float32" is TF32, which has
     to be switched on.
     """
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
     name = re.sub(r"^(NVIDIA |Tesla )+", "", device_name)
     for pattern, (half, tf32) in PEAK_TFLOPS.items():
         if re.fullmatch(pattern, name):

@@ -5,6 +5,7 @@ checkpoint = checked_checkpoint(load_tensors("ckpt.pt"), "ckpt.pt")
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -66,6 +67,11 @@ def _finite(text):
 def is_plain_name(name):
     """Whether `name` is that of a file or folder, and no path that leads elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def sha256_of_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----- checkpoints

@@ -32,15 +32,19 @@ def lock_file(file, taken, without):
     UserError with the text `taken` if another process holds it. A warning, `without`, where there are no file locks.
     """
     try:
-        if fcntl is None:
-            raise OSError(errno.ENOLCK, "not on this system")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file)
     except BlockingIOError:
         raise UserError(taken) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         warn(f"no file locks here ({error.strerror}): {without}")
+
+
+def _flock(file):
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "not on this system")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunLock:
@@ -99,9 +103,7 @@ class RunLock:
     def _locked_by(self, file):
         locks = True
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOLCK, "no file locks on this system")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file)
         except BlockingIOError:
             return _read(file) or {}
         except OSError as error:

@@ -40,7 +40,7 @@ from training.sharding import check_sharding, read_state, set_weights, shard, sh
 from training.shards import PartWriter
 from training.startup import attention_line, keep_compiled_code
 from training.step import DTYPES, Batches, TrainStep
-from training.terminal import warn
+from training.terminal import warn, warn_once
 from training.tokenizer import identity as tokenizer_identity
 from training.tracking import SHARED, Clock, Tracker, console_line, git_state, source_hash
 
@@ -101,8 +101,8 @@ class Run:
             elsewhere = origin.parent.resolve() != Path(config.out_dir).resolve()
             if elsewhere and not config.eval_only:
                 world.on_rank0(lambda: _check_empty(config))
-            elif config.overwrite and world.is_rank0:
-                warn(f"overwrite has no effect with init_from = resume or auto: the run in {config.out_dir} goes on.")
+            elif config.overwrite:
+                warn_once(f"overwrite has no effect on a resume: the run in {config.out_dir} goes on.")
             if config.new_from not in ("scratch", "resume"):  # the weights that it started with say what model it is
                 args = vars(GPTConfig(**checkpoint["model_args"]))
                 vars(config).update({key: args[key] for key in MODEL_SETTINGS if key != "block_size"})
@@ -158,8 +158,7 @@ class Run:
         if config.fp8_loss:
             tokens = self._batches.tokens_at_once(config.total_bs)
             world.on_all_ranks(lambda: check_fp8_loss(world.device, model_config, tokens))
-            if world.is_rank0:
-                warn("fp8_loss is an experiment: no run shows yet that it ends at bf16's loss (docs/scaling.md).")
+            warn_once("fp8_loss is an experiment: no run shows yet that it ends at bf16's loss (docs/scaling.md).")
         if config.fp8:
             estimates = getattr(config, "hess_bs", config.total_bs)
             tokens = [n for count in (config.total_bs, estimates) for n in self._batches.tokens_at_once(count)]
@@ -178,8 +177,7 @@ class Run:
         self._remeasured = "val_sha256" in self._changed or any(count != windows[0] for count in windows)
         self._best = checkpoint["best_val_loss"] if checkpoint and not self._remeasured else math.inf
         if not self._best > -math.inf:  # no loss is below NaN
-            if world.is_rank0:
-                warn(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
+            warn_once(f"the lowest val/loss in {origin} is {self._best}; the search for the best one begins again.")
             self._best = math.inf
         self._recent_losses = collections.deque(checkpoint["recent_losses"] if resume else (), maxlen=101)
         self._has_skipped_matrices = False
@@ -215,8 +213,8 @@ class Run:
             self._say(attention_line(model_config, DTYPES[config.dtype], world.device))
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
-            if checkpoint["unused"] and world.is_rank0:
-                warn(f"not used: {checkpoint['unused']}; the model is that of {config.init_from}.")
+            if checkpoint["unused"]:
+                warn_once(f"not used: {checkpoint['unused']}; the model is that of {config.init_from}.")
         if resume:
             changed = ", ".join(self._changed) or "nothing"
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
@@ -509,8 +507,7 @@ class Run:
                     if improved := trained and metrics["val/loss"] < self._best:
                         self._best = metrics["val/loss"]
                     if step > self.step and not math.isfinite(metrics["val/loss"]):
-                        if self.world.is_rank0:
-                            warn(f"val/loss is not finite at step {step}; no checkpoint of it is written.")
+                        warn_once(f"val/loss is not finite at step {step}; no checkpoint of it is written.")
                     elif step > self.step and (improved or config.always_save_checkpoint):
                         self._save(step, improved)
                     elif improved and self._writer and self.world.is_rank0:
@@ -557,10 +554,8 @@ class Run:
 
     def _windows(self, eval_tokens):
         """How many windows of each corpus an evaluation reads: a small val.bin is read in full by any eval_tokens."""
-        return [
-            len(data.evaluation_starts(len(part.val), eval_tokens, self.config.block_size))
-            for part, _ in self.corpus.parts
-        ]
+        counts = (len(part.val) for part, _ in self.corpus.parts)
+        return [len(data.evaluation_starts(n, eval_tokens, self.config.block_size)) for n in counts]
 
     def evaluate(self):
         """Mean cross-entropy (nats a token) and accuracy over the fixed windows of val.bin, by their metrics' names.
@@ -630,8 +625,7 @@ class Run:
             del metrics["curvature/skipped"]
         if metrics.get("train/skipped_matrices") and not self._has_skipped_matrices:
             self._has_skipped_matrices = True
-            if world.is_rank0:
-                warn("updates of single matrices were not finite and are skipped (train/skipped_matrices counts them).")
+            warn_once("some updates of matrices were not finite and are skipped (train/skipped_matrices counts them).")
         for what, count in in_a_row.items():
             if count < config.max_skipped:
                 continue

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from training.errors import UserError
-from training.foreign import is_plain_name, load_tensors, parse_json, read_bytes
+from training.foreign import is_plain_name, load_tensors, parse_json, read_bytes, sha256_of_file
 
 MANIFEST, REST = "manifest.json", "run.pt"
 PARTS = ("model", "optimizer")  # of a checkpoint: their tensors are stored in shards
@@ -337,17 +337,12 @@ def _read_manifest(path, verify):
     intact = [stat.S_ISREG(s.st_mode) and s.st_size == files[name]["bytes"] for name, s in status.items()]  # or a FIFO
     if verify and all(intact):
         with ThreadPoolExecutor(8) as threads:
-            found = threads.map(lambda name: _sha256(path / name), files)
+            found = threads.map(lambda name: sha256_of_file(path / name), files)
             intact = [sha256 == facts["sha256"] for sha256, facts in zip(found, files.values(), strict=True)]
     if not all(intact):
         name = list(files)[intact.index(False)]
         raise UserError(f"{path} is damaged: {name} is not what was written.")
     return {**manifest, "sha256": sha256}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sealed(manifest):

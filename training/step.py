@@ -95,9 +95,7 @@ class Batches:
         if curvature:
             targets = data.label_uniforms(config.seed, step, places, full)
         cut = slice(rows.start * length - places.start * full, rows.stop * length - places.start * full)
-        return [
-            self.pinned(torch.from_numpy(tokens.reshape(-1)[cut].reshape(-1, length))) for tokens in (inputs, targets)
-        ]
+        return [self.pinned(torch.from_numpy(x.reshape(-1)[cut].reshape(-1, length))) for x in (inputs, targets)]
 
     def pinned(self, tensor):
         """In pinned memory, which a GPU copies while the host goes on; torch reuses it when the copy is done."""
@@ -155,7 +153,6 @@ class TrainStep:
             setattr(self, key, {name: torch.tensor(value, device=self.world.device) for name, value in values.items()})
 
     def close(self):
-        """Leave the process group."""
         self._ddp = None
 
     @property
@@ -235,9 +232,15 @@ class TrainStep:
         scaled and left unscaled.
         """
         if self.config.compile and (loss, batch[0][0].shape) not in self._compiled:
-            self._compile(batch[0], loss)
+            # FSDP would keep a gradient that it has not exchanged.
+            self._rehearse(batch[0], loss, exchange=self.config.fsdp)
+            self._compiled.add((loss, batch[0][0].shape))
         if not self._settled:
-            self._settle(batch[0], loss)
+            # DDP puts its buckets in their final order after its first pass. With more than two ranks the order of a
+            # sum depends on the buckets, so a resume would not give the same bits.
+            for _ in range(2):
+                self._rehearse(batch[0], loss, exchange=True)
+            self._settled = True
         total = torch.zeros((), device=self.world.device)
         for i, (inputs, targets, weight) in enumerate(batch):
             last = i + 1 == len(batch)
@@ -279,7 +282,7 @@ class TrainStep:
         """
         full = not self._try_micro_batch(size)
         self.model.train()
-        self._free_gradients()
+        self.model.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -309,7 +312,7 @@ class TrainStep:
                 if self._estimate == "labels":
                     backward(estimated, label_loss)
                 elif self._estimate == "hutchinson":
-                    self._free_gradients()
+                    self.model.zero_grad()
                     vectors, _totals = ({k: torch.zeros_like(p) for k, p in parameters.items()} for _ in range(2))
                     part = ids(estimated // _equal_parts(estimated, _most_in_product(size)))
                     self._differentiate(part, part, vectors)
@@ -323,35 +326,17 @@ class TrainStep:
                 raise
             return False
 
-    def _free_gradients(self):
-        for p in self.model.parameters():
-            p.grad = None
-
     def evaluation(self, inputs, targets):
         """(2,): loss and accuracy, means over the labels."""
         with self._autocast:
             return self._forward(inputs, targets, loss_and_accuracy)
 
-    def _compile(self, micro_batch, loss):
-        """Compile the graphs of `loss` by a pass that leaves nothing behind; its time is not training time."""
+    def _rehearse(self, micro_batch, loss, exchange):
+        """A pass that leaves nothing behind but compiled graphs and DDP's buckets. It is no training time."""
         inputs, targets, _ = micro_batch
-        exchange = self._exchange(self.config.fsdp)  # FSDP would keep a gradient that it has not exchanged
-        with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices), exchange:
+        with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices), self._exchange(exchange):
             self._loss(inputs, targets, loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
-        self._compiled.add((loss, inputs.shape))
-
-    def _settle(self, micro_batch, loss):
-        """Let DDP put its buckets in their final order, which it does after its first pass.
-
-        With more than two ranks the order of a sum depends on the buckets, so a resume would not give the same bits.
-        """
-        inputs, targets, _ = micro_batch
-        self._settled = True
-        with self._clock.paused(), torch.random.fork_rng(devices=self.world.rng_devices):
-            for _ in range(2):
-                self._loss(inputs, targets, loss).backward()
-                self.optimizer.zero_grad(set_to_none=True)
 
     # ----- Hessian-vector products
 

@@ -28,6 +28,12 @@ def warn(text):
         print(f"warning: {printable(' '.join(str(text).split()))}", file=sys.stderr, flush=True)
 
 
+def warn_once(text):
+    """Warn on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        warn(text)
+
+
 class _Bytes(io.FileIO):
     """File descriptor 1 or 2. What cannot be written is left out; a tool ends if that is its stdout."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.terminal import warn
+from training.terminal import warn_once
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SHARD, HEADER = 20240520, 1024  # the first number of llm.c's header, and its bytes
@@ -29,23 +29,16 @@ OTHER_LLMC = {
 SIGNATURES = {
     b"\x93NUMPY": "a NumPy .npy file",
     b"PK\x03\x04": "a zip archive (.zip, .npz or .pt)",
-    b"PK\x05\x06": "an empty zip archive",
     b"\x1f\x8b\x08": "compressed by gzip",
     b"\xfd7zXZ\x00": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\x04\x22\x4d\x18": "compressed by lz4",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow stream",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"GGUF": "a GGUF model",
     b"MMIDIDX\x00\x00": "the index of a Megatron dataset",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"\x89PNG\r\n": "a PNG image",
-    b"%PDF-": "a PDF",
-    b"\x7fELF": "a program",
     b"version https://git-lfs": "a git-lfs pointer, not the file itself (git lfs pull fetches it)",
 }
 
@@ -64,9 +57,9 @@ def find_folder(dataset):
     is_first = str(dataset).startswith(".") or os.sep not in str(dataset)
     folder = next(filter(os.path.exists, choices), choices[0 if is_first else 1])
     if os.path.isdir(folder):
-        here, is_rank0 = Path(dataset), os.environ.get("RANK", "0") == "0"
-        if is_rank0 and folder == DATA / here and os.path.isdir(here) and not os.path.samefile(folder, here):
-            warn(f"dataset = '{dataset}' is {folder}; for the folder of this name here give --dataset=./{here}.")
+        here = Path(dataset)
+        if folder == DATA / here and os.path.isdir(here) and not os.path.samefile(folder, here):
+            warn_once(f"dataset = '{dataset}' is {folder}; for the folder of this name here give --dataset=./{here}.")
         return folder
     if os.path.exists(folder):
         raise UserError(f"dataset = '{dataset}': {folder} is a file; name the folder that holds train.bin and val.bin.")

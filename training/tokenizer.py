@@ -259,8 +259,7 @@ class CharacterTokenizer(Tokenizer):
             raise UserError('the "characters" of a meta.json each stand there once')
 
     def _encode(self, text):
-        codes = _code_points(text)
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if (ids < 0).any():
             culprit = text[int(np.argmin(ids))]
             problem = f"the character {culprit!r} is not among the {self.vocab_size} of this vocabulary"

@@ -57,9 +57,7 @@ class Tracker:
             kept = [line for line in before if line["step"] < start_step]
             steps = [line["step"] for line in kept]
             apart = max((b - a for a, b in itertools.pairwise(steps)), default=start_step)
-            if start_step and (
-                not steps or start_step - 1 - steps[-1] > apart
-            ):  # a copy of the checkpoint alone, for example
+            if start_step and (not steps or start_step - 1 - steps[-1] > apart):  # a copy of the checkpoint alone, say
                 warn(f"{path} lacks lines before step {start_step}, at which the run goes on; are files missing here?")
             for unfinished in self.out_dir.glob("*.json*.tmp"):  # of a run that was killed
                 unfinished.unlink()
@@ -190,9 +188,7 @@ class Wandb:
         self.id = self.run.id if self.run else self.id
         if self.run and not self._try("without wandb", lambda _: self.run.define_metric("*", step_metric="step")):
             self.run = None
-        known = (
-            run_id and self.run and (self.run.resumed or self.run.offline)
-        )  # not in another project or on a new server
+        known = run_id and self.run and (self.run.resumed or self.run.offline)  # not in another project or server
         for line in () if known else kept:
             self.log(line)
 
@@ -223,8 +219,7 @@ class Wandb:
                 self.run.log(metrics, step=metrics["step"], commit=True)
             if metrics["step"] == self._max_iters:  # the end
                 speed = metrics["tokens"] / max(metrics.get("seconds", 0.0), 1e-9)
-                final = {"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed}
-                self.run.summary.update(final)
+                self.run.summary.update({"final_val_loss": metrics.get("val/loss"), "mean_tokens_per_second": speed})
             return True
 
         if self.run and not self._try("without wandb", send):

@@ -18,8 +18,7 @@ NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
 def main():
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.0005)
+    parser = sources.arguments(__doc__, __file__, val_fraction=0.0005)
     parser.add_argument("--max_tokens", type=corpus.positive, help="stop before a page that would exceed this number")
     args = parser.parse_args()
     fraction, part = args.val_fraction or args.default_fraction, f", max_tokens {args.max_tokens}"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus, sources
+from data import sources
 from training.errors import command
 
 NAME = "Skylion007/openwebtext"
@@ -24,8 +24,7 @@ def from_hub():
 
 
 def main():
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.0005)
+    parser = sources.arguments(__doc__, __file__, val_fraction=0.0005)
     hub = f"{NAME} from the Hugging Face hub, nanoGPT's split", from_hub
     sources.prepare(parser.parse_args(), "OpenWebText", hub)
 

@@ -14,14 +14,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus, sources
+from data import sources
 from training.errors import command
 
 
 def main():
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005)
-    sources.prepare(parser.parse_args(), "text")
+    sources.prepare(sources.arguments(__doc__, __file__, val_fraction=0.005).parse_args(), "text")
 
 
 if __name__ == "__main__":

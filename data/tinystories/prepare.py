@@ -11,15 +11,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus, sources
+from data import sources
 from training.errors import command
 
 NAME = "roneneldan/TinyStories"
 
 
 def main():
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.01, separator="<|endoftext|>")
+    parser = sources.arguments(__doc__, __file__, val_fraction=0.01, separator="<|endoftext|>")
     hub = f"{NAME} from the Hugging Face hub", lambda: sources.hub_splits(sources.load_from_hub(NAME))
     sources.prepare(parser.parse_args(), "TinyStories", hub, by_name=True)
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus, sources
+from data import sources
 from training.errors import command
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -45,8 +45,7 @@ def from_hub():
 
 
 def main():
-    parser = corpus.arguments(__doc__, __file__)
-    sources.add_arguments(parser, val_fraction=0.005)
+    parser = sources.arguments(__doc__, __file__, val_fraction=0.005)
     hub = f"{NAME} {CONFIG} from the Hugging Face hub", from_hub
     sources.prepare(parser.parse_args(), "WikiText-103", hub, articles, by_name=True)
 

@@ -190,8 +190,6 @@ def _store(batch, key, new, identity=False):
 
 @dataclass
 class Config(train_adam.AdamConfig):
-    """The settings of a run with a variant."""
-
     variant: str = setting("none", "which variant; all but none need whitened_muon", choices=("none", *VARIANTS))
     momentum_start: float | None = setting(
         None, "momentum of the first step; it rises linearly to `momentum`", at_least=0.0, below=1.0, needs=MUON

@@ -25,8 +25,6 @@ from training.run import Run
 
 @dataclass
 class Config(SophiaConfig):
-    """The settings of a run with the official habits."""
-
     official: str = setting("", "the official sophia.py, from which the optimizer comes; default: this repository's")
 
     def check(self):

@@ -87,7 +87,6 @@ JUNK = {
     "a tar archive": packed(tarred),
     "a parquet file": packed(lambda buffer: pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 9}), buffer)),
     "an Arrow stream": packed(arrow_stream),
-    "an SQLite database": b"SQLite format 3\0" + bytes(4080),
     "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n",
     "JSON text": json.dumps({"error": "rate limit exceeded", "status": 429}).encode(),
     "JSON text ": json.dumps(TOKENS.tolist()).encode(),
