@@ -323,6 +323,7 @@ TABLES = {
     "settings": settings,
     "speed-training": lambda: markdown_table(ROOT / "assets/bench/train.json"),
     "speed-llama": lambda: markdown_table(ROOT / "assets/bench/llama.json"),
+    "speed-fp8-loss": lambda: markdown_table(ROOT / "assets/bench/fp8_loss.json"),
     "speed-optimizer": lambda: markdown_table(ROOT / "assets/bench/optimizer.json"),
     "speed-muon-training": lambda: markdown_table(ROOT / "assets/bench/muon_train.json"),
     "speed-muon-optimizer": lambda: markdown_table(ROOT / "assets/bench/muon_optimizer.json"),

@@ -181,7 +181,7 @@ def test_the_best_of_each_tuning_runs_longer_with_held_out_seeds(steps, monkeypa
 def test_the_recipe_in_config_is_the_variant_of_its_experiment(monkeypatch):
     """At twice the steps, so with twice the warm-up."""
     monkeypatch.chdir(ROOT)
-    (ran,) = sweep.grid(define("30m_whitening", ["--held_out=3", "--only=both"]), ROOT)
+    (ran,) = sweep.grid(define("30m_whitened_muon", ["--held_out=5", "--only=blocks"]), ROOT)
     ran, recipe = (vars(load_config(train_adam.AdamConfig, argv))
                    for argv in (ran.argv[1:], ["config/train_gpt2_30m_whitened_muon.py"]))  # fmt: skip
     changed = {key: (ran[key], recipe[key]) for key in recipe.keys() - {"out_dir", "seed"} if recipe[key] != ran[key]}

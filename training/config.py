@@ -156,7 +156,7 @@ class TrainConfig(Given):
     compile: bool = setting(False, "torch.compile the model")
     fp8: bool = setting(False, "Linear layers in FP8 (package torchao; an H100, L40S or newer), best with compile")
     fp8_loss: bool = setting(
-        False, "experimental: output matrix and loss in FP8 (Hopper GPUs, micro-batches of 8,192 tokens or more)"
+        False, "output matrix and loss in FP8 (Hopper GPUs, micro-batches of 8,192 tokens or more)"
     )
     activation_checkpointing: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
     fsdp: bool = setting(False, "split the model and its optimizer over the ranks (FSDP2), instead of copies")

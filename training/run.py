@@ -158,7 +158,6 @@ class Run:
         if config.fp8_loss:
             tokens = self._batches.tokens_at_once(config.total_bs)
             world.on_all_ranks(lambda: check_fp8_loss(world.device, model_config, tokens))
-            warn_once("fp8_loss is an experiment: no run shows yet that it ends at bf16's loss (docs/scaling.md).")
         if config.fp8:
             estimates = getattr(config, "hess_bs", config.total_bs)
             tokens = [n for count in (config.total_bs, estimates) for n in self._batches.tokens_at_once(count)]
