@@ -288,7 +288,7 @@ class WhitenedMuon(Muon):
         ridge: added to the factors, in units of their mean eigenvalue.
         decay: of the factors' averages.
         interval: steps between two computations of the roots. The factors are updated in every step. A matrix that has
-            no gradient when its root is due waits for the next computation.
+            no gradient when its root is due waits for the next computation, as do all matrices if `found_inf` is set.
         source: with "gradient" the factors come from the gradients of step(). With "update_factors" they come from the
             gradients at each call of update_factors(), such as those of Sophia's sampled labels. These calls compute
             the roots too, and interval is not used.
