@@ -161,7 +161,8 @@ def draw(logits, temperature, top_k, generator, top_p=None):
         best, candidates = logits.topk(k)  # (B, k) each, likeliest first
         probs = best.softmax(dim=-1)
         if top_p is not None:
-            probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # likelier ones already have top_p
+            least = max(top_p, torch.finfo(torch.float32).tiny)  # float32 rounds less to 0
+            probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= least, 0.0)  # likelier ones already have top_p
         # Draw in the vocabulary's order: if rounding swaps the ranks of two tokens, a seed still draws the same one.
         probs = torch.zeros_like(logits).scatter(-1, candidates, probs)
     else:

@@ -178,9 +178,7 @@ def test_a_tokenizers_file_is_in_the_folder(tmp_path):
             open_dataset(folder)
 
 
-def test_many_phases_take_no_time(tiny, capsys):
-    schedule = ",".join(f"{step}:4" for step in range(200_000))
-    assert "200000 phases" in refused(train_adam.main, [*tiny, f"--block_size_schedule={schedule}"], capsys)
+def test_many_phases_take_no_time():
     config = train_adam.AdamConfig(block_size=16, block_size_schedule=",".join(f"{step}:4" for step in range(1000)))
     began = time.perf_counter()
     assert {sequence_length(step, config) for step in range(100_000)} == {4}

@@ -155,7 +155,8 @@ def test_logits_of_a_cached_token(tmp_path):
 @pytest.mark.parametrize(
     "settings, kept",  # probabilities 0.5, 0.25, 0.15, 0.1 at places 2, 0, 3, 1
     [({"top_p": 0.5}, [2]), ({"top_p": 0.51}, [2, 0]), ({"top_p": 0.8}, [2, 0, 3]), ({"top_p": 1.0}, [0, 1, 2, 3]),
-     ({"top_p": 1e-9}, [2]), ({"top_p": 0.7, "top_k": 2}, [2, 0]), ({"top_p": 0.6, "top_k": 2}, [2])],
+     ({"top_p": 1e-9}, [2]), ({"top_p": 1e-309}, [2]), ({"top_p": 0.7, "top_k": 2}, [2, 0]),
+     ({"top_p": 0.6, "top_k": 2}, [2])],
 )  # fmt: skip
 def test_top_p_keeps_the_fewest_tokens_that_have_it(settings, kept):
     probs = torch.tensor([0.25, 0.1, 0.5, 0.15])
