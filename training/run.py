@@ -768,7 +768,7 @@ def _place(init_from):
 
 
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run, or weights that this one would remove."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run, or weights that would be removed."""
     if not config.eval_only and config.init_from != "resume":
         files, (_, _, weights) = _run_files(config.out_dir), config.new_from.partition(":")
         if weights and os.path.realpath(weights) in map(os.path.realpath, (config.out_dir, *files)):

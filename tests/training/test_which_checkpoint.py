@@ -307,7 +307,7 @@ def test_a_run_does_not_remove_the_weights_it_starts_from(tiny, tmp_path, capsys
         into = path if path.is_dir() else path.parent
         start = [f"--init_from={kind}{path}" for kind in words] + ["--init_from=auto"] * (init_from == "auto")
         said = refused(capsys, train_adam.main, [*tiny, *start, f"--out_dir={into}", "--overwrite=True"])
-        assert said.endswith("name another --out_dir.")
+        assert said.endswith("name another --out_dir.\n")
         assert before == {file: file.read_bytes() for file in path.parent.rglob("*.*") if file.is_file()}
 
 
