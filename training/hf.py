@@ -332,17 +332,22 @@ def start_from(config):
         states[positions] = states.get(positions, {}) | state
         weights[positions] = weights[positions][:block_size]
     args["block_size"] = block_size
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    differing = {key: value for key in MODEL_SETTINGS if (value := getattr(config, key)) != args[key]}
-    given = [key for key, value in differing.items() if value != defaults[key] or key in getattr(config, "given", ())]
-    checkpoint["unused"] = ", ".join(f"{key} = {differing[key]!r}" for key in given)
-    for key in MODEL_SETTINGS:
-        setattr(config, key, args[key])
+    checkpoint["unused"] = take_model_settings(config, args)
     shape = ", ".join(f"{key} = {args[key]}" for key in MODEL_SETTINGS)
     taken = f"step {checkpoint['step']} with the state of its {name}" if continues else "weights, for step 0"
     left = f" (the state of its {name} is of no use to {config.optimizer_name})" if name and not continues else ""
     checkpoint["summary"] = f"from {config.init_from}: {taken}{left}; {shape}"
     return checkpoint
+
+
+def take_model_settings(config, args):
+    """Give `config` the model settings of a checkpoint's `model_args`, but block_size; return those given in vain."""
+    args, defaults = vars(GPTConfig(**args)), {field.name: field.default for field in dataclasses.fields(config)}
+    differing = {key: getattr(config, key) for key in MODEL_SETTINGS if getattr(config, key) != args[key]}
+    differing.pop("block_size", None)
+    vars(config).update({key: args[key] for key in differing})
+    given = [key for key in differing if differing[key] != defaults[key] or key in getattr(config, "given", ())]
+    return ", ".join(f"{key} = {differing[key]!r}" for key in given)
 
 
 def sha256_of(checkpoint):

@@ -28,9 +28,9 @@ from training.config import model_config, with_current_values
 from training.distributed import Distributed
 from training.errors import RunError, UserError, file_errors, is_out_of_memory
 from training.flops import ESTIMATE_COST, peak_flops, run_flops
-from training.foreign import restoring
+from training.foreign import read_json, restoring
 from training.fp8 import check_fp8_loss, check_fp8_tokens, to_fp8
-from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from
+from training.hf import MODEL_SETTINGS, load_optimizer_state, sha256_of, start_from, take_model_settings
 from training.lock import RunLock, check_shared
 from training.memory import estimate, largest, memory_of, micro_batch_sizes, sentence
 from training.metrics import CONFIG, METRICS
@@ -104,8 +104,10 @@ class Run:
             elif config.overwrite:
                 warn_once(f"overwrite has no effect on a resume: the run in {config.out_dir} goes on.")
             if config.new_from not in ("scratch", "resume"):  # the weights that it started with say what model it is
-                args = vars(GPTConfig(**checkpoint["model_args"]))
-                vars(config).update({key: args[key] for key in MODEL_SETTINGS if key != "block_size"})
+                checkpoint["unused"] = take_model_settings(config, checkpoint["model_args"])
+                began = checkpoint.get("facts", {}).get("weights", "scratch")
+                if _place(began) != _place(config.new_from):
+                    warn_once(f"{config.new_from} is not read: {origin} goes on, and its run began from {began}.")
             checkpoint["config"] = with_current_values(type(config), checkpoint["config"], origin)
             first = Path(checkpoint["config"].get("out_dir", config.out_dir))
             if elsewhere or (os.path.exists(first / METRICS) and not os.path.samefile(first, config.out_dir)):
@@ -212,8 +214,8 @@ class Run:
             self._say(attention_line(model_config, DTYPES[config.dtype], world.device))
         if checkpoint and not resume:
             self._say(checkpoint["summary"])
-            if checkpoint["unused"]:
-                warn_once(f"not used: {checkpoint['unused']}; the model is that of {config.init_from}.")
+        if checkpoint and checkpoint.get("unused"):
+            warn_once(f"not used: {checkpoint['unused']}; the model is that of {origin or config.init_from}.")
         if resume:
             changed = ", ".join(self._changed) or "nothing"
             self._say(f"resumed at step {self.step}; changed since the checkpoint: {changed}")
@@ -759,8 +761,22 @@ def _check_empty(config):
         raise UserError(f"{other}; name a new --out_dir, or replace the run in it with --overwrite=True.")
 
 
+def _place(init_from):
+    """What weights are and where they lie, however their path is written."""
+    kind, _, path = init_from.partition(":")
+    return kind, os.path.realpath(path)
+
+
 def _check_out_dir(config):
-    """init_from, with "auto" resolved. UserError if out_dir holds another run."""
+    """init_from, with "auto" resolved. UserError if out_dir holds another run, or weights that would be removed."""
+    if not config.eval_only and config.init_from != "resume":
+        files, (_, _, weights) = _run_files(config.out_dir), config.new_from.partition(":")
+        if weights and os.path.realpath(weights) in map(os.path.realpath, (config.out_dir, *files)):
+            raise UserError(f"{config.new_from} is in out_dir, where this run writes its own; name another --out_dir.")
+        with contextlib.suppress(OSError, ValueError):
+            if "model_type" in read_json(Path(config.out_dir) / CONFIG):
+                found = f"{config.out_dir} holds a model of Hugging Face, whose {CONFIG} a run replaces"
+                raise UserError(f"{found}; name another --out_dir.")
     if config.init_from == "auto":
         if checkpoints.all_checkpoints(config.out_dir):
             return "resume"

@@ -280,6 +280,37 @@ def test_a_run_starts_new_from_ones_own_weights(tiny, trained, tmp_path, capsys,
     )
 
 
+def test_a_restart_says_once_which_weights_and_settings_it_does_not_read(tiny, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    out = tmp_path / "new"
+    words = [*tiny, f"--out_dir={out}", f"--init_from=ckpt:{trained}"]
+    train(words, 2)
+    capsys.readouterr()
+    train([*words, f"--init_from=ckpt:{trained.name}", "--init_from=auto"], 3)
+    assert capsys.readouterr().err == ""
+    train([*words, "--init_from=hf:other", "--n_layer=7", "--init_from=auto", "--overwrite=True"], 4)
+    error = capsys.readouterr().err
+    goes_on = f"{out / 'ckpt.pt'} goes on, and its run began from ckpt:{trained}"
+    assert error.count(f"warning: hf:other is not read: {goes_on}.\n") == 1
+    assert error.count("not used: n_layer = 7;") == error.count("overwrite has no effect") == 1
+    assert error.count("\n") == 3
+    assert [line["step"] for line in read_lines(out)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "auto"])
+def test_a_run_does_not_remove_the_weights_it_starts_from(tiny, tmp_path, capsys, init_from):
+    train(tiny, 2)
+    out, folder = tmp_path / "out", tmp_path / "exported"
+    export_hf.main([f"--out_dir={out}", f"--to={folder}"])
+    for path, words in ((out, ["ckpt:"]), (out / "ckpt.pt", ["import:"]), (folder, ["hf:"]), (folder, [])):
+        before = {file: file.read_bytes() for file in path.parent.rglob("*.*") if file.is_file()}
+        into = path if path.is_dir() else path.parent
+        start = [f"--init_from={kind}{path}" for kind in words] + ["--init_from=auto"] * (init_from == "auto")
+        said = refused(capsys, train_adam.main, [*tiny, *start, f"--out_dir={into}", "--overwrite=True"])
+        assert said.endswith("name another --out_dir.\n")
+        assert before == {file: file.read_bytes() for file in path.parent.rglob("*.*") if file.is_file()}
+
+
 @pytest.mark.parametrize("path", ["nowhere", "metrics.jsonl", "config.json"])
 def test_what_is_no_checkpoint_is_one_sentence(tiny, trained, tmp_path, capsys, path):
     words = [f"--init_from=ckpt:{trained / path}", f"--out_dir={tmp_path / 'new'}"]
