@@ -1,6 +1,7 @@
-"""The Triton kernels of `muon.py`: what surrounds the matrix products, one launch a batch that reads every number once.
+"""The Triton kernels of `muon.py`: matrix products with symmetric results, and what surrounds the products.
 
-Keep this file beside muon.py and pass `fused=True`. Needs Triton (`pip install triton`).
+The latter take one launch a batch and read every number once. Keep this file beside muon.py and pass `fused=True`.
+Needs Triton (`pip install triton`).
 """
 
 import contextlib
