@@ -274,6 +274,7 @@ def test_a_second_run_in_out_dir_is_refused_and_removes_nothing(corpus, tmp_path
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_adam.py"), *words, *ENDLESS],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # runs respect a nohup
     )  # fmt: skip
     wait_for_step(process, 3)
     monkeypatch.setenv("SLURM_NTASKS", "4")
