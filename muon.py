@@ -60,8 +60,8 @@ class Muon(Optimizer):
         ns_coefficients: the Newton-Schulz steps: JORDAN, MINIMAX, another list of (a, b, c), or one such triple.
         ns_steps: number of steps if ns_coefficients is one triple.
         eps: lower bound of the norm by which a momentum is divided.
-        fused: use the Triton kernels of muon_fused.py around the matrix products. It needs Triton and that file.
-            Tensors that they cannot take (on a CPU, float64, odd strides), and shared matrices, go on without.
+        fused: use the Triton kernels of muon_fused.py, which needs Triton, for symmetric products and around others.
+            Tensors that they cannot take (on a CPU, float64, odd strides) go on without, shared matrices in part.
 
     State of a parameter: "momentum_buffer" (m), in its shape and dtype (float32 for float16).
     GradScaler: step() reads the attributes `grad_scale` and `found_inf`, as torch's fused optimizers do. Gradients are
@@ -421,7 +421,7 @@ def orthogonalize(
 
     The matrices are first divided by their Frobenius norm, or by eps if that is larger. coefficients, steps: as Muon's
     ns_coefficients, ns_steps. On GPUs the products are in bfloat16, else in float32 or better. The result has the
-    matrices' dtype. kernels: the module muon_fused, whose products of symmetric results are faster.
+    matrices' dtype. kernels: the module muon_fused, to use its product for symmetric results.
     """
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
     x = x.bfloat16() if x.is_cuda else x.to(_opmath_dtype(x))
@@ -455,7 +455,7 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float, kernels: Any = 
 
     The exponents 1/2, 1/4 and 1/8 need matrix products only. On GPUs these are in float16 if A is in float32, which has
     TF32's precision at twice its speed. The relative error is below 4e-3 in float32, and below 2e-2 in float16. Other
-    exponents use an eigendecomposition in float64. A matrix of zeros gives a multiple of the identity.
+    exponents take eigenvectors in float64. A matrix of zeros gives a multiple of the identity. kernels: as above.
     """
     scaled = factors / (factors.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + _TINY)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge)
